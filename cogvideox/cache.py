@@ -1,0 +1,237 @@
+"""The disk cache of encodings: one file a clip, one a distinct caption, each encoded once.
+
+An entry's name is a hash of everything its content depends on, so that an entry is either right or not found: there is
+no "clear the cache after changing ...". Clips are stored as the posterior's moments, from which each step draws a fresh
+sample. Files are written under a temporary name and renamed, so a killed run leaves whole entries only, and two runs may
+fill one cache at once.
+
+A file's content is hashed in full; the hash is remembered under (device, inode, size, mtime, ctime). Any write to a file
+changes its ctime, which no tool sets back, so a changed file is never taken for the old one.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import save
+from tqdm.auto import tqdm
+
+from cogvideox.model import encode_captions, encode_frames, read_json, safetensors_header, weight_files
+from dataset import file_sha256
+
+ENCODING_VERSION = 1  # raise it when the code below, or dataset.py, makes other numbers from the same input
+CAPTIONS_PER_BATCH = 8
+
+
+# -----------------------------------------------------------------------------
+# Names
+
+
+def key_of(*parts):
+    """A hash of JSON-ready values, as a file name."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def hash_file(path, cache):
+    """SHA-256 of a file's content, remembered in `cache` (which may be read-only) for as long as the file is untouched."""
+    status = os.stat(path)
+    if resolved_blob := hub_blob_hash(path):
+        return resolved_blob
+    stamp = key_of(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    note = cache / "hashes" / stamp
+    with contextlib.suppress(OSError):
+        known = note.read_text()
+        if len(known) == 64:
+            return known
+    content = file_sha256(path)
+    # A file written in the last moments may be written again within the same clock tick.
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > 2_000_000_000:
+        with contextlib.suppress(OSError):
+            write_bytes(note, content.encode())
+    return content
+
+
+def hub_blob_hash(path):
+    """The SHA-256 of a file in the hub's cache, which names large files by it; None for any other file."""
+    resolved = Path(path).resolve()
+    name = resolved.name
+    return name if resolved.parent.name == "blobs" and len(name) == 64 and set(name) <= set("0123456789abcdef") else None
+
+
+def identity(folder, part, cache, variant=None):
+    """A hash of one model component: its config and the content of its weight files (of a tokenizer: all its files)."""
+    folder = Path(folder) / part
+    files = weight_files(folder, variant)[0] or sorted(p for p in folder.iterdir() if p.is_file())
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    config = {name: value for name, value in config.items() if not name.startswith("_") and name != "transformers_version"}
+    return key_of(config, [(file.name, hash_file(file, cache)) for file in files])
+
+
+def clip_key(facts, vae_identity, dtype, slicing, tiling, flipped):
+    """The name of a clip's entry. The frames are named by the file's content, the frames taken and the box kept of each."""
+    frames = {name: facts[name] for name in ("sha256", "indices", "height", "width", "box", "reader")}
+    return key_of(ENCODING_VERSION, "clip", frames, vae_identity, str(dtype), slicing, tiling, flipped)
+
+
+def caption_key(caption, text_identity, dtype, max_text_seq_length):
+    """The name of a caption's entry."""
+    return key_of(ENCODING_VERSION, "caption", caption, text_identity, str(dtype), max_text_seq_length)
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+def entry_path(cache, kind, key):
+    """Where an entry lies: cache/clips/ab/abcdef....safetensors."""
+    return cache / kind / key[:2] / f"{key}.safetensors"
+
+
+def write_bytes(path, content):
+    """Write a file whole or not at all. The mode follows the umask."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_entry(path, tensor):
+    """Store one tensor, with the hash of its bytes for `python -m tools.cache check`. Refuses numbers that are not finite."""
+    tensor = tensor.detach().cpu().contiguous()
+    if not torch.isfinite(tensor).all():
+        raise ValueError("the encoding is not finite (a model in fp16 that needs bf16 or fp32 does this)")
+    write_bytes(path, save({"encoding": tensor}, metadata={"sha256": tensor_sha256(tensor)}))
+
+
+def tensor_sha256(tensor):
+    """SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def read_entry(path):
+    """The tensor of an entry. The file is mapped, not read: only what is used is loaded."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.get_tensor("encoding")
+
+
+def is_complete(path):
+    """Whether an entry is there, with as many bytes as its header announces."""
+    try:
+        return "encoding" in safetensors_header(path)
+    except (OSError, ValueError):
+        return False
+
+
+class Encodings:
+    """The encodings of a data set, read from the cache one by one. keys: as `plan_encodings` makes them."""
+
+    def __init__(self, cache, clip_keys, flipped_keys, prompt_keys, empty_key):
+        self.cache, self.empty_key = cache, empty_key
+        self.clip_keys, self.flipped_keys, self.prompt_keys = clip_keys, flipped_keys, prompt_keys
+
+    def __len__(self):
+        return len(self.clip_keys)
+
+    def moments(self, clip, flipped=False):
+        """Moments [2C, F', H', W'] of a clip's posterior."""
+        keys = self.flipped_keys if flipped else self.clip_keys
+        return read_entry(entry_path(self.cache, "clips", keys[clip]))
+
+    def prompt(self, clip):
+        """The embedding [T, D] of a clip's caption; of the empty caption for None."""
+        return read_entry(entry_path(self.cache, "captions", self.empty_key if clip is None else self.prompt_keys[clip]))
+
+
+# -----------------------------------------------------------------------------
+# Filling
+
+
+def share(sizes, rank, world_size):
+    """The indices that one process works on, so that all have about the same total: largest first, to the least loaded."""
+    loads, shares = [0] * world_size, [[] for _ in range(world_size)]
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        target = loads.index(min(loads))
+        loads[target] += sizes[index]
+        shares[target].append(index)
+    return sorted(shares[rank])
+
+
+def missing_entries(cache, kind, keys):
+    """The keys (each once, in order) that have no complete entry."""
+    return [key for key in dict.fromkeys(keys) if not is_complete(entry_path(cache, kind, key))]
+
+
+def caption_groups(captions):
+    """The distinct captions in groups of a fixed size.
+
+    Whole groups are encoded even where some members are there already, so that an embedding does not depend, by the last
+    bit of a matrix product, on what an earlier run had left to do.
+    """
+    distinct = list(dict.fromkeys(captions))
+    return [distinct[i : i + CAPTIONS_PER_BATCH] for i in range(0, len(distinct), CAPTIONS_PER_BATCH)]
+
+
+def fill_captions(cache, captions, key, missing, load, max_text_seq_length, rank=0, world_size=1):
+    """Encode this process's share of the groups that hold a missing caption.
+
+    key: caption -> key. load: () -> (tokenizer, text encoder), called only if there is something to do.
+    """
+    missing = set(missing)
+    groups = [group for group in caption_groups(captions) if any(key(caption) in missing for caption in group)]
+    groups = groups[rank::world_size]
+    if not groups:
+        return 0
+    tokenizer, text_encoder = load()
+    for group in tqdm(groups, "encoding captions", unit=f"x{CAPTIONS_PER_BATCH}", disable=rank != 0):
+        # The last group is filled up, so that every product has the same shape.
+        padded = group + [""] * (CAPTIONS_PER_BATCH - len(group))
+        embeddings = encode_captions(tokenizer, text_encoder, padded, max_text_seq_length)
+        for caption, embedding in zip(group, embeddings, strict=False):
+            if key(caption) in missing:
+                write_entry(entry_path(cache, "captions", key(caption)), embedding)
+    return len(groups)
+
+
+def fill_clips(cache, jobs, load, readers, rank=0, world_size=1):
+    """Encode this process's share of the missing clips; decoding runs ahead in the readers' processes.
+
+    jobs: [(key, path, framing, flipped, frames, name)], the missing ones, the same list on every process. load: () -> VAE.
+    Raises RuntimeError naming the clip that could not be encoded.
+    """
+    mine = share([job[4] for job in jobs], rank, world_size)
+    bar = tqdm(total=len(jobs), desc="encoding clips", unit="clip", disable=rank != 0 or not jobs)
+    if mine:
+        vae = load()
+        decoded = readers.read_all([(jobs[i][1], jobs[i][2]) for i in mine])
+        for i, (_, frames, reason) in zip(mine, decoded, strict=True):
+            key, _, _, flipped, _, name = jobs[i]
+            if reason:
+                raise RuntimeError(f"{name}: decoded well before, and now: {reason}")
+            frames = np.flip(frames, axis=2) if flipped else frames
+            try:
+                write_entry(entry_path(cache, "clips", key), encode_frames(vae, frames))
+            except ValueError as error:
+                raise RuntimeError(f"{name}: {error}") from None
+            if rank == 0 and time.monotonic() - getattr(bar, "last_look", 0) > 1:
+                show_all_ranks(bar, cache, jobs)
+    while rank == 0 and bar.n < len(jobs):  # the others' share; a process that dies ends this one through the launcher
+        show_all_ranks(bar, cache, jobs)
+        time.sleep(0.2)
+    bar.close()
+    return len(mine)
+
+
+def show_all_ranks(bar, cache, jobs):
+    """Move the main process's bar to the number of entries that all processes have written."""
+    bar.update(sum(entry_path(cache, "clips", job[0]).exists() for job in jobs) - bar.n)
+    bar.last_look = time.monotonic()

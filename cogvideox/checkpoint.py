@@ -1,0 +1,261 @@
+"""Checkpoints: whole or invisible, verified before they are trusted, without pickle.
+
+`checkpoint-N/` holds `pytorch_lora_weights.safetensors` (ready to use), `adapter.safetensors` (the weights as trained),
+`optimizer.safetensors` + `state.json` (optimizer, schedule, scaler) and `manifest.json`, written last, with the hash of
+each file. There is no random state to save (see order.py).
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import accelerate
+import diffusers
+import peft
+import torch
+import transformers
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load, save
+
+from cogvideox.launch import BAD_OUTPUT, fail, say
+from cogvideox.lora import LORA_FILE, load_lora_state, lora_state, save_lora, write_durably
+from dataset import file_sha256
+
+FORMAT = 1
+VERSIONS = {module.__name__: module.__version__.split("+")[0] for module in (torch, diffusers, transformers, accelerate, peft)}
+
+# Flags that say where things lie, how often something is looked at, or how long to train: a resumed run may change them.
+FREE_FLAGS = {
+    "output_dir", "logging_dir", "cache_dir", "encoding_cache_dir", "resume_from_checkpoint", "instance_data_root", "dataset_name",
+    "dataset_config_name", "caption_column", "video_column", "allow_external_paths", "pretrained_model_name_or_path", "revision",
+    "variant", "dataloader_num_workers", "clip_timeout_seconds", "validation_prompt", "validation_prompt_separator",
+    "num_validation_videos", "validation_epochs", "validation_steps", "guidance_scale", "use_dynamic_cfg", "num_inference_steps",
+    "validation_height", "validation_width", "validation_frames", "negative_prompt", "fixed_loss_clips", "num_train_epochs",
+    "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "gradient_checkpointing", "enable_slicing",
+    "enable_tiling", "tracker_name", "push_to_hub", "hub_token", "hub_model_id", "report_to", "logging_steps", "allow_tf32",
+    "process_timeout_minutes", "train_batch_size", "gradient_accumulation_steps", "overwrite_output_dir",
+    # What these change in the data is seen in the hash of the clips and captions, whatever the flags say.
+    "height", "width", "fps", "max_num_frames", "skip_frames_start", "skip_frames_end", "video_reshape_mode", "id_token",
+}  # fmt: skip
+
+
+class BadCheckpoint(ValueError):
+    """A folder that cannot be resumed from; the message says why."""
+
+
+def public_flags(args):
+    """The flags of a run as JSON-ready values, without the token."""
+    return {name: value for name, value in sorted(vars(args).items()) if name != "hub_token"}
+
+
+# -----------------------------------------------------------------------------
+# Writing
+
+
+def pack(value, tensors, name=""):
+    """A nested state as JSON-ready values; its tensors are put into `tensors` and named where they stood."""
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, pack(item, tensors, f"{name}/{key}")] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {"list": [pack(item, tensors, f"{name}/{number}") for number, item in enumerate(value)]}
+    return {"value": value.item() if hasattr(value, "item") else value}
+
+
+def unpack(packed, tensors):
+    """The inverse of `pack`."""
+    if "tensor" in packed:
+        return tensors[packed["tensor"]]
+    if "dict" in packed:
+        return {key: unpack(item, tensors) for key, item in packed["dict"]}
+    if "list" in packed:
+        return [unpack(item, tensors) for item in packed["list"]]
+    return packed["value"]
+
+
+def save_checkpoint(output_dir, step, transformer, optimizer, schedule, scaler, facts, lora_facts):
+    """Write `checkpoint-{step}` on the calling process; returns its path.
+
+    Raises OSError (a full disk, say) or ValueError (weights that are not finite); whatever was begun is removed then and
+    older checkpoints stay.
+    """
+    final = Path(output_dir) / f"checkpoint-{step}"
+    partial = final.with_name(final.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        save_lora(partial, transformer, lora_facts)
+        write_durably(partial / "adapter.safetensors", save(lora_state(transformer)))
+        tensors = {}
+        state = {
+            "optimizer": pack(optimizer.state_dict(), tensors, "optimizer"),
+            "schedule": pack({**schedule.state_dict(), "lr_lambdas": [None]}, tensors, "schedule"),
+            "scaler": pack(scaler.state_dict() if scaler else {}, tensors, "scaler"),
+        }
+        write_durably(partial / "optimizer.safetensors", save(tensors))
+        write_durably(partial / "state.json", json.dumps(state).encode())
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(partial.iterdir())}
+        manifest = {"format": FORMAT, "step": step, "versions": VERSIONS, **facts, "files": files}
+        write_durably(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        sync_folder(final.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def sync_folder(folder):
+    """Force a rename in `folder` to the disk, where the system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def prune_checkpoints(output_dir, limit):
+    """Remove the oldest complete checkpoints beyond `limit` (None: keep all), after a new one is safe. Returns them."""
+    complete = [path for _, path in list_checkpoints(output_dir) if (path / "manifest.json").is_file()]
+    old = complete[:-limit] if limit else []
+    for path in old:
+        shutil.rmtree(path, ignore_errors=True)
+    return old
+
+
+# -----------------------------------------------------------------------------
+# Reading
+
+
+def list_checkpoints(output_dir):
+    """(step, path) of the checkpoint folders below `output_dir`, oldest first; other names are nobody's business here."""
+    output_dir = Path(output_dir)
+    entries = output_dir.iterdir() if output_dir.is_dir() else []
+    found = [(int(m[1]), p) for p in entries if (m := re.fullmatch(r"checkpoint-(\d+)", p.name)) and p.is_dir()]
+    return sorted(found)
+
+
+def read_manifest(path):
+    """The manifest of a checkpoint, after checking every file against it. Raises BadCheckpoint."""
+    path = Path(path)
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        files = manifest["files"]
+        if manifest["format"] != FORMAT:
+            raise BadCheckpoint(f"{path}: written in format {manifest['format']}, this script reads {FORMAT}")
+        for name in ("adapter.safetensors", "optimizer.safetensors", "state.json", LORA_FILE):
+            if name not in files:
+                raise BadCheckpoint(f"{path}: its manifest lacks {name}")
+        for name, entry in files.items():
+            file = path / name
+            if name != Path(name).name or file.is_symlink():
+                raise BadCheckpoint(f"{path}: its manifest names {name}, which is not a plain file in it")
+            if not file.is_file():
+                raise BadCheckpoint(f"{path}: lacks {name}")
+            if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
+                raise BadCheckpoint(f"{path}: {name} is not what was written (cut or changed)")
+    except FileNotFoundError:
+        raise BadCheckpoint(f"{path}: not a complete checkpoint (no manifest.json)") from None
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, BadCheckpoint):
+            raise
+        raise BadCheckpoint(f"{path}: its manifest cannot be read ({type(error).__name__}: {error})") from None
+    return manifest
+
+
+def choose_checkpoint(wanted, output_dir):
+    """The checkpoint to resume from. Returns (path, manifest, remarks); path is None where "latest" finds nothing.
+
+    "latest" takes the newest whole one and says what it skipped; a path has to be whole. Raises BadCheckpoint.
+    """
+    if wanted != "latest":
+        path = Path(wanted).expanduser()
+        if not path.is_dir() and (Path(output_dir) / wanted).is_dir():
+            path = Path(output_dir) / wanted
+        if not path.is_dir():
+            there = ", ".join(p.name for _, p in list_checkpoints(output_dir)) or "none"
+            raise BadCheckpoint(f"--resume_from_checkpoint {wanted}: no such folder ({output_dir} has: {there})")
+        return path, read_manifest(path), []
+    remarks = []
+    for _, path in reversed(list_checkpoints(output_dir)):
+        try:
+            return path, read_manifest(path), remarks
+        except BadCheckpoint as error:
+            remarks.append(f"skipped {error}")
+    if remarks:
+        raise BadCheckpoint(f"--resume_from_checkpoint latest: no checkpoint of {output_dir} is whole: {'; '.join(remarks)}")
+    return None, None, [f"no checkpoint in {output_dir}: starting at step 0"]
+
+
+def changed_settings(stored, current):
+    """What differs between a checkpoint's facts and this run's in ways that would train something else, as sentences."""
+    flags = {**stored["flags"]}, {**current["flags"]}
+    changes = [
+        f"--{name} was {flags[0].get(name)!r} and is {flags[1].get(name)!r}"
+        for name in sorted(set(flags[0]) | set(flags[1]))
+        if name not in FREE_FLAGS and flags[0].get(name) != flags[1].get(name)
+    ]
+    words = {
+        "clips": "the clips, captions or their encoding",
+        "transformer": "the base model's transformer",
+        "clips_per_step": "clips a step (batch x processes x accumulation)",
+    }
+    for name, word in words.items():
+        if stored[name] != current[name]:
+            values = f" (were {stored[name]}, are {current[name]})" if name == "clips_per_step" else ""
+            changes.append(f"{word} changed{values}")
+    return changes
+
+
+def load_checkpoint(path, transformer, optimizer, schedule, scaler):
+    """Put a verified checkpoint's weights and states back. Raises BadCheckpoint where they do not fit."""
+    path = Path(path)
+    try:
+        load_lora_state(transformer, load((path / "adapter.safetensors").read_bytes()))
+        tensors = load((path / "optimizer.safetensors").read_bytes())
+        state = json.loads((path / "state.json").read_text())
+        optimizer.load_state_dict(unpack(state["optimizer"], tensors))
+        schedule.load_state_dict(unpack(state["schedule"], tensors))
+        if scaler and (scaler_state := unpack(state["scaler"], tensors)):
+            scaler.load_state_dict(scaler_state)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadCheckpoint(f"{path}: does not fit this run: {error}") from None
+
+
+def resume(args, accelerator, transformer, optimizer, schedule, facts):
+    """Go on from --resume_from_checkpoint, on every process. Returns the number of steps already trained.
+
+    Ends the run with a sentence where the checkpoint is not whole, or was made with settings that would train another run.
+    """
+    if not args.resume_from_checkpoint:
+        return 0
+    choice = [None]
+    if accelerator.is_main_process:
+        try:
+            path, manifest, remarks = choose_checkpoint(args.resume_from_checkpoint, args.output_dir)
+            changes = changed_settings(manifest, facts) if path else []
+            problem = f"--resume_from_checkpoint {path}: another run: {'; '.join(changes)}" if changes else None
+            choice = [(path, manifest and manifest["step"], remarks, problem)]
+        except BadCheckpoint as error:
+            choice = [(None, None, [], str(error))]
+    path, step, remarks, problem = broadcast_object_list(choice)[0]
+    for remark in remarks:
+        say(f"resume: {remark}")
+    if problem:
+        fail(BAD_OUTPUT, problem)
+    if path is None:
+        return 0
+    try:
+        load_checkpoint(path, transformer, optimizer, schedule, accelerator.scaler)
+    except BadCheckpoint as error:
+        fail(BAD_OUTPUT, str(error))
+    say(f"resume: going on from {path}, step {step}")
+    return step

@@ -1,0 +1,82 @@
+"""The model card, and the upload of what belongs to the result (and nothing else)."""
+
+import json
+from pathlib import Path
+
+from cogvideox.lora import LORA_FILE, write_durably
+
+UPLOADED = [LORA_FILE, "README.md", "metrics.jsonl", "loss.png", "validation/step-*/*.mp4", "validation/step-*/contact_sheet.png"]
+
+
+def write_model_card(folder, args, facts):
+    """Write README.md: what was trained on what, how to use it, and the last validation videos.
+
+    facts: steps, clips, clips_per_step, parameters (millions), and `videos`, [(prompt, relative path)].
+    """
+    example = facts["videos"][0][0] if facts["videos"] else (f"{args.id_token} ..." if args.id_token else "...")
+    base = args.pretrained_model_name_or_path
+    # A local folder is no hub id, and its path is nobody else's business.
+    base_name = Path(base).name if Path(base).expanduser().exists() else base
+    header = {"tags": ["text-to-video", "cogvideox", "lora", "diffusers"], "library_name": "diffusers", "pipeline_tag": "text-to-video"}
+    if base_name == base:
+        header["base_model"] = base
+    if args.id_token:
+        header["instance_prompt"] = args.id_token
+    yaml = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in header.items())
+    row = [f"{args.rank}", f"{args.lora_alpha:g}", ", ".join(args.target_modules), f"{facts['parameters']:.1f} M"]
+    row += [f"{args.learning_rate:g}", args.lr_scheduler, args.optimizer, args.mixed_precision, f"{args.seed}"]
+    size = f"num_frames={facts['num_frames']}, height={args.height}, width={args.width}"
+    gallery = "\n".join(f"- {markdown(prompt)}: [{Path(path).name}]({path})" for prompt, path in facts["videos"])
+    trigger = f"\nStart prompts with `{args.id_token}`, as the training captions did.\n" if args.id_token else ""
+    card = f"""---
+{yaml}
+---
+
+# {markdown(Path(args.output_dir).name)}
+
+A LoRA for `{base_name}`, trained for {facts["steps"]} optimizer steps of {facts["clips_per_step"]} clips on {facts["clips"]} clips
+({args.max_num_frames} frames at most, {args.height} x {args.width}, {args.fps:g} frames a second).
+
+| rank | alpha | target modules | parameters | learning rate | schedule | optimizer | precision | seed |
+|---|---|---|---|---|---|---|---|---|
+| {" | ".join(row)} |
+
+## Use it
+{trigger}
+```python
+import torch
+from diffusers import CogVideoXPipeline
+from diffusers.utils import export_to_video
+
+pipe = CogVideoXPipeline.from_pretrained({json.dumps(base_name)}, torch_dtype=torch.float16).to("cuda")
+pipe.load_lora_weights("path/to/this/folder", weight_name="{LORA_FILE}", adapter_name="lora")
+video = pipe({json.dumps(example, ensure_ascii=False)}, {size}).frames[0]
+export_to_video(video, "video.mp4", fps={args.fps:g})
+```
+
+alpha / rank is folded into the weights: weight 1.0 is the trained strength in every loader; do not multiply by it again.
+
+{"## Validation videos" if facts["videos"] else ""}
+
+{gallery}
+"""
+    write_durably(Path(folder) / "README.md", card.rstrip().encode() + b"\n")
+
+
+def markdown(text):
+    """Text that Markdown does not interpret, on one line."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|!" else c for c in " ".join(str(text).split()))
+
+
+def push(folder, args, token):
+    """Upload the LoRA, the card and the videos to the hub (a new repository is private). Returns its address.
+
+    Checkpoints, logs and optimizer state stay here. Raises whatever the hub client raises.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    repository = api.create_repo(name, exist_ok=True, private=True)
+    api.upload_folder(repo_id=repository.repo_id, folder_path=str(folder), allow_patterns=UPLOADED, commit_message="CogVideoX LoRA")
+    return str(repository)

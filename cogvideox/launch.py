@@ -1,0 +1,103 @@
+"""How a run starts and ends: processes, the banner, messages, exit codes.
+
+Exit codes of the script itself (both launchers turn any of them into 1): 0 done, 1 anything unforeseen, 2 flags or
+environment, 3 dataset, 4 output folder or checkpoint, 5 numbers that are not finite.
+"""
+
+import os
+import platform
+import sys
+import time
+from datetime import timedelta
+
+import diffusers
+import torch
+import torch.distributed as distributed
+import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from tqdm.auto import tqdm
+
+BAD_FLAGS, BAD_DATA, BAD_OUTPUT, BAD_NUMBERS = 2, 3, 4, 5
+
+
+# Their bars would tell of files of a second; ours tell of work of hours.
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
+
+
+def say(*words):
+    """Print one line on the main process, above any progress bar."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        tqdm.write(" ".join(map(str, words)), file=sys.stderr)
+        sys.stderr.flush()
+
+
+def fail(code, problems):
+    """End the run with one sentence a problem. Every process calls it; the main one prints."""
+    problems = [problems] if isinstance(problems, str) else problems
+    say(*[f"\nERROR[{code}]: {problem}" for problem in problems])
+    if int(os.environ.get("RANK", "0")) != 0:
+        time.sleep(3)  # the launcher ends all processes when the first one stops: let the main one print before that
+    raise SystemExit(code)
+
+
+def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minutes):
+    """Make the Accelerator, check that the launcher started what it says it did, and print who takes part.
+
+    The same call serves python, accelerate launch and torchrun, on no GPU (gloo), one or many.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        # accelerate's simple launcher drops --num_processes where it finds no GPU, and says nothing.
+        say(
+            "note: the launcher set MASTER_ADDR but started one process; for several use "
+            "--config_file accelerate_config_machine_multi.yaml --num_processes N"
+        )
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # without it, two processes on a CPU machine each believe to be alone
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        kwargs_handlers=[
+            # Every LoRA weight takes part in every step, so nothing has to be searched for.
+            DistributedDataParallelKwargs(find_unused_parameters=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
+        ],
+    )
+    if accelerator.num_processes != started:
+        fail(
+            BAD_FLAGS,
+            f"{started} processes were started but accelerate sees {accelerator.num_processes}: launch with one of the yaml files here",
+        )
+    device = accelerator.device
+    kind = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    backend = f", {distributed.get_backend()}" if distributed.is_initialized() else ""
+    rank = f"process {accelerator.process_index} of {accelerator.num_processes}"
+    tqdm.write(f"{rank} on {platform.node()}: {device} ({kind}){backend}", file=sys.stderr)
+    return accelerator
+
+
+def patient_barrier_maker():
+    """A barrier without a deadline, for work that takes one process much longer than another (encoding, validation).
+
+    The collectives of the training loop keep theirs. Returns a function to be called by every process.
+    """
+    if not distributed.is_initialized():
+        return lambda: None
+    # gloo even on GPUs: it waits on the CPU, and notices a process that died at once.
+    group = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    return lambda: distributed.barrier(group=group)
+
+
+def peak_memory_gib(device):
+    """Peak memory in GiB: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

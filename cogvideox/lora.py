@@ -1,0 +1,146 @@
+"""The LoRA: injected with peft, always fp32, written so that any loader applies it at the strength it was trained at."""
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+from diffusers import CogVideoXPipeline
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save
+
+from cogvideox.launch import say
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def add_lora(transformer, rank, alpha, dropout, target_modules, seed):
+    """Inject a LoRA into a frozen transformer and return its parameters, in fp32.
+
+    fp32 whatever the base is stored in: near 0.05 a bf16 weight cannot move by less than 2e-4, more than a usual step.
+    The initialisation depends on the seed alone: it is drawn on the CPU, from a generator state that is put back.
+    """
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, init_lora_weights=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer.add_adapter(config)
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    return parameters
+
+
+def lora_modules(transformer):
+    """The (name, layer) pairs that carry a LoRA."""
+    return [(name, module) for name, module in transformer.named_modules() if isinstance(module, LoraLayer)]
+
+
+def leave_casts_to_autocast(transformer):
+    """Stop peft from casting activations to fp32 before its products: under autocast they would be cast straight back."""
+    for _, layer in lora_modules(transformer):
+        layer.cast_input_dtype_enabled = False
+
+
+def lora_state(transformer):
+    """The trained weights as they are (not folded), name -> fp32 CPU tensor."""
+    return {name: tensor.detach().float().cpu().contiguous() for name, tensor in get_peft_model_state_dict(transformer).items()}
+
+
+def load_lora_state(transformer, state):
+    """Put weights back that `lora_state` gave. ValueError if any is missing, unknown or of another shape."""
+    own = get_peft_model_state_dict(transformer)
+    wrong = sorted(set(own) ^ set(state)) + [n for n in own if n in state and own[n].shape != state[n].shape]
+    if wrong:
+        raise ValueError(f"{len(wrong)} LoRA weights do not fit this model and rank, the first is {wrong[0]}")
+    set_peft_model_state_dict(transformer, state)
+
+
+def exported_state(transformer):
+    """The weights as they are shipped: alpha / rank folded into lora_B, diffusers' names.
+
+    Loaders differ in what they take for alpha: some read it from the metadata, some from `.alpha`, most assume that it
+    equals the rank. With the factor in the weights and alpha nowhere in the file, all of them apply the trained strength.
+    """
+    scaling = {name: layer.scaling["default"] for name, layer in lora_modules(transformer)}
+    state = {}
+    for name, tensor in lora_state(transformer).items():
+        layer = name.rsplit(".lora_", 1)[0]
+        state[f"transformer.{name}"] = tensor * scaling[layer] if ".lora_B." in name else tensor
+    return state
+
+
+def save_lora(folder, transformer, facts):
+    """Write `pytorch_lora_weights.safetensors` whole or not at all. facts: strings for the file's metadata."""
+    state = exported_state(transformer)
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"{len(broken)} LoRA weights are not finite (the first is {broken[0]}); nothing was written")
+    write_durably(Path(folder) / LORA_FILE, save(state, metadata={"format": "pt"} | facts))
+
+
+def write_durably(path, content):
+    """Write bytes under a temporary name, force them to the disk, then rename. The mode follows the umask."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+@torch.no_grad()
+def check_export(folder, transformer, scheduler):
+    """Load the written file with the stock pipeline's loader, at weight 1, and compare it with the live model.
+
+    Returns (largest difference of the outputs, largest effect of the LoRA on them). The file is loaded as a second
+    adapter beside the live one, so this costs a LoRA's memory, not a model's. Raises ValueError if weights are left over.
+    """
+    config, parameter = transformer.config, next(transformer.parameters())
+    generator = torch.Generator().manual_seed(0)
+    patch, frames = 2 * config.patch_size, config.patch_size_t or 1
+    inputs = {
+        "hidden_states": torch.randn(1, frames, config.in_channels, patch, patch, generator=generator).to(parameter),
+        "encoder_hidden_states": torch.randn(1, config.max_text_seq_length, config.text_embed_dim, generator=generator).to(parameter),
+        "timestep": torch.tensor([500], device=parameter.device),
+        "return_dict": False,
+    }
+    pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=copy.deepcopy(scheduler))
+    if config.use_rotary_positional_embeddings:
+        pixels = patch * pipeline.vae_scale_factor_spatial
+        inputs["image_rotary_emb"] = pipeline._prepare_rotary_positional_embeddings(pixels, pixels, frames, parameter.device)
+    trainable = [p for p in transformer.parameters() if p.requires_grad]
+    was_training = transformer.training
+    transformer.eval()
+    try:
+        live = transformer(**inputs)[0].float()
+        transformer.disable_adapters()
+        base = transformer(**inputs)[0].float()
+        pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="exported", local_files_only=True)
+        transformer.enable_adapters()
+        transformer.set_adapter("exported")
+        exported = transformer(**inputs)[0].float()
+        loaded = get_peft_model_state_dict(transformer, adapter_name="exported")
+        if len(loaded) != len(load_file(Path(folder) / LORA_FILE)):
+            raise ValueError(f"{LORA_FILE}: the stock loader used {len(loaded)} of its weights")
+    finally:
+        if "exported" in transformer.peft_config:
+            transformer.delete_adapters("exported")
+        transformer.enable_adapters()
+        transformer.set_adapter("default")
+        for p in trainable:
+            p.requires_grad_(True)
+        transformer.train(was_training)
+    return (live - exported).abs().max().item(), (live - base).abs().max().item()
+
+
+def report_export(folder, transformer, scheduler, dtype):
+    """Run `check_export` and say what it found. The tolerance is the rounding of the dtype the model computes in."""
+    difference, effect = check_export(folder, transformer, scheduler)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.1
+    passed = difference <= max(tolerance, tolerance * effect)
+    say(
+        f"{LORA_FILE} loaded by the stock pipeline at weight 1.0: {'PASS' if passed else 'FAIL'} "
+        f"(it differs from the live model by at most {difference:.1e}; the LoRA changes the output by up to {effect:.1e})"
+    )
+    return True

@@ -1,0 +1,114 @@
+"""The run's numbers: metrics.jsonl always, a plot of them, and trackers where asked for."""
+
+import json
+import os
+from pathlib import Path
+
+from accelerate.tracking import filter_trackers
+
+from cogvideox.launch import say
+from cogvideox.video import gif_bytes, read_video
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line. A resumed run first drops the lines after the step it goes on from."""
+
+    def __init__(self, path, first_step, enabled):
+        self.file = None
+        if not enabled:
+            return
+        path = Path(path)
+        kept = [line for line in read_metrics(path) if line["step"] <= first_step] if path.exists() and first_step else []
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, values):
+        """Append one line and hand it to the operating system, so that a killed run has all it logged."""
+        if self.file:
+            self.file.write(json.dumps(values) + "\n")
+            self.file.flush()
+
+
+def read_metrics(path):
+    """The lines of a metrics.jsonl; a last line cut by a kill is left out."""
+    lines = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def plot_losses(metrics_path, picture_path):
+    """loss.png: training loss (and its running mean), loss on fixed noise, learning rate and gradient norm over steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_metrics(metrics_path)
+    trained = [line for line in lines if "loss" in line]
+    fixed = [line for line in lines if "fixed_loss" in line]
+    figure, axes = pyplot.subplots(3, 1, figsize=(9, 9), sharex=True, height_ratios=[3, 1, 1])
+    steps = [line["step"] for line in trained]
+    running, means = None, []
+    for line in trained:
+        running = line["loss"] if running is None else 0.9 * running + 0.1 * line["loss"]
+        means.append(running)
+    axes[0].plot(steps, [line["loss"] for line in trained], color="tab:blue", alpha=0.3, label="training loss, one step")
+    axes[0].plot(steps, means, color="tab:blue", label="training loss, running mean")
+    axes[0].plot(
+        [f["step"] for f in fixed], [f["fixed_loss"] for f in fixed], "o-", color="tab:red", label="fixed clips, noise and timesteps"
+    )
+    axes[0].set_ylabel("velocity loss")
+    axes[0].legend()
+    axes[1].plot(steps, [line["learning_rate"] for line in trained], color="tab:green")
+    axes[1].set_ylabel("learning rate")
+    axes[2].plot(steps, [line["grad_norm"] for line in trained], color="tab:purple")
+    axes[2].set_ylabel("gradient norm")
+    axes[2].set_xlabel("optimizer step")
+    figure.tight_layout()
+    partial = Path(picture_path).with_name(f".{Path(picture_path).name}.partial")
+    figure.savefig(partial, dpi=100, format="png")
+    pyplot.close(figure)
+    partial.replace(picture_path)
+
+
+def start_trackers(args, accelerator, facts):
+    """Start the trackers of --report_to. Returns accelerate's trackers; a hub token never reaches them."""
+    if args.report_to != "none":
+        accelerator.log_with = filter_trackers([args.report_to], Path(args.output_dir) / args.logging_dir)
+        accelerator.project_configuration.set_directories(args.output_dir)
+        accelerator.project_configuration.logging_dir = str(Path(args.output_dir) / args.logging_dir)
+        simple = {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in facts["flags"].items()}
+        accelerator.init_trackers(args.tracker_name, config=simple)
+    return accelerator.trackers if accelerator.is_main_process else []
+
+
+def track_videos(trackers, folder, jobs, prompts, step, fps):
+    """Show a validation's videos in tensorboard (as animated pictures) and wandb. A tracker's failure is only said."""
+    for tracker in trackers:
+        try:
+            paths = [(job, Path(folder) / job["name"]) for job in jobs]
+            paths = [(job, path) for job, path in paths if path.exists()]
+            if tracker.name == "tensorboard":
+                for job, path in paths:
+                    track_gif(tracker.writer, f"validation/{job['name']}", read_video(path), step, fps)
+            elif tracker.name == "wandb":
+                import wandb
+
+                videos = [wandb.Video(str(path), caption=prompts[job["prompt"]], format="mp4") for job, path in paths]
+                tracker.log({"validation": videos}, step=step)
+        except Exception as error:
+            say(f"warning: {tracker.name} did not take the validation videos ({type(error).__name__}: {error}); they are in {folder}")
+
+
+def track_gif(writer, tag, frames, step, fps):
+    """Add an animated GIF to tensorboard, as SummaryWriter.add_video does where moviepy is installed."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    image = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=gif_bytes(frames, fps))
+    writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)

@@ -1,0 +1,77 @@
+"""Which clip a position of the run holds, and what noise it gets: pure functions of (seed, position).
+
+A position counts clips over the whole run and all processes. Step s (from 0) trains positions s * C to s * C + C - 1,
+where C = batch x processes x accumulation. Nothing is kept between steps, so there is no random state to save: a
+resumed run, a run on more processes and a run that validates in between draw the same clips, timesteps and noise.
+"""
+
+import functools
+import hashlib
+
+import torch
+from torch.utils.data import Dataset
+
+from cogvideox.model import sample_latents
+
+
+def seeded_generator(*key):
+    """A CPU generator seeded by everything in `key`; equal on every machine and device."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed, epoch, num_clips):
+    """The order of one epoch: a permutation of range(num_clips)."""
+    return torch.randperm(num_clips, generator=seeded_generator(seed, "order", epoch)).tolist()
+
+
+def clip_at(seed, position, num_clips):
+    """The index of the clip that is trained at a position."""
+    epoch, place = divmod(position, num_clips)
+    return epoch_order(seed, epoch, num_clips)[place]
+
+
+def positions_of(rank, world_size, batch_size, accumulation, first_step, total_steps):
+    """The batches of positions that one process trains, in order: `accumulation` lists of `batch_size` a step.
+
+    The processes' batches of one micro-step lie side by side, so P processes with batch B see what one sees with P x B.
+    """
+    for step in range(first_step, total_steps):
+        for micro_step in range(accumulation):
+            start = ((step * accumulation + micro_step) * world_size + rank) * batch_size
+            yield list(range(start, start + batch_size))
+
+
+class TrainingClips(Dataset):
+    """What the loss needs of a position, as CPU tensors: latents, noise, timestep and prompt embedding.
+
+    encodings: has `moments(clip, flipped)` [2C, F', H', W'] and `prompt(clip or None)` [T, D]; None is the empty caption.
+    """
+
+    def __init__(self, encodings, seed, scaling_factor, num_train_timesteps, caption_dropout=0.0, random_flip=False):
+        self.encodings, self.seed, self.scaling_factor = encodings, seed, scaling_factor
+        self.num_train_timesteps = num_train_timesteps
+        self.caption_dropout, self.random_flip = caption_dropout, random_flip
+
+    def __len__(self):
+        return len(self.encodings)
+
+    def __getitem__(self, position):
+        return self.item(clip_at(self.seed, position, len(self)), position)
+
+    def item(self, clip, position):
+        """What a given clip would be at a given position."""
+        generator = seeded_generator(self.seed, "noise", position)
+        timestep = torch.randint(0, self.num_train_timesteps, (), generator=generator)
+        # Drawn whether used or not, so that turning one option on does not change the noise of the others.
+        drop, flip = torch.rand(2, generator=generator).tolist()
+        moments = self.encodings.moments(clip, flipped=self.random_flip and flip < 0.5)
+        latents = sample_latents(moments, self.scaling_factor, generator)
+        return {
+            "latents": latents,  # [F', C, H', W'], fp32
+            "noise": torch.randn(latents.shape, generator=generator),
+            "timestep": timestep,
+            "prompt": self.encodings.prompt(None if drop < self.caption_dropout else clip),  # [T, D], the encoder's dtype
+            "position": position,
+        }

@@ -1,0 +1,188 @@
+"""Decoding in guarded processes: a file that hangs, crashes the decoder or never ends costs its time limit, not the run.
+
+`Readers` owns worker processes that take JSON lines and answer with JSON and raw frames; `python -m cogvideox.reader` is such a
+worker. Workers import numpy and a decoder, never torch, and end when their parent does (their input closes).
+"""
+
+import contextlib
+import json
+import os
+import queue
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from dataset import BadClip, Framing, read_clip
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, "-m", "cogvideox.reader"]
+
+
+class Readers:
+    """A pool of guarded decoding processes, used as a context manager.
+
+    workers: how many processes. timeout_seconds: how long one file may take. command: what to run (tests replace it).
+    """
+
+    def __init__(self, workers=2, timeout_seconds=60.0, command=COMMAND):
+        self.timeout_seconds, self.command = timeout_seconds, command
+        self.idle = queue.SimpleQueue()
+        for _ in range(workers):
+            self.idle.put(None)  # a worker is started by its first file
+        self.workers = workers
+        self.threads = ThreadPoolExecutor(workers)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.threads.shutdown(wait=True, cancel_futures=True)
+        while not self.idle.empty():
+            stop(self.idle.get())
+
+    def read(self, path, framing, want_frames=True, reader="auto"):
+        """Decode one file. Returns (facts, frames); frames is None unless wanted. Raises BadClip with the reason."""
+        request = {"path": str(path), "framing": asdict(framing), "want_frames": want_frames, "reader": reader}
+        worker = self.idle.get()
+        try:
+            worker = worker or self.start()
+            reply, frames = self.exchange(worker, request)
+        except TimeoutError:
+            stop(worker)
+            worker = None
+            raise BadClip(f"not decoded within {self.timeout_seconds:g} seconds (--clip_timeout_seconds)") from None
+        except (EOFError, BrokenPipeError, json.JSONDecodeError):
+            reason = describe_end(worker)
+            stop(worker)
+            worker = None
+            raise BadClip(f"the decoder crashed on it ({reason})") from None
+        finally:
+            self.idle.put(worker)
+        if not reply["ok"]:
+            raise BadClip(reply["reason"])
+        return reply["facts"], frames
+
+    def read_all(self, requests, want_frames=True):
+        """Decode (path, framing) pairs, ahead of the caller by at most two files a worker.
+
+        Yields (facts, frames, reason) in order: reason is None, or why the file cannot be used (the others are None).
+        """
+
+        def attempt(path, framing):
+            try:
+                return (*self.read(path, framing, want_frames), None)
+            except BadClip as error:
+                return None, None, str(error)
+
+        requests, ahead = iter(requests), []
+        for request in requests:
+            ahead.append(self.threads.submit(attempt, *request))
+            if len(ahead) > 2 * self.workers:
+                yield ahead.pop(0).result()
+        for future in ahead:
+            yield future.result()
+
+    def start(self):
+        """Start one worker process."""
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        # A session of its own: Ctrl-C is for the trainer, which finishes its work and then closes the pipes.
+        return subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env=environment,
+            start_new_session=True,
+        )
+
+    def exchange(self, worker, request):
+        """Send one request and wait for its reply. Raises TimeoutError, or EOFError where the worker is gone."""
+        deadline = time.monotonic() + self.timeout_seconds
+        worker.stdin.write(json.dumps(request).encode() + b"\n")
+        length = int.from_bytes(read_exactly(worker.stdout, 8, deadline))
+        reply = json.loads(bytes(read_exactly(worker.stdout, length, deadline)))
+        if "shape" not in reply:
+            return reply, None
+        pixels = read_exactly(worker.stdout, int(np.prod(reply["shape"])), deadline)
+        return reply, np.frombuffer(pixels, dtype=np.uint8).reshape(reply["shape"])
+
+
+def read_exactly(pipe, size, deadline):
+    """`size` bytes of an unbuffered pipe. Raises EOFError at its end, TimeoutError at the deadline."""
+    received = bytearray(size)
+    view, filled = memoryview(received), 0
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while filled < size:
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError
+            count = pipe.readinto(view[filled:])
+            if not count:
+                raise EOFError
+            filled += count
+    return received
+
+
+def stop(worker):
+    """Kill a worker and everything it started."""
+    if worker is None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
+    worker.stdin.close()
+    worker.stdout.close()
+
+
+def describe_end(worker):
+    """How a worker that closed its pipe ended, in words."""
+    try:
+        code = worker.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        return "it closed its output"
+    return f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
+
+
+def serve():
+    """Answer requests until the input closes. The reply channel is a private copy of stdout, so that no library's
+    print can damage it."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        framing = request["framing"]
+        framing["sizes"] = tuple(map(tuple, framing["sizes"]))
+        framing["lengths"] = tuple(framing["lengths"])
+        frames = None
+        try:
+            frames, facts = read_clip(request["path"], Framing(**framing), request["reader"])
+            reply = {"ok": True, "facts": facts}
+        except BadClip as error:
+            reply = {"ok": False, "reason": str(error)}
+        except Exception as error:  # a decoder may raise anything; the file's owner has to hear of it
+            reply = {"ok": False, "reason": f"the decoder failed: {type(error).__name__}: {str(error)[:160]}"}
+        send_frames = request["want_frames"] and frames is not None
+        if send_frames:
+            reply["shape"] = frames.shape
+        header = json.dumps(reply).encode()
+        replies.write(len(header).to_bytes(8) + header)
+        if send_frames:
+            replies.write(memoryview(np.ascontiguousarray(frames)).cast("B"))
+        replies.flush()
+
+
+def decode_workers():
+    """How many decoding processes pay on this machine: decoding is never the slow part, encoding is."""
+    return max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,122 @@
+"""Open and decode every clip once, before any model loads, and say what will be trained on.
+
+The result of decoding a file is remembered beside the encodings, under the hash of its content and the framing, so that
+ten thousand clips are decoded for this once, not at every start.
+"""
+
+import json
+from collections import Counter
+from dataclasses import asdict
+
+from tqdm.auto import tqdm
+
+from cogvideox.cache import hash_file, key_of, write_bytes
+from dataset import random_crop
+
+
+def clip_framing(record, framing, seed):
+    """The framing of one clip: a random crop lies at a place of its own."""
+    return random_crop(framing, seed, record.listed) if framing.reshape_mode == "random" else framing
+
+
+def survey_clips(records, framing, seed, cache, readers, show_progress=True):
+    """Decode every record. Returns one facts dict a record, with `sha256`, and `reason` where it cannot be used.
+
+    Nothing is written here, so that a bad folder leaves no trace; `remember_survey` stores the good ones.
+    """
+    facts, pending = [None] * len(records), []
+    for number, record in enumerate(records):
+        own = clip_framing(record, framing, seed)
+        content = hash_file(record.path, cache)
+        known = cache / "surveys" / f"{key_of(content, asdict(own))}.json"
+        try:
+            facts[number] = json.loads(known.read_text())
+        except (OSError, ValueError):
+            pending.append((number, content, own))
+    results = readers.read_all([(records[number].path, own) for number, _, own in pending], want_frames=False)
+    bar = tqdm(zip(pending, results, strict=True), "checking clips", len(pending), unit="clip", disable=not show_progress or not pending)
+    for (number, content, own), (clip, _, reason) in bar:
+        facts[number] = {"reason": reason} if reason else clip
+        facts[number] |= {"sha256": content, "survey": key_of(content, asdict(own)), "path": records[number].path}
+    return facts
+
+
+def remember_survey(facts, cache):
+    """Store what decoding showed, for the next start."""
+    for clip in facts:
+        path = cache / "surveys" / f"{clip['survey']}.json"
+        if "reason" not in clip and not path.exists():
+            write_bytes(path, json.dumps(clip).encode())
+
+
+def table_lines(records, facts, tokens, limit):
+    """The per-clip report: a table of one line a clip, and the remarks below it."""
+    yield f"{'clip':<28} {'source':>20} {'reader':>7} {'frames':>6} {'seconds':>7} {'used':>5} {'cut':>5} {'size':>9} {'tokens':>6}"
+    for record, clip, count in zip(records, facts, tokens, strict=True):
+        name = printable(record.listed)[-28:]
+        if "reason" in clip:
+            yield f"{name:<28} unusable: {clip['reason']}"
+            continue
+        source = f"{clip['source_width']}x{clip['source_height']} {clip['source_frames']}f @{clip['source_fps']:g}"
+        yield (
+            f"{name:<28} {source:>20} {clip['reader']:>7} {clip['frames']:>6} {clip['seconds']:>7.2f} {clip['used_percent']:>4.0f}% "
+            f"{clip['cropped_percent']:>4.0f}% {clip['width']:>4}x{clip['height']:<4} {count:>6}{'!' if count > limit else ''}"
+        )
+        if clip["note"]:
+            yield f"{'':<28} {clip['note']}"
+
+
+def remarks(records, facts, tokens, limit, framing):
+    """What a user would want to know of the data before hours are spent on it, each a sentence."""
+    good = [(record, clip) for record, clip in zip(records, facts, strict=True) if "reason" not in clip]
+    if not good:
+        return
+    seconds, total = sum(c["seconds"] for _, c in good), sum(c["source_seconds"] for _, c in good)
+    lengths = Counter((c["frames"], c["height"], c["width"]) for _, c in good)
+    shapes = ", ".join(f"{n} of {f}x{h}x{w}" for (f, h, w), n in lengths.most_common())
+    yield f"{len(good)} clips, {seconds:.1f} of {total:.1f} seconds used, as frames x height x width: {shapes}"
+    checks = [
+        (
+            lambda r, c: c["used_percent"] < 90,
+            "use less than 90 % of their clip (--max_num_frames, --fps); the caption should match what is left",
+        ),
+        (lambda r, c: c["frames"] < framing.max_num_frames, f"are shorter than --max_num_frames {framing.max_num_frames}"),
+        (lambda r, c: c["repeated_frames"] > 0, f"have fewer frames a second than --fps {framing.fps:g}: some frames repeat"),
+        (lambda r, c: c["cropped_percent"] > 5, "lose more than 5 % of the picture to the crop (--video_reshape_mode, --height, --width)"),
+        (lambda r, c: c["stretch_percent"] > 5, "are stretched by more than 5 % (--video_reshape_mode none)"),
+        (
+            lambda r, c: c["source_height"] * c["source_width"] < c["height"] * c["width"] * 0.8,
+            "are enlarged: the source is smaller than the training size",
+        ),
+    ]
+    for test, words in checks:
+        hits = [r for r, c in good if test(r, c)]
+        if hits:
+            yield f"{len(hits)} of {len(good)} clips {words}: {some(hits)}"
+    cut = [record for record, count in zip(records, tokens, strict=True) if count > limit]
+    if cut:
+        yield f"{len(cut)} captions are longer than {limit} tokens and will be cut there: {some(cut)}"
+    twice = Counter(c["sha256"] for _, c in good)
+    copies = [r for r, c in good if twice[c["sha256"]] > 1]
+    if copies:
+        yield f"{len(copies)} clips have the same content as another: {some(copies)}"
+    same = Counter(record.caption for record, _ in good)
+    alike = [record for record, _ in good if same[record.caption] > 1]
+    if alike:
+        yield f"{len(alike)} clips share their caption with another: {some(alike)}"
+
+
+def some(records, most=4):
+    """A few names of many."""
+    names = [printable(record.listed) for record in records[:most]]
+    return ", ".join(names) + (f" and {len(records) - most} more" if len(records) > most else "")
+
+
+def printable(text):
+    """Text without characters that would move a terminal's cursor."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def shapes_differ(facts):
+    """Whether the clips do not all have one shape, so that they cannot share a batch."""
+    return len({(clip["frames"], clip["height"], clip["width"]) for clip in facts if "reason" not in clip}) > 1

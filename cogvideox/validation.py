@@ -1,0 +1,114 @@
+"""Videos from the live LoRA, made without leaving a trace in training."""
+
+import contextlib
+import copy
+import hashlib
+import json
+import re
+import traceback
+from pathlib import Path
+
+import torch
+from diffusers import CogVideoXPipeline
+
+from cogvideox.launch import say
+from cogvideox.model import decode_latents
+from cogvideox.video import contact_sheet, read_video, write_video
+
+
+@contextlib.contextmanager
+def undisturbed(transformer):
+    """Evaluation mode, and every random state and mode put back afterwards, whatever happens inside."""
+    was_training = transformer.training
+    transformer.eval()
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            yield
+    finally:
+        transformer.train(was_training)
+
+
+def video_jobs(prompts, videos_per_prompt, seed):
+    """What one validation makes: one job a video. A job's seed and file name do not depend on who makes it."""
+    jobs = []
+    for number, prompt in enumerate(prompts):
+        words = re.sub(r"[^A-Za-z0-9]+", "-", prompt)[:40].strip("-")
+        # The hash keeps prompts apart that begin alike, and prompts of signs only.
+        mark = hashlib.sha256(prompt.encode()).hexdigest()[:6]
+        for video in range(videos_per_prompt):
+            jobs.append({"prompt": number, "seed": seed + video, "name": f"{number:02d}-{words}-{mark}-seed{seed + video}.mp4"})
+    return jobs
+
+
+def sample_latents(transformer, scheduler, prompt, negative_prompt, seed, device, **settings):
+    """Latents [F', C, H', W'] of one video from the stock pipeline. prompt, negative_prompt: embeddings [T, D]."""
+    pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=copy.deepcopy(scheduler))
+    pipeline.set_progress_bar_config(disable=True)
+    result = pipeline(
+        prompt_embeds=prompt[None].to(device),
+        negative_prompt_embeds=negative_prompt[None].to(device),
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+        **settings,
+    )
+    return result.frames[0]
+
+
+def validate(folder, jobs, rank, world_size, transformer, scheduler, embeddings, load_vae, device, fps, settings):
+    """Make this process's share of the videos and write them as mp4. Returns its failures as sentences.
+
+    embeddings: (prompt embeddings, negative embedding), encoded before training. The VAE is loaded for the decoding
+    alone, after all latents are there, so that the peak is that of the larger of the two.
+    """
+    folder, failures, latents = Path(folder), [], []
+    prompts, negative = embeddings
+    with undisturbed(transformer):
+        for job in jobs[rank::world_size]:
+            try:
+                latents.append(
+                    (job, sample_latents(transformer, scheduler, prompts[job["prompt"]], negative, job["seed"], device, **settings))
+                )
+            except Exception as error:
+                failures.append(failure(job, error))
+        if latents:
+            try:
+                vae = load_vae()
+                for job, sample in latents:
+                    write_video(folder / job["name"], decode_latents(vae, sample), fps)
+            except Exception as error:
+                failures.append(failure(job, error))
+    return failures
+
+
+def failure(job, error):
+    """A failed video in one sentence, with the line of code it failed at."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    reason = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+    return f"validation video {job['name']} failed and training goes on: {reason}"
+
+
+def write_sheet(folder, first_folder, jobs, prompts, step, settings):
+    """`contact_sheet.png` (each video below the one of step 0 with the same seed) and `videos.json` of one validation."""
+    folder, first_folder = Path(folder), Path(first_folder)
+    rows = []
+    for job in jobs:
+        rows.append((prompts[job["prompt"]], None))
+        before, now = first_folder / job["name"], folder / job["name"]
+        if before != now and before.exists():
+            rows.append((f"step 0 (base model), seed {job['seed']}", read_video(before)))
+        if now.exists():
+            rows.append((f"step {step}, seed {job['seed']}", read_video(now)))
+    contact_sheet(folder / "contact_sheet.png", rows, f"validation at step {step}")
+    record = [job | {"prompt": prompts[job["prompt"]]} for job in jobs]
+    (folder / "videos.json").write_text(json.dumps({"settings": settings, "videos": record}, indent=1), encoding="utf-8")
+    say(f"step {step}: validation videos and contact_sheet.png in {folder}")
+
+
+def is_due(step, clips_per_step, num_clips, args):
+    """Whether to validate after this step: every N steps, or at the first step that completes an N-th epoch."""
+    if args.validation_steps:
+        return step % args.validation_steps == 0
+    if not args.validation_epochs:
+        return False
+    clips = num_clips * args.validation_epochs
+    return step * clips_per_step // clips > (step - 1) * clips_per_step // clips

@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Fine-tune a CogVideoX LoRA on the GPUs of one machine or several: run it once on each machine.
+#
+#   bash finetune_multi_gpus_1.sh                                           all GPUs of this machine
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash finetune_multi_gpus_1.sh   first of two machines
+#   NNODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 bash finetune_multi_gpus_1.sh   second of two machines
+# Flags at the end win. OUTPUT_PATH and CACHE_PATH have to lie on a file system that all machines share.
+set -euo pipefail
+
+# Edit these, or set them in the environment.
+NNODES="${NNODES:-1}"                                      # machines
+NODE_RANK="${NODE_RANK:-0}"                                # which of them this is, from 0
+GPUS_PER_NODE="${GPUS_PER_NODE:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"   # processes here
+MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"                    # address of machine 0, as the others reach it
+MASTER_PORT="${MASTER_PORT:-29500}"                        # a free port there
+MODEL_PATH="${MODEL_PATH:-THUDM/CogVideoX-2b}"             # hub id or folder of the base model
+DATASET_PATH="${DATASET_PATH:-$HOME/disney}"               # folder with prompts.txt, videos.txt and videos/
+OUTPUT_PATH="${OUTPUT_PATH:-cogvideox-lora-multi-gpu}"     # the LoRA, its checkpoints and videos go here
+CACHE_PATH="${CACHE_PATH:-$HOME/.cache}"                   # downloads, and the encoded clips and captions
+
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# Memory in segments that can grow: less of it is lost to fragments, so fewer runs end out of memory.
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+
+MODEL_ARGS=(
+  --pretrained_model_name_or_path "$MODEL_PATH"
+  --cache_dir "$CACHE_PATH"
+  --enable_tiling                        # VAE: large frames in tiles
+  --enable_slicing                       # VAE: one clip at a time
+)
+DATA_ARGS=(
+  --instance_data_root "$DATASET_PATH"
+  --caption_column prompts.txt           # one caption a line
+  --video_column videos.txt              # the clip of the same line
+  --height 480                           # clips are resized and cropped to this, in pixels
+  --width 720
+  --fps 8                                # frames a second that clips are sampled at
+  --max_num_frames 49                    # 4k + 1 frames at most
+  --skip_frames_start 0                  # source frames left out
+  --skip_frames_end 0
+)
+LORA_ARGS=(
+  --rank 128                             # 64 or above for new concepts
+  --lora_alpha 128                       # rank, or rank // 2
+  --mixed_precision bf16                 # no, fp16 or bf16; the LoRA itself is fp32 in all
+  --seed 3407
+)
+TRAIN_ARGS=(
+  --train_batch_size 1                   # clips per process and batch
+  --num_train_epochs 10                  # passes over the clips
+  --gradient_accumulation_steps 1        # batches per optimizer step
+  --gradient_checkpointing               # recompute activations: slower, a third of the memory
+  --learning_rate 1e-4
+  --optimizer AdamW
+  --adam_beta1 0.9
+  --adam_beta2 0.95
+)
+VALIDATION_ARGS=(
+  --validation_prompt "Mickey with the captain and friends:::Mickey and the bear"
+  --validation_prompt_separator :::
+  --num_validation_videos 1              # videos a prompt
+  --validation_epochs 2                  # every 2 epochs, and before the first and after the last step
+)
+OUTPUT_ARGS=(
+  --output_dir "$OUTPUT_PATH"
+  --checkpointing_steps 500              # in optimizer steps, and at the end
+)
+
+if ((NNODES > 1)) && [[ "$MASTER_ADDR" == 127.0.0.1 ]]; then
+  echo "note: MASTER_ADDR=127.0.0.1 reaches this machine only; with NNODES=$NNODES it is usually the address of machine 0" >&2
+fi
+if ((NODE_RANK < 0 || NODE_RANK >= NNODES || GPUS_PER_NODE < 1)); then
+  echo "NODE_RANK=$NODE_RANK has to be from 0 to NNODES - 1 = $((NNODES - 1)), and GPUS_PER_NODE=$GPUS_PER_NODE at least 1" >&2
+  exit 2
+fi
+
+exec accelerate launch --config_file "$HERE/accelerate_config_machine_multi.yaml" \
+  --num_processes "$((NNODES * GPUS_PER_NODE))" --num_machines "$NNODES" --machine_rank "$NODE_RANK" \
+  --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \
+  "$HERE/train_cogvideox_lora.py" \
+  "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${LORA_ARGS[@]}" "${TRAIN_ARGS[@]}" "${VALIDATION_ARGS[@]}" "${OUTPUT_ARGS[@]}" \
+  "$@"

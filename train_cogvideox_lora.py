@@ -1,0 +1,573 @@
+"""Fine-tune a LoRA for CogVideoX on a folder of clips (prompts.txt, videos.txt, videos/).
+
+One GPU, or a CPU:      bash finetune_single_gpu.sh
+Several GPUs or nodes:  bash finetune_multi_gpus_1.sh        (once on each node)
+By hand:                python train_cogvideox_lora.py --pretrained_model_name_or_path THUDM/CogVideoX-2b \\
+                            --instance_data_root ~/disney --output_dir my-lora
+The same line works under `accelerate launch` and `torchrun`.
+
+What comes out, in --output_dir: pytorch_lora_weights.safetensors (weight 1.0 is the trained strength in every loader),
+README.md (the model card), metrics.jsonl, loss.png, dataset_report.txt, validation/step-*/, checkpoint-*/.
+"""
+
+import argparse
+import functools
+import importlib.util
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+# -----------------------------------------------------------------------------
+# Flags. In this file's order nothing heavy is imported before them: a wrong flag is told in a second.
+
+OPTIMIZER_NAMES = ("adamw", "adam", "prodigy")
+SCHEDULE_NAMES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def build_parser():
+    """All flags: one line each, with the unit and the value that turns it off."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    switch = argparse.BooleanOptionalAction
+
+    flag = parser.add_argument_group("model").add_argument
+    flag(
+        "--pretrained_model_name_or_path", required=True, help="folder or hub id of a diffusers CogVideoX model, such as THUDM/CogVideoX-2b"
+    )
+    flag("--revision", help="branch, tag or commit of a hub model")
+    flag("--variant", help="file variant of the weights, such as fp16")
+    flag("--cache_dir", help="where downloaded models and datasets are stored (default: the hub client's own place)")
+
+    add_data_flags(parser)
+
+    flag = parser.add_argument_group("LoRA and loss").add_argument
+    flag("--rank", type=int, default=128, help="rank of the LoRA matrices; 64 or above for new concepts")
+    flag("--lora_alpha", type=float, help="the LoRA is scaled by alpha / rank (default: equal to --rank)")
+    flag("--lora_dropout", type=float, default=0.0, help="dropout on the LoRA's input (0: off)")
+    flag("--target_modules", nargs="+", default=DEFAULT_TARGETS, help="linear layers that get a LoRA, by the end of their name")
+    flag(
+        "--caption_dropout", type=float, default=0.0, help="share of clips trained with the empty caption (0: off; 0.1 was CogVideoX's own)"
+    )
+    flag("--seed", type=int, default=42, help="seed of everything random")
+    flag(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="compute precision; the LoRA is fp32 in all (default: as the weights are stored)",
+    )
+
+    flag = parser.add_argument_group("training").add_argument
+    flag("--train_batch_size", type=int, default=1, help="clips in a batch, per process")
+    flag("--num_train_epochs", type=int, default=10, help="passes over the clips, unless --max_train_steps is given")
+    flag("--max_train_steps", type=int, help="optimizer steps (default: from --num_train_epochs)")
+    flag("--gradient_accumulation_steps", type=int, default=1, help="batches summed into one optimizer step")
+    flag("--gradient_checkpointing", nargs="?", const="all", default="all", help="recompute blocks to save memory: all, none, or how many")
+    flag("--learning_rate", type=float, default=1e-4, help="peak learning rate (Prodigy: near 1)")
+    flag("--scale_lr", action="store_true", help="multiply the learning rate by clips a step")
+    flag("--lr_scheduler", choices=SCHEDULE_NAMES, default="constant", help="shape of the learning rate over optimizer steps")
+    flag("--lr_warmup_steps", type=int, default=0, help="optimizer steps of warm-up (0: off)")
+    flag("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
+    flag("--lr_power", type=float, default=1.0, help="power of polynomial")
+    flag("--optimizer", type=str.lower, choices=OPTIMIZER_NAMES, default="adamw", help="AdamW, Adam or Prodigy, in any case")
+    flag("--use_8bit_adam", action="store_true", help="Adam states in 8 bits (needs bitsandbytes)")
+    flag("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
+    flag("--adam_beta2", type=float, default=0.95, help="decay of the second moment")
+    flag("--adam_weight_decay", type=float, default=1e-4, help="weight decay (0: off)")
+    flag("--adam_epsilon", type=float, default=1e-8, help="Adam's epsilon")
+    flag("--prodigy_beta3", type=float, help="Prodigy's beta3 (default: the root of beta2)")
+    flag("--prodigy_decouple", action=switch, default=True, help="Prodigy: weight decay as AdamW's")
+    flag("--prodigy_use_bias_correction", action=switch, default=True, help="Prodigy: Adam's bias correction")
+    flag("--prodigy_safeguard_warmup", action=switch, default=True, help="Prodigy: keep warm-up out of the step estimate")
+    flag("--max_grad_norm", type=float, default=1.0, help="clip the gradient norm to this (0: off)")
+    flag("--allow_tf32", action="store_true", help="TF32 products on Ampere and later GPUs")
+    flag("--process_timeout_minutes", type=float, default=30.0, help="how long a collective of the training loop may take")
+
+    flag = parser.add_argument_group("validation").add_argument
+    flag("--validation_prompt", help="prompts to make videos of, joined by the separator (default: no videos)")
+    flag("--validation_prompt_separator", default=":::", help="what separates prompts")
+    flag("--num_validation_videos", type=int, default=1, help="videos a prompt, with seeds --seed, --seed + 1, ...")
+    flag(
+        "--validation_epochs",
+        type=int,
+        default=50,
+        help="validate every N epochs, and before the first and after the last step (0: those only)",
+    )
+    flag("--validation_steps", type=int, default=0, help="validate every N optimizer steps (0: by epochs)")
+    flag("--validation_height", type=int, help="pixels (default: --height)")
+    flag("--validation_width", type=int, help="pixels (default: --width)")
+    flag("--validation_frames", type=int, help="frames (default: as trained)")
+    flag("--guidance_scale", type=float, default=6.0, help="classifier-free guidance (1: off)")
+    flag("--use_dynamic_cfg", action="store_true", help="guidance that grows over the denoising steps")
+    flag("--num_inference_steps", type=int, default=50, help="denoising steps")
+    flag("--negative_prompt", default="", help="what the videos should not show")
+    flag("--fixed_loss_clips", type=int, default=4, help="clips whose loss is taken on fixed noise at every checkpoint (0: off)")
+
+    flag = parser.add_argument_group("output").add_argument
+    flag("--output_dir", default="cogvideox-lora", help="where everything is written")
+    flag("--overwrite_output_dir", action="store_true", help="remove an earlier run's files there first")
+    flag("--checkpointing_steps", type=int, default=500, help="checkpoint every N optimizer steps, and at the end")
+    flag("--checkpoints_total_limit", type=int, help="keep the newest N checkpoints (default: all)")
+    flag("--resume_from_checkpoint", help="a checkpoint folder, or latest")
+    flag("--logging_dir", default="logs", help="the trackers' folder, inside --output_dir")
+    flag("--logging_steps", type=int, default=1, help="log every N optimizer steps; reading the loss waits for the GPU")
+    flag(
+        "--report_to",
+        choices=("tensorboard", "wandb", "comet_ml", "all", "none"),
+        default="tensorboard",
+        help="tracker, beside metrics.jsonl",
+    )
+    flag("--tracker_name", default="cogvideox-lora", help="project name in the tracker")
+    flag("--push_to_hub", action="store_true", help="upload the LoRA, its card and videos at the end (a new repository is private)")
+    flag("--hub_token", help="hub token; better in the environment as HF_TOKEN, where no process list shows it")
+    flag("--hub_model_id", help="repository name (default: the name of --output_dir)")
+    return parser
+
+
+def add_data_flags(parser):
+    """The flags that say which clips are trained on, and how they are cut."""
+    switch = argparse.BooleanOptionalAction
+    flag = parser.add_argument_group("data").add_argument
+    flag("--instance_data_root", help="data folder: prompts.txt and videos.txt (or a table, or a text file a clip)")
+    flag("--dataset_name", help="hub id or folder of a dataset for the datasets package, instead of --instance_data_root")
+    flag("--dataset_config_name", help="its configuration")
+    flag("--caption_column", help="file of captions, one a line, or a table's column (default: prompts.txt, or text)")
+    flag("--video_column", help="file of video paths, one a line, or a table's column (default: videos.txt, or video)")
+    flag("--allow_external_paths", action="store_true", help="allow listed files outside --instance_data_root by .. or links")
+    flag("--id_token", help="identifier put before every training caption, with a space")
+    flag("--height", type=int, default=480, help="pixels, a multiple of 16 for CogVideoX")
+    flag("--width", type=int, default=720, help="pixels, a multiple of 16 for CogVideoX")
+    flag("--fps", type=float, default=8.0, help="frames a second to sample clips at; 8 is what CogVideoX 1.0 was trained on")
+    flag("--max_num_frames", type=int, default=49, help="frames a clip at most: 4k + 1")
+    flag("--skip_frames_start", type=int, default=0, help="source frames to leave out at the start of each clip")
+    flag("--skip_frames_end", type=int, default=0, help="source frames to leave out at the end of each clip")
+    flag("--video_reshape_mode", choices=("center", "random", "none"), default="center", help="resize and crop there; none: stretch")
+    flag("--random_flip", action="store_true", help="mirror a whole clip left to right, half of the times")
+    flag("--enable_slicing", action=switch, default=True, help="VAE: encode and decode one clip at a time")
+    flag("--enable_tiling", action=switch, default=True, help="VAE: large frames in tiles, a third of the memory")
+    flag("--dataloader_num_workers", type=int, default=0, help="processes that read encodings in training (0: none, the fastest here)")
+    flag("--encoding_cache_dir", help="where encoded clips and captions are kept (default: encodings, below --cache_dir or ~/.cache)")
+    flag("--clip_timeout_seconds", type=float, default=60.0, help="how long decoding one clip may take")
+
+
+def check_flags(args):
+    """Every mistake that the flags alone show, each a sentence. Fills in the defaults that depend on other flags."""
+    problems = []
+
+    def at_least(least, *names):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not (math.isfinite(value) and value >= least):
+                problems.append(f"--{name} {value}: at least {least}")
+
+    at_least(1, "rank", "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "lr_num_cycles")
+    at_least(1, "num_validation_videos", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps")
+    at_least(1, "height", "width", "max_num_frames", "validation_height", "validation_width", "validation_frames")
+    at_least(
+        0, "skip_frames_start", "skip_frames_end", "dataloader_num_workers", "lr_warmup_steps", "validation_epochs", "validation_steps"
+    )
+    at_least(0, "learning_rate", "lr_power", "adam_weight_decay", "max_grad_norm", "guidance_scale", "fixed_loss_clips", "seed")
+    for name in ("fps", "lora_alpha", "adam_epsilon", "clip_timeout_seconds", "process_timeout_minutes"):
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            problems.append(f"--{name} {value}: above 0")
+    for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < 1:
+            problems.append(f"--{name} {value}: at least 0 and below 1")
+    if not 0 <= args.caption_dropout <= 1:
+        problems.append(f"--caption_dropout {args.caption_dropout}: a share from 0 to 1")
+    if not args.instance_data_root and not args.dataset_name:
+        problems.append("--instance_data_root: give the folder of the clips (or --dataset_name)")
+    if args.instance_data_root and args.dataset_name:
+        problems.append("--instance_data_root and --dataset_name: give one of them")
+    if args.use_8bit_adam and args.optimizer == "prodigy":
+        problems.append("--use_8bit_adam: works with AdamW and Adam, not with Prodigy")
+    if args.gradient_checkpointing not in ("all", "none") and not args.gradient_checkpointing.isdecimal():
+        problems.append(f"--gradient_checkpointing {args.gradient_checkpointing}: all, none, or a number of blocks")
+    package = {"prodigy": "prodigyopt"}.get(args.optimizer, "bitsandbytes" if args.use_8bit_adam else None)
+    if package and importlib.util.find_spec(package) is None:
+        problems.append(f"--{'use_8bit_adam' if package == 'bitsandbytes' else 'optimizer prodigy'} needs {package}: pip install {package}")
+    if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:
+        problems.append(f"--report_to {args.report_to} needs a package: pip install {args.report_to}, or --report_to none")
+    if args.dataset_name and importlib.util.find_spec("datasets") is None:
+        problems.append("--dataset_name needs the datasets package: pip install datasets")
+
+    for name in ("instance_data_root", "cache_dir", "encoding_cache_dir", "output_dir", "resume_from_checkpoint"):
+        if getattr(args, name):
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
+    args.lora_alpha = args.lora_alpha or float(args.rank)
+    args.encoding_cache_dir = args.encoding_cache_dir or os.path.join(
+        args.cache_dir or os.path.expanduser("~/.cache"), "cogvideox-encodings"
+    )
+    args.prompts = [p.strip() for p in (args.validation_prompt or "").split(args.validation_prompt_separator) if p.strip()]
+    if args.validation_prompt and not args.prompts:
+        problems.append("--validation_prompt: holds no prompt")
+    return problems
+
+
+def parse_args(words=None):
+    """The checked flags; ends with exit code 2 and all problems, one a line."""
+    parser = build_parser()
+    args = parser.parse_args(words)
+    if problems := check_flags(args):
+        parser.exit(2, "".join(f"ERROR[2]: {problem}\n" for problem in problems))
+    return args
+
+
+ARGS = parse_args() if __name__ == "__main__" else None
+
+import torch  # noqa: E402
+from accelerate.utils import broadcast_object_list  # noqa: E402
+from torch.utils.data import DataLoader, default_collate  # noqa: E402
+from tqdm.auto import tqdm  # noqa: E402
+
+from cogvideox import checkpoint, hub, lora, metrics, validation  # noqa: E402
+from cogvideox.data import check_data, encode_data, free  # noqa: E402
+from cogvideox.launch import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, patient_barrier_maker, peak_memory_gib, say, start_processes  # noqa: E402
+from cogvideox.model import (  # noqa: E402  # noqa: E402
+    COGVIDEOX_2B,
+    check_geometry,
+    check_model_folder,
+    checkpoint_blocks,
+    find_model,
+    load_scheduler,
+    load_tokenizer,
+    load_transformer,
+    load_vae,
+    read_facts,
+    rotary_tables,
+    stored_dtype,
+)
+from cogvideox.optimizer import make_optimizer, make_schedule  # noqa: E402
+from cogvideox.order import TrainingClips, positions_of, seeded_generator  # noqa: E402
+from cogvideox.reader import Readers, decode_workers  # noqa: E402
+
+# -----------------------------------------------------------------------------
+# Loss
+
+
+def velocity_loss(transformer, scheduler, batch, rotary, dtype):
+    """The velocity error of each clip of a batch, [B], in fp32.
+
+    v = sqrt(abar) noise - sqrt(1 - abar) latents (Salimans & Ho, 2022, "Progressive distillation", appendix D). The
+    weighted x0 error of other CogVideoX trainers, |x0_hat - x0|^2 / (1 - abar), is this by algebra; taken directly there
+    is no division by 1 - abar (0.0025 at t = 0), which in bf16 puts a floor of 0.07 under the loss.
+    """
+    latents, noise, timestep = batch["latents"], batch["noise"], batch["timestep"]  # [B, F, C, H, W] twice, [B]
+    noisy = scheduler.add_noise(latents, noise, timestep)  # fp32: add_noise rounds its schedule to its input's dtype
+    target = scheduler.get_velocity(latents, noise, timestep)
+    predicted = transformer(
+        hidden_states=noisy.to(dtype),
+        encoder_hidden_states=batch["prompt"].to(dtype),
+        timestep=timestep,
+        image_rotary_emb=rotary,
+        return_dict=False,
+    )[0]
+    return (predicted.float() - target).pow(2).mean(dim=(1, 2, 3, 4))
+
+
+def fixed_loss(accelerator, transformer, scheduler, encodings, args, scaling_factor, rotary_of, dtype):
+    """The loss on a few clips at fixed noise and timesteps: comparable between steps, as the training loss is not.
+
+    The clips lie evenly over the data set, the timesteps are the middles of four bands. Every process takes its share.
+    """
+    count, steps = min(args.fixed_loss_clips, len(encodings)), scheduler.config.num_train_timesteps
+    jobs = [(i * len(encodings) // count, band) for i in range(count) for band in range(4)]
+    total = torch.zeros((), dtype=torch.float64)
+    with validation.undisturbed(transformer):
+        for clip, band in jobs[accelerator.process_index :: accelerator.num_processes]:
+            item = TrainingClips(encodings, f"{args.seed}/fixed/{band}", scaling_factor, steps).item(clip, position=clip)
+            item["timestep"] = torch.tensor(int((band + 0.5) / 4 * steps))
+            batch = {name: value.to(accelerator.device) for name, value in default_collate([item]).items()}
+            total += velocity_loss(transformer, scheduler, batch, rotary_of(batch), dtype).double().sum().cpu()
+    return accelerator.reduce(total.float().to(accelerator.device), "sum").item() / len(jobs)
+
+
+# -----------------------------------------------------------------------------
+# The run
+
+
+def choose_precision(wanted, folder, variant):
+    """The compute precision: the one asked for, or that of the stored weights. Returns (precision, problem)."""
+    on_gpu = torch.cuda.is_available()
+    if wanted == "fp16" and not on_gpu:
+        return wanted, "--mixed_precision fp16: this machine has no GPU, and CPUs have no fast fp16; use bf16 or no"
+    if wanted == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
+        return wanted, f"--mixed_precision bf16: {torch.cuda.get_device_name()} has no bf16; use fp16"
+    if wanted is None and folder:
+        stored = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(stored_dtype(folder, "transformer", variant), "no")
+        return ("no" if stored == "fp16" and not on_gpu else stored), None
+    return wanted or "no", None
+
+
+def prepare_output_dir(args, accelerator):
+    """Make --output_dir, or say why not: a file, not writable, or an earlier run's that was not asked for. Every process calls it."""
+    output_dir, problem = Path(args.output_dir), None
+    if accelerator.is_main_process:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            (output_dir / ".write_test").write_text("")
+            (output_dir / ".write_test").unlink()
+        except OSError as error:
+            problem = f"--output_dir {output_dir}: cannot be written to ({error.strerror})"
+        else:
+            earlier = [p for p in output_dir.iterdir() if p.name in RUN_FILES or p.name.startswith("checkpoint-")]
+            if earlier and args.overwrite_output_dir:
+                for path in earlier:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            elif earlier and not args.resume_from_checkpoint:
+                problem = (
+                    f"--output_dir {output_dir}: holds an earlier run ({earlier[0].name}); go on with it "
+                    "(--resume_from_checkpoint latest), remove it (--overwrite_output_dir), or name another folder"
+                )
+    return [problem for problem in broadcast_object_list([problem]) if problem]
+
+
+RUN_FILES = {lora.LORA_FILE, "README.md", "metrics.jsonl", "loss.png", "flags.json", "validation", "logs"}
+
+
+def main(args):
+    """One training run, from flags to a LoRA on disk."""
+    # The model's configs are read before any of its weights; what is wrong with it is told together with the data's faults.
+    problems, folder, facts, tokenizer = [], None, COGVIDEOX_2B, None
+    token = args.hub_token or os.environ.get("HF_TOKEN")
+    try:
+        folder = find_model(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, token)
+        problems += check_model_folder(folder, args.variant)
+        if not problems:
+            facts, tokenizer = read_facts(folder), load_tokenizer(folder)
+    except ValueError as error:
+        problems.append(str(error))
+    args.mixed_precision, problem = choose_precision(args.mixed_precision, None if problems else folder, args.variant)
+    problems += [problem] if problem else []
+    problems += check_geometry(facts, args.height, args.width, args.max_num_frames)
+    args.validation_height, args.validation_width = args.validation_height or args.height, args.validation_width or args.width
+    if args.prompts:
+        shape = args.validation_height, args.validation_width, args.validation_frames or args.max_num_frames
+        problems += check_geometry(facts, *shape, names=("--validation_height", "--validation_width", "--validation_frames"))
+        problems = list(dict.fromkeys(problems))
+
+    # Processes. From here on every line runs on every process; the main one prints and writes.
+    accelerator = start_processes(args.mixed_precision, args.gradient_accumulation_steps, args.process_timeout_minutes)
+    patient_barrier = patient_barrier_maker()
+    device, is_main, output_dir = accelerator.device, accelerator.is_main_process, Path(args.output_dir)
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    if output_problems := prepare_output_dir(args, accelerator):
+        fail(BAD_OUTPUT, output_problems + problems)
+
+    # Data: every clip is opened and decoded once, then encoded once; afterwards neither T5 nor the VAE is in memory.
+    with Readers(decode_workers(), args.clip_timeout_seconds) as readers:
+        data = check_data(args, facts, tokenizer, readers, accelerator)
+        if problems or data.problems:
+            fail(BAD_FLAGS if problems else BAD_DATA, problems + data.problems)
+        encodings, prompts, negative_prompt, identities = encode_data(
+            args, folder, facts, tokenizer, data, readers, accelerator, patient_barrier
+        )
+
+    # The transformer: frozen, in the compute dtype, with a LoRA in fp32.
+    scheduler = load_scheduler(folder)
+    transformer = load_transformer(folder, dtype, args.variant)
+    try:
+        parameters = lora.add_lora(transformer, args.rank, args.lora_alpha, args.lora_dropout, args.target_modules, args.seed)
+    except ValueError as error:
+        fail(BAD_FLAGS, f"--target_modules {' '.join(args.target_modules)}: {str(error).splitlines()[0]}")
+    checkpoint_blocks(transformer, args.gradient_checkpointing)
+    if dtype != torch.float32:
+        lora.leave_casts_to_autocast(transformer)
+    transformer.to(device).train()
+    rotary_of = rotary_tables(transformer, device)
+
+    # Steps are optimizer steps. Every step trains the same number of clips; the last one of a run is filled up from the
+    # next epoch's order.
+    clips_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(encodings) / clips_per_step)
+    learning_rate = args.learning_rate * (clips_per_step if args.scale_lr else 1)
+    optimizer = make_optimizer(args, parameters, learning_rate)
+    schedule = make_schedule(args, optimizer, total_steps)
+    model, optimizer = accelerator.prepare(transformer, optimizer)
+
+    # Resume. There is no random state to restore: what a position trains is a function of the seed and the position.
+    run_facts = {"flags": checkpoint.public_flags(args), "clips_per_step": clips_per_step, **identities}
+    first_step = checkpoint.resume(args, accelerator, transformer, optimizer, schedule, run_facts)
+    if first_step >= total_steps:
+        say(f"already complete: {output_dir} has been trained for {first_step} of {total_steps} steps")
+        return
+    order = positions_of(
+        accelerator.process_index,
+        accelerator.num_processes,
+        args.train_batch_size,
+        args.gradient_accumulation_steps,
+        first_step,
+        total_steps,
+    )
+    clips = TrainingClips(
+        encodings, args.seed, facts.scaling_factor, scheduler.config.num_train_timesteps, args.caption_dropout, args.random_flip
+    )
+    batches = iter(DataLoader(clips, batch_sampler=list(order), num_workers=args.dataloader_num_workers, pin_memory=device.type == "cuda"))
+
+    log = metrics.MetricsFile(output_dir / "metrics.jsonl", first_step, enabled=is_main)
+    trackers = metrics.start_trackers(args, accelerator, run_facts)
+    lora_facts = {
+        "rank": str(args.rank),
+        "alpha_folded_in": f"{args.lora_alpha:g}",
+        "trigger": args.id_token or "",
+        "example_prompt": data.records[0].caption,
+    }
+    trained, total = sum(p.numel() for p in parameters), sum(p.numel() for p in transformer.parameters())
+    passes, precision = total_steps * clips_per_step / len(encodings), args.mixed_precision.replace("no", "fp32")
+    say(
+        f"\n{len(encodings)} clips; {args.train_batch_size} a batch x {accelerator.num_processes} processes x "
+        f"{args.gradient_accumulation_steps} accumulation = {clips_per_step} clips a step\n"
+        f"{total_steps} steps = {passes:.1f} epochs, from step {first_step}; learning rate {learning_rate:g}, {args.lr_scheduler}\n"
+        f"training {trained / 1e6:.2f} M of {total / 1e6:.1f} M parameters (rank {args.rank}, alpha {args.lora_alpha:g}), "
+        f"computing in {precision}\n"
+    )
+
+    jobs = validation.video_jobs(args.prompts, args.num_validation_videos, args.seed)
+    settings = {
+        "height": args.validation_height,
+        "width": args.validation_width,
+        "num_frames": args.validation_frames or max(clip["frames"] for clip in data.clips),
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "use_dynamic_cfg": args.use_dynamic_cfg,
+    }
+
+    def look(step, videos):
+        """The loss on fixed noise and, where due, validation videos. Every process takes its share."""
+        if args.fixed_loss_clips:
+            value = fixed_loss(accelerator, transformer, scheduler, encodings, args, facts.scaling_factor, rotary_of, dtype)
+            log.write({"step": step, "fixed_loss": value})
+            accelerator.log({"fixed_loss": value}, step=step)
+            say(f"step {step}: loss on fixed noise {value:.5f}")
+        if videos and jobs:
+            shown = output_dir / "validation" / f"step-{step:06d}"
+            embeddings = [prompt.to(dtype) for prompt in prompts], negative_prompt.to(dtype)
+            vae = functools.partial(load_vae, folder, device, args.variant, args.enable_slicing, args.enable_tiling)
+            ranks = accelerator.process_index, accelerator.num_processes
+            for sentence in validation.validate(shown, jobs, *ranks, transformer, scheduler, embeddings, vae, device, args.fps, settings):
+                print(f"warning: {sentence}", file=sys.stderr, flush=True)
+            free(device)
+            patient_barrier()  # one process may have more videos to make than another
+            if is_main and shown.exists():
+                validation.write_sheet(shown, output_dir / "validation/step-000000", jobs, args.prompts, step, settings)
+                metrics.track_videos(trackers, shown, jobs, args.prompts, step, args.fps)
+
+    if first_step == 0:
+        look(0, videos=True)
+
+    # -------------------------------------------------------------------------
+    # The loop
+    exported = None
+    bar = tqdm(
+        range(first_step + 1, total_steps + 1),
+        "training",
+        total_steps,
+        initial=first_step,
+        unit="step",
+        disable=not is_main,
+        dynamic_ncols=True,
+    )
+    since_log, waited, logged_step, step_losses = time.perf_counter(), 0.0, first_step, []
+    for step in bar:
+        last = step == total_steps
+
+        # One optimizer step. The seed is for LoRA dropout, the only random numbers that are drawn inside the model.
+        torch.manual_seed(seeded_generator(args.seed, "dropout", step, accelerator.process_index).initial_seed())
+        for _ in range(args.gradient_accumulation_steps):
+            asked = time.perf_counter()
+            batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
+            waited += time.perf_counter() - asked
+            with accelerator.accumulate(model):
+                loss = velocity_loss(model, scheduler, batch, rotary_of(batch), dtype).mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+                optimizer.step()
+                optimizer.zero_grad()
+            step_losses.append(loss.detach())
+        used_learning_rate = schedule.get_last_lr()[0]
+        schedule.step()
+
+        # Log: the mean over all clips of the steps since the last line, on all processes. This waits for the GPU.
+        if step % args.logging_steps == 0 or last:
+            mean_loss = accelerator.reduce(torch.stack(step_losses).mean(), "mean").item()
+            now = time.perf_counter()
+            values = {
+                "step": step,
+                "epoch": round(step * clips_per_step / len(encodings), 4),
+                "loss": mean_loss,
+                "grad_norm": float(grad_norm),
+                "learning_rate": used_learning_rate,
+                "seconds_per_step": (now - since_log) / (step - logged_step),
+                "data_wait_percent": 100 * waited / (now - since_log),
+                "peak_memory_gib": peak_memory_gib(device),
+            }
+            log.write(values)
+            accelerator.log({name: value for name, value in values.items() if name != "step"}, step=step)
+            bar.set_postfix(
+                loss=f"{mean_loss:.4f}",
+                grad=f"{values['grad_norm']:.3f}",
+                lr=f"{used_learning_rate:.1e}",
+                wait=f"{values['data_wait_percent']:.0f}%",
+            )
+            since_log, waited, logged_step, step_losses = now, 0.0, step, []
+
+        # Checkpoint, every N steps and at the end: on disk before anything that could fail is tried.
+        saving = step % args.checkpointing_steps == 0 or last
+        if saving:
+            if is_main:
+                path = checkpoint.save_checkpoint(
+                    output_dir, step, transformer, optimizer, schedule, accelerator.scaler, run_facts, lora_facts | {"step": str(step)}
+                )
+                checkpoint.prune_checkpoints(output_dir, args.checkpoints_total_limit)
+                shutil.copy2(path / lora.LORA_FILE, output_dir / f".{lora.LORA_FILE}.partial")
+                os.replace(output_dir / f".{lora.LORA_FILE}.partial", output_dir / lora.LORA_FILE)
+                exported = exported or lora.report_export(path, transformer, scheduler, dtype)
+            patient_barrier()
+
+        # Look at what has been learned. The clock of the training steps stands still meanwhile.
+        videos = last or validation.is_due(step, clips_per_step, len(encodings), args)
+        if saving or videos:
+            paused = time.perf_counter()
+            look(step, videos)
+            since_log += time.perf_counter() - paused
+
+    if is_main:
+        finish(
+            args,
+            output_dir,
+            jobs,
+            {
+                "steps": total_steps,
+                "clips": len(encodings),
+                "clips_per_step": clips_per_step,
+                "parameters": trained / 1e6,
+                "num_frames": settings["num_frames"],
+            },
+            token,
+        )
+    accelerator.end_training()
+
+
+def finish(args, output_dir, jobs, facts, token):
+    """The plot, the model card, and the push if it was asked for; the LoRA is on disk already, and none of this can undo it."""
+    last = f"validation/step-{facts['steps']:06d}"
+    facts["videos"] = [(args.prompts[job["prompt"]], f"{last}/{job['name']}") for job in jobs if (output_dir / last / job["name"]).exists()]
+    hub.write_model_card(output_dir, args, facts)
+    metrics.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
+    say(f"\nthe LoRA: {output_dir / lora.LORA_FILE}\nhow to use it: {output_dir / 'README.md'}\nlosses: {output_dir / 'loss.png'}")
+    if args.push_to_hub:
+        try:
+            say(f"uploaded to {hub.push(output_dir, args, token)}")
+        except Exception as error:  # the hub client raises many kinds; the result is here whatever it says
+            fail(
+                1, f"--push_to_hub: the upload failed ({type(error).__name__}: {str(error).splitlines()[0]}); everything is in {output_dir}"
+            )
+
+
+if __name__ == "__main__":
+    main(ARGS)
