@@ -1,0 +1,145 @@
+"""Fixtures: a tiny real CogVideoX folder, real clips, and the whole script run in this process."""
+
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny products: a second thread costs more than it brings
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+import train_cogvideox_lora as script
+from demo.make_model import make_model
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Refuse every connection that leaves this machine."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if self.family == socket.AF_UNIX or (isinstance(address, tuple) and address[0] in ("127.0.0.1", "::1", "localhost")):
+            return connect(self, address)
+        raise AssertionError(f"a test tried to reach {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate keeps one state a process; each run of the script here is to be the first."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A random model of the 2B's kind (sincos positions), with the real tokenizer."""
+    return make_model(tmp_path_factory.mktemp("models") / "tiny", vae_channels=8, heads=2, head_width=16)
+
+
+@pytest.fixture(scope="session")
+def rotary_model(tmp_path_factory):
+    """A random model of the 5B's kind."""
+    return make_model(tmp_path_factory.mktemp("models") / "rotary", vae_channels=8, head_width=32, use_rotary_positional_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def temporal_patch_model(tmp_path_factory):
+    """A random model of the 1.5's kind: rotary, latents taken two by two."""
+    settings = {"use_rotary_positional_embeddings": True, "patch_size_t": 2, "patch_bias": False}
+    return make_model(tmp_path_factory.mktemp("models") / "temporal", vae_channels=8, head_width=32, **settings)
+
+
+@pytest.fixture(scope="session")
+def six_clips(tmp_path_factory):
+    """A data folder with six of the demo's real clips."""
+    folder = tmp_path_factory.mktemp("clips")
+    (folder / "videos").mkdir()
+    for name in ("prompts.txt", "videos.txt"):
+        lines = (ROOT / "demo/dataset" / name).read_text().splitlines()[:6]
+        (folder / name).write_text("\n".join(lines) + "\n")
+    for line in lines:
+        shutil.copy(ROOT / "demo/dataset" / line, folder / line)
+    return folder
+
+
+@pytest.fixture
+def clips(six_clips, tmp_path):
+    """A copy of the six clips that a test may spoil."""
+    return shutil.copytree(six_clips, tmp_path / "clips")
+
+
+@pytest.fixture(scope="session")
+def encodings(tmp_path_factory):
+    """An encoding cache that the tests of a session share."""
+    return tmp_path_factory.mktemp("encodings")
+
+
+def words(model, data, output, cache, **flags):
+    """A command line: small and quick, with `flags` on top (True: a switch; None: left out; False: --no-...)."""
+    base = {
+        "pretrained_model_name_or_path": model,
+        "instance_data_root": data,
+        "output_dir": output,
+        "encoding_cache_dir": cache,
+        "height": 32,
+        "width": 48,
+        "max_num_frames": 9,
+        "rank": 4,
+        "learning_rate": 1e-2,
+        "max_train_steps": 2,
+        "num_inference_steps": 2,
+        "fixed_loss_clips": 0,
+        "report_to": "none",
+    }
+    line = []
+    for name, value in (base | flags).items():
+        if value is None:
+            continue
+        line.append(f"--no-{name}" if value is False else f"--{name}")
+        if not isinstance(value, bool):
+            line += [str(v) for v in value] if isinstance(value, (list, tuple)) else [str(value)]
+    return line
+
+
+@pytest.fixture
+def train(tiny_model, six_clips, encodings, tmp_path):
+    """Run the whole script in this process; returns the output folder."""
+    runs = []
+
+    def run(model=tiny_model, data=six_clips, output=None, cache=encodings, **flags):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        output = output or tmp_path / f"run-{len(runs)}"
+        runs.append(output)
+        script.main(script.parse_args(words(model, data, output, cache, **flags)))
+        return Path(output)
+
+    return run
+
+
+def lora_of(folder):
+    """The exported weights of a run."""
+    return load_file(Path(folder) / "pytorch_lora_weights.safetensors")
+
+
+def same(a, b):
+    """Whether two sets of tensors are equal, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def environment():
+    """The environment for a process started by a test."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}

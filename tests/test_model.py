@@ -1,0 +1,198 @@
+"""Reading, checking and loading models; encoding as the stock pipeline encodes."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CogVideoXPipeline
+
+import train_cogvideox_lora as script
+from cogvideox import model
+from demo.make_model import make_model
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_model):
+    return CogVideoXPipeline.from_pretrained(tiny_model)
+
+
+def test_captions_are_encoded_as_the_pipeline_encodes_prompts(tiny_model, pipeline):
+    tokenizer, encoder = model.load_tokenizer(tiny_model), model.load_text_encoder(tiny_model, torch.device("cpu"))
+    captions = ["a rabbit", "", "a very long story " * 200]
+    ours = model.encode_captions(tokenizer, encoder, captions, 226)
+    theirs, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
+    assert ours.shape == (3, 226, 32)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert (ours[0] - ours[1]).abs().max() > 0.1
+
+
+def test_sampled_latents_are_the_posteriors_sample_times_the_scale(tiny_model):
+    vae = model.load_vae(tiny_model, torch.device("cpu"))
+    frames = np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), dtype=np.uint8)
+    moments = model.encode_frames(vae, frames)
+    with torch.no_grad():
+        posterior = vae.encode(torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1).latent_dist
+    theirs = posterior.sample(generator=torch.Generator().manual_seed(3))[0].transpose(0, 1) * vae.config.scaling_factor
+    ours = model.sample_latents(moments, vae.config.scaling_factor, torch.Generator().manual_seed(3))
+    assert ours.shape == (3, 16, 4, 6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    other = model.sample_latents(moments, vae.config.scaling_factor, torch.Generator().manual_seed(4))
+    assert not torch.allclose(ours, other)
+
+
+def test_latents_are_decoded_as_the_pipeline_decodes_them(tiny_model, pipeline):
+    latents = torch.randn(3, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+    vae = model.load_vae(tiny_model, torch.device("cpu"))
+    ours = model.decode_latents(vae, latents)
+    with torch.no_grad():
+        theirs = pipeline.video_processor.postprocess_video(pipeline.decode_latents(latents[None]), output_type="np")[0]
+    assert ours.shape == (9, 32, 48, 3)
+    np.testing.assert_allclose(ours / 255, theirs, atol=0.51 / 255)
+    assert ours.std() > 5
+
+
+def test_rotary_tables_are_the_pipelines_own_and_none_for_a_sincos_model(tiny_model, rotary_model, temporal_patch_model):
+    batch = {"latents": torch.zeros(1, 4, 16, 4, 6)}
+    assert model.rotary_tables(model.load_transformer(tiny_model, torch.float32), "cpu")(batch) is None
+    for folder in (rotary_model, temporal_patch_model):
+        stock = CogVideoXPipeline.from_pretrained(folder)
+        cos, sin = model.rotary_tables(stock.transformer, "cpu")(batch)
+        theirs = stock._prepare_rotary_positional_embeddings(32, 48, 4, torch.device("cpu"))
+        assert torch.equal(cos, theirs[0])
+        assert torch.equal(sin, theirs[1])
+        assert cos.std() > 0
+
+
+def test_a_training_forward_equals_the_pipelines_forward(rotary_model):
+    """One denoising step of the pipeline against our call, for a landscape, a portrait and another size."""
+    stock = CogVideoXPipeline.from_pretrained(rotary_model)
+    stock.set_progress_bar_config(disable=True)
+    for height, width in ((32, 48), (48, 32), (64, 64)):
+        seen = {}
+
+        def keep(hidden_states, encoder_hidden_states, timestep, image_rotary_emb, seen=seen, forward=type(stock.transformer).forward, **rest):
+            out = forward(
+                stock.transformer,
+                hidden_states=hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                timestep=timestep,
+                image_rotary_emb=image_rotary_emb,
+                **rest,
+            )
+            seen.update(hidden=hidden_states, prompt=encoder_hidden_states, timestep=timestep, out=out[0])
+            return out
+
+        stock.transformer.forward = keep
+        stock("a rabbit", height=height, width=width, num_frames=9, num_inference_steps=1, guidance_scale=1, output_type="latent")
+        del stock.transformer.forward
+        rotary = model.rotary_tables(stock.transformer, "cpu")({"latents": seen["hidden"]})
+        with torch.no_grad():
+            ours = stock.transformer(seen["hidden"], seen["prompt"], seen["timestep"], image_rotary_emb=rotary, return_dict=False)[0]
+        assert torch.equal(ours, seen["out"])
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "fp16"), (torch.bfloat16, "bf16"), (torch.float32, "no")])
+def test_the_stored_dtype_decides_whatever_the_folder_is_called(tmp_path, dtype, name):
+    for folder in ("cogvideox-5b-2b", "model"):
+        path = make_model(tmp_path / folder, dtype=dtype, vae_channels=8, head_width=16)
+        assert model.stored_dtype(path, "transformer") == dtype
+    loaded = model.load_transformer(path, dtype)
+    assert loaded.dtype == dtype
+    expected = "no" if name == "fp16" else name  # a CPU has no fast fp16
+    assert script.choose_precision(None, path, None) == (expected, None)
+
+
+def test_t5_keeps_its_wo_in_fp32_when_it_is_stored_in_fp16(tmp_path):
+    class Gpu:
+        type = "cuda"
+
+    assert model.usable_dtype(torch.float16, Gpu()) == torch.float16
+    assert model.usable_dtype(torch.float16, torch.device("cpu")) == torch.float32
+    path = make_model(tmp_path / "half", dtype=torch.float16, vae_channels=8, head_width=16)
+    encoder = model.T5EncoderModel.from_pretrained(path / "text_encoder", dtype=torch.float16)
+    kept = {name.split(".")[-2] for name, p in encoder.named_parameters() if p.dtype == torch.float32}
+    assert kept == {"wo"}
+
+
+def test_geometry_offers_the_nearest_legal_values(tiny_model, temporal_patch_model):
+    facts = model.read_facts(tiny_model)
+    assert model.check_geometry(facts, 480, 720, 49) == []
+    assert model.check_geometry(facts, 480, 721, 49) == ["--width 721: this model takes multiples of 16; the nearest are 720 or 736"]
+    assert model.check_geometry(facts, 36, 720, 50) == [
+        "--height 36: this model takes multiples of 16; the nearest are 32 or 48",
+        "--max_num_frames 50: this model takes 4k + 1 frames; the nearest are 49 or 53",
+    ]
+    assert "the nearest are 45 or 53" in model.check_geometry(model.read_facts(temporal_patch_model), 480, 720, 49)[0]
+
+
+def edited(folder, target, part, **changes):
+    """A copy of a model folder with some config values changed."""
+    shutil.copytree(folder, target)
+    path = target / part
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        ("transformer/config.json", {"in_channels": 32}, "image-to-video"),
+        ("transformer/config.json", {"ofs_embed_dim": 512}, "image-to-video"),
+        ("transformer/config.json", {"use_learned_positional_embeddings": True}, "learned positions"),
+        ("transformer/config.json", {"_class_name": "WanTransformer3DModel"}, "WanTransformer3DModel"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "epsilon"}, "epsilon"),
+    ],
+)
+def test_a_family_that_is_not_trained_here_is_refused_in_one_sentence(tiny_model, tmp_path, part, changes, words):
+    problems = model.check_model_folder(edited(tiny_model, tmp_path / "other", part, **changes))
+    assert len(problems) == 1
+    assert words in problems[0]
+
+
+def test_a_broken_model_folder_names_the_file(tiny_model, tmp_path):
+    assert model.check_model_folder(tiny_model) == []
+    folder = shutil.copytree(tiny_model, tmp_path / "broken")
+    weights = folder / "transformer/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    (folder / "vae/diffusion_pytorch_model.safetensors").rename(folder / "vae/diffusion_pytorch_model.bin")
+    problems = model.check_model_folder(folder)
+    assert any("transformer/diffusion_pytorch_model.safetensors: truncated" in problem for problem in problems)
+    assert any("pickled weights are not read" in problem for problem in problems)
+    shutil.rmtree(folder / "text_encoder")
+    assert any("no text_encoder/config.json" in problem for problem in model.check_model_folder(folder))
+
+
+@pytest.mark.parametrize(("name", "words"), [("./nowhere", "no such folder"), ("a/b/c", "no such folder"), ("someone/nothing", "HF_HUB_OFFLINE")])
+def test_a_model_that_cannot_be_found_is_told_in_one_sentence(name, words, tmp_path):
+    with pytest.raises(ValueError, match=words) as error:
+        model.find_model(name, cache_dir=tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_in_the_hubs_cache_is_found_without_a_network(tiny_model, tmp_path):
+    snapshot = tmp_path / "models--someone--tiny/snapshots/abc"
+    shutil.copytree(tiny_model, snapshot)
+    (tmp_path / "models--someone--tiny/refs").mkdir()
+    (tmp_path / "models--someone--tiny/refs/main").write_text("abc")
+    assert model.find_model("someone/tiny", cache_dir=tmp_path) == snapshot
+
+
+@pytest.mark.parametrize(("wanted", "count"), [("all", 2), ("none", 0), ("1", 1), ("9", 2)])
+def test_gradient_checkpointing_recomputes_as_many_blocks_as_asked_and_changes_no_gradient(tiny_model, wanted, count):
+    gradients, calls = [], []
+    for setting in ("none", wanted):
+        transformer = model.load_transformer(tiny_model, torch.float32)
+        parameters = script.lora.add_lora(transformer, 4, 4.0, 0.0, ["to_q"], seed=0)
+        model.checkpoint_blocks(transformer, setting)
+        runs = []
+        for block in transformer.transformer_blocks:
+            block.register_forward_pre_hook(lambda *args, runs=runs: runs.append(1))  # recomputing stops before the end
+        inputs = torch.randn(1, 2, 16, 4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(1, 226, 32), torch.tensor([10])
+        transformer.train()(*inputs, return_dict=False)[0].square().sum().backward()
+        gradients.append([p.grad for p in parameters])
+        calls.append(len(runs))
+    assert calls == [2, 2 + count]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert max(g.abs().max() for g in gradients[0]) > 0

@@ -1,0 +1,83 @@
+"""Which clip a position holds and what noise it gets."""
+
+import torch
+
+from cogvideox.order import TrainingClips, clip_at, epoch_order, positions_of
+
+
+class Stored:
+    """Encodings of five clips, kept in memory: moments tell which clip and side, prompts which caption."""
+
+    def __len__(self):
+        return 5
+
+    def moments(self, clip, flipped=False):
+        return torch.full((32, 3, 4, 6), clip + 0.5 * flipped)
+
+    def prompt(self, clip):
+        return torch.full((7, 2), -1.0 if clip is None else float(clip))
+
+
+def clips(**settings):
+    return TrainingClips(Stored(), settings.pop("seed", 1), 1.0, 1000, **settings)
+
+
+def test_every_epoch_holds_every_clip_once_and_no_two_epochs_are_alike():
+    orders = [[clip_at(3, epoch * 9 + place, 9) for place in range(9)] for epoch in range(4)]
+    assert all(sorted(order) == list(range(9)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    assert epoch_order(3, 0, 9) != epoch_order(4, 0, 9)
+
+
+def test_processes_share_the_positions_of_a_step_without_overlap():
+    for world_size, batch, accumulation in ((1, 6, 1), (2, 3, 1), (3, 2, 1), (2, 1, 3), (1, 1, 6)):
+        ranks = [list(positions_of(rank, world_size, batch, accumulation, 0, 4)) for rank in range(world_size)]
+        for step in range(4):
+            seen = sum((b for rank in ranks for b in rank[step * accumulation : (step + 1) * accumulation]), [])
+            assert sorted(seen) == list(range(step * 6, step * 6 + 6))
+
+
+def test_starting_at_a_step_equals_skipping_to_it():
+    whole = list(positions_of(1, 2, 2, 3, 0, 5))
+    assert list(positions_of(1, 2, 2, 3, 2, 5)) == whole[6:]
+
+
+def test_a_position_always_gets_the_same_noise_and_every_position_another():
+    first, again, other_seed = clips()[4], clips()[4], clips(seed=2)[4]
+    assert all(torch.equal(first[name], again[name]) for name in ("latents", "noise", "timestep"))
+    assert not torch.equal(first["noise"], other_seed["noise"])
+    items = [clips()[position] for position in range(20)]
+    assert len({item["noise"].sum().item() for item in items}) == 20
+    assert len({int(item["timestep"]) for item in items}) > 15
+
+
+def test_each_pass_draws_a_fresh_sample_of_a_clips_posterior():
+    passes = [clips()[position] for position in range(15)]
+    of_clip_0 = [item["latents"] for item in passes if int(item["prompt"][0, 0]) == 0]
+    assert len(of_clip_0) == 3
+    assert not torch.equal(of_clip_0[0], of_clip_0[1])
+
+
+def test_timesteps_are_uniform_over_all_thousand():
+    values = torch.stack([clips()[position]["timestep"] for position in range(4000)]).float()
+    assert values.min() < 5
+    assert values.max() > 994
+    counts = torch.histc(values, 10, 0, 1000)
+    assert counts.min() > 330
+    assert counts.max() < 470  # 400 expected, 19 is one standard deviation
+
+
+def test_caption_dropout_swaps_in_the_empty_caption_at_its_rate_and_changes_no_noise():
+    never, often, always = clips(), clips(caption_dropout=0.3), clips(caption_dropout=1.0)
+    dropped = [often[p]["prompt"][0, 0].item() == -1 for p in range(1000)]
+    assert 0.25 < sum(dropped) / 1000 < 0.35
+    assert not any(never[p]["prompt"][0, 0].item() == -1 for p in range(100))
+    assert all(always[p]["prompt"][0, 0].item() == -1 for p in range(100))
+    assert torch.equal(never[3]["noise"], always[3]["noise"])
+
+
+def test_random_flip_takes_the_mirrored_encoding_of_a_clip_half_of_the_times():
+    means = [clips(random_flip=True)[p]["latents"].mean().item() - clips()[p]["latents"].mean().item() for p in range(400)]
+    flipped = [mean > 0.25 for mean in means]
+    assert 160 < sum(flipped) < 240
+    assert all(abs(mean) < 1e-5 for mean, flip in zip(means, flipped, strict=True) if not flip)

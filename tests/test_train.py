@@ -1,0 +1,195 @@
+"""The whole script, in this process: what it writes, what it changes, and what it must not."""
+
+import json
+
+import pytest
+import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from safetensors import safe_open
+
+from tests.conftest import lora_of, same
+
+
+def test_a_run_writes_exactly_these_files(train):
+    folder = train(validation_prompt="a rabbit:::a bird", max_train_steps=4, checkpointing_steps=2, fixed_loss_clips=2, validation_steps=2)
+    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    videos = {"a rabbit", "a bird", "contact sheet", "videos.json"}
+    states = {"adapter.safetensors", "manifest.json", "optimizer.safetensors", "pytorch_lora_weights.safetensors", "state.json"}
+    expected = {"README.md", "dataset_report.txt", "loss.png", "metrics.jsonl", "pytorch_lora_weights.safetensors"}
+    expected |= {f"checkpoint-{step}/{name}" for step in (2, 4) for name in states}
+    shown = {name.split("/")[-1].rsplit("-", 2)[0] for name in names if name.endswith(".mp4")}
+    assert shown == {"00-a-rabbit", "01-a-bird"}
+    assert {name for name in names if not name.startswith("validation")} == expected
+    assert len([name for name in names if name.startswith("validation")]) == 3 * len(videos)
+
+
+def test_metrics_hold_one_line_a_step_and_the_fixed_loss(train):
+    folder = train(max_train_steps=3, fixed_loss_clips=2)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    assert [line["step"] for line in lines if "fixed_loss" in line] == [0, 3]
+    wanted = {"step", "epoch", "loss", "grad_norm", "learning_rate", "seconds_per_step", "data_wait_percent", "peak_memory_gib"}
+    assert all(wanted == set(line) for line in lines if "loss" in line)
+    assert all(line["grad_norm"] > 0 for line in lines if "loss" in line)
+
+
+def test_training_lowers_the_loss_on_fixed_noise_and_a_learning_rate_of_zero_does_not(train):
+    def fixed(folder):
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        return [line["fixed_loss"] for line in lines if "fixed_loss" in line]
+
+    start, end = fixed(train(max_train_steps=30, fixed_loss_clips=4, rank=16))
+    assert end < start - 0.02
+    start, end = fixed(train(max_train_steps=3, fixed_loss_clips=4, rank=16, learning_rate=0))
+    assert end == start
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(train):
+    first, again, other = train(), train(), train(seed=43)
+    assert same(lora_of(first), lora_of(again))
+    assert not same(lora_of(first), lora_of(other))
+    assert all(tensor.abs().max() > 0 for tensor in lora_of(first).values())
+
+
+def test_the_base_model_is_unchanged_and_every_lora_weight_moved(train, tiny_model, monkeypatch):
+    import train_cogvideox_lora as script
+
+    kept = {}
+    load = script.load_transformer
+
+    def remember(*args, **kwargs):
+        kept["model"] = load(*args, **kwargs)
+        kept["before"] = {name: p.detach().clone() for name, p in kept["model"].state_dict().items()}
+        return kept["model"]
+
+    monkeypatch.setattr(script, "load_transformer", remember)
+    train(max_train_steps=3)
+    after = {name.replace(".base_layer", ""): p for name, p in kept["model"].state_dict().items()}
+    assert all(torch.equal(kept["before"][name], after[name]) for name in kept["before"])
+    lora = {name: p for name, p in after.items() if ".lora_" in name}
+    assert len(lora) == 2 * 4 * 2  # A and B, four targets, two blocks
+    assert all(p.dtype == torch.float32 for p in lora.values())
+    assert all(p.abs().max() > 0 for name, p in lora.items() if ".lora_B." in name)  # they start at zero
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(8, 1), (8, 4), (8, 8), (4, 8)])
+def test_the_exported_lora_gives_the_trained_strength_in_a_stock_pipeline(train, tiny_model, monkeypatch, rank, alpha):
+    from cogvideox import checkpoint
+
+    kept = {}
+    save = checkpoint.save_checkpoint
+
+    def remember(output_dir, step, transformer, *rest):
+        kept["live"] = transformer
+        return save(output_dir, step, transformer, *rest)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", remember)
+    folder = train(rank=rank, lora_alpha=alpha, max_train_steps=4, learning_rate=0.03)
+    pipeline = CogVideoXPipeline.from_pretrained(tiny_model)
+    inputs = {
+        "hidden_states": torch.randn(1, 3, 16, 4, 6, generator=torch.Generator().manual_seed(1)),
+        "encoder_hidden_states": torch.randn(1, 226, 32, generator=torch.Generator().manual_seed(2)),
+        "timestep": torch.tensor([300]),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        base = pipeline.transformer(**inputs)[0]
+        pipeline.load_lora_weights(str(folder))
+        loaded = pipeline.transformer(**inputs)[0]
+        live = kept["live"].eval()(**inputs)[0]
+    effect = (live - base).abs().max()
+    assert effect > 1e-3
+    assert (loaded - live).abs().max() < 1e-5
+    pipeline.transformer.set_adapters(pipeline.transformer.active_adapters(), weights=0.5)
+    with torch.no_grad():
+        half = pipeline.transformer(**inputs)[0]
+    assert (half - live).abs().max() > 0.1 * effect  # the comparison would notice a wrong strength
+
+
+def test_the_file_says_how_to_use_it_and_carries_no_alpha(train):
+    folder = train(id_token="BUNNY")
+    with safe_open(folder / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        metadata, names = file.metadata(), list(file.keys())
+    assert metadata["trigger"] == "BUNNY"
+    assert metadata["example_prompt"].startswith("BUNNY BUNNYTOON")
+    assert "lora_adapter_metadata" not in metadata
+    assert all(name.startswith("transformer.transformer_blocks.") and name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_a_resumed_run_ends_with_the_same_bits_as_an_unbroken_one(train, stop):
+    settings = {"gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "caption_dropout": 0.5, "lora_dropout": 0.2, "random_flip": True}
+    straight = train(max_train_steps=6, checkpointing_steps=1, **settings)
+    broken = train(max_train_steps=6, checkpointing_steps=1, output=straight.parent / "broken", **settings)
+    for step in range(stop + 1, 7):  # as if the run had ended here
+        (broken / f"checkpoint-{step}" / "manifest.json").unlink()
+    train(max_train_steps=6, checkpointing_steps=1, resume_from_checkpoint=f"checkpoint-{stop}", output=broken, **settings)
+    assert same(lora_of(straight), lora_of(broken))
+    for name in ("optimizer.safetensors", "state.json"):
+        assert (straight / "checkpoint-6" / name).read_bytes() == (broken / "checkpoint-6" / name).read_bytes()
+    lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (straight, broken)]
+    exact = ("step", "loss", "grad_norm", "learning_rate")
+    assert [[line[name] for name in exact] for line in lines[0]] == [[line[name] for name in exact] for line in lines[1]]
+    assert not same(lora_of(straight), lora_of(train(max_train_steps=6, seed=7, **settings)))
+
+
+def test_resuming_a_finished_run_trains_nothing(train, capsys):
+    folder = train()
+    before = (folder / "pytorch_lora_weights.safetensors").read_bytes()
+    train(output=folder, resume_from_checkpoint="latest")
+    assert "already complete" in capsys.readouterr().err
+    assert (folder / "pytorch_lora_weights.safetensors").read_bytes() == before
+
+
+def test_validation_changes_no_bit_of_training(train):
+    plain = train(max_train_steps=4)
+    watched = train(max_train_steps=4, validation_prompt="a rabbit", validation_steps=1, fixed_loss_clips=3, checkpointing_steps=1)
+    assert same(lora_of(plain), lora_of(watched))
+
+
+def test_validation_with_the_same_seed_differs_only_by_the_lora(train):
+    still = train(validation_prompt="a rabbit", learning_rate=0)
+    moved = train(validation_prompt="a rabbit", learning_rate=0.1, max_train_steps=4)
+
+    def videos(folder, step):
+        return next((folder / f"validation/step-{step:06d}").glob("*.mp4")).read_bytes()
+
+    assert videos(still, 0) == videos(still, 2) == videos(moved, 0)
+    assert videos(moved, 4) != videos(moved, 0)
+
+
+def test_a_failing_validation_is_told_and_training_goes_on(train, monkeypatch, capsys):
+    from cogvideox import validation
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no memory for this video")
+
+    monkeypatch.setattr(validation, "sample_latents", broken)
+    folder = train(validation_prompt="a rabbit")
+    assert (folder / "pytorch_lora_weights.safetensors").exists()
+    assert "no memory for this video" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["rotary_model", "temporal_patch_model"])
+def test_rotary_and_temporal_patch_models_train_and_validate(train, request, kind):
+    model = request.getfixturevalue(kind)
+    folder = train(model=model, max_num_frames=13, validation_prompt="a rabbit", max_train_steps=2)
+    assert all(tensor.abs().max() > 0 for tensor in lora_of(folder).values())
+    assert len(list((folder / "validation").rglob("*.mp4"))) == 2
+    CogVideoXTransformer3DModel.from_pretrained(model / "transformer").load_lora_adapter(
+        folder / "pytorch_lora_weights.safetensors", prefix="transformer"
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_number_of_loader_workers_changes_nothing(train, workers):
+    assert same(lora_of(train(max_train_steps=3)), lora_of(train(max_train_steps=3, dataloader_num_workers=workers)))
+
+
+def test_one_batch_of_two_trains_what_two_accumulated_batches_train(train):
+    batch = lora_of(train(train_batch_size=2, max_train_steps=4))
+    accumulated = lora_of(train(gradient_accumulation_steps=2, max_train_steps=4))
+    single = lora_of(train(max_train_steps=4))
+    worst = max((batch[name] - accumulated[name]).abs().max() for name in batch)
+    assert worst < 1e-5
+    assert max((batch[name] - single[name]).abs().max() for name in batch) > 100 * worst
