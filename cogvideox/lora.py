@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -116,7 +117,9 @@ def check_export(folder, transformer, scheduler):
         live = transformer(**inputs)[0].float()
         transformer.disable_adapters()
         base = transformer(**inputs)[0].float()
-        pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="exported", local_files_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is an adapter already is the point
+            pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="exported", local_files_only=True)
         transformer.enable_adapters()
         transformer.set_adapter("exported")
         exported = transformer(**inputs)[0].float()
@@ -124,10 +127,10 @@ def check_export(folder, transformer, scheduler):
         if len(loaded) != len(load_file(Path(folder) / LORA_FILE)):
             raise ValueError(f"{LORA_FILE}: the stock loader used {len(loaded)} of its weights")
     finally:
-        if "exported" in transformer.peft_config:
-            transformer.delete_adapters("exported")
         transformer.enable_adapters()
         transformer.set_adapter("default")
+        if "exported" in transformer.peft_config:
+            transformer.delete_adapters("exported")
         for p in trainable:
             p.requires_grad_(True)
         transformer.train(was_training)

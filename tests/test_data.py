@@ -1,0 +1,340 @@
+"""Data folders: pairs that never shift, every fault named at once, frames by time."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train_cogvideox_lora as script
+from cogvideox import survey
+from dataset import BadClip, Framing, choose_frames, exact_scale, fit, longest_legal_length, read_clip, read_records, source_box
+from tests.conftest import lora_of, same, words
+
+
+def framing(**settings):
+    return Framing(**({"fps": 8, "max_num_frames": 49, "sizes": ((32, 48),)} | settings))
+
+
+# -----------------------------------------------------------------------------
+# Records
+
+
+def test_captions_and_clips_pair_line_by_line(clips):
+    records, problems, layout = read_records(clips)
+    assert problems == []
+    assert layout == "line files"
+    captions = (clips / "prompts.txt").read_text().splitlines()
+    listed = (clips / "videos.txt").read_text().splitlines()
+    assert [(r.listed, r.caption) for r in records] == list(zip(listed, captions, strict=True))
+
+
+def test_a_byte_order_mark_crlf_and_a_final_empty_line_are_fine(clips):
+    for name in ("prompts.txt", "videos.txt"):
+        text = (clips / name).read_text().replace("\n", "\r\n")
+        (clips / name).write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n\r\n")
+    records, problems, _ = read_records(clips)
+    assert problems == []
+    assert len(records) == 6
+    assert records[0].caption.startswith("BUNNYTOON a grey")
+
+
+def test_empty_lines_are_named_and_never_shift_a_pair(clips):
+    captions, videos = (clips / "prompts.txt").read_text().splitlines(), (clips / "videos.txt").read_text().splitlines()
+    (clips / "prompts.txt").write_text("\n".join([captions[0], "", *captions[1:]]) + "\n")
+    (clips / "videos.txt").write_text("\n".join([*videos[:3], "  ", *videos[3:]]) + "\n")
+    records, problems, _ = read_records(clips)
+    assert [p.split(":")[:2] for p in problems] == [["prompts.txt", "2"], ["videos.txt", "4"]]
+    assert (records[0].listed, records[0].caption) == (videos[0], captions[0])
+
+
+def test_a_missing_line_is_named_with_both_counts(clips):
+    lines = (clips / "prompts.txt").read_text().splitlines()
+    (clips / "prompts.txt").write_text("\n".join(lines[:-1]) + "\n")
+    _, problems, _ = read_records(clips)
+    assert problems == ["prompts.txt has 5 lines, videos.txt 6: videos.txt:6 ('videos/08.mp4') has no partner in prompts.txt"]
+
+
+def test_a_file_that_is_not_utf8_names_its_line(clips):
+    (clips / "prompts.txt").write_bytes(b"one\ncaf\xe9\n")
+    assert "prompts.txt:2: not UTF-8 (byte 0xe9)" in read_records(clips)[1][0]
+
+
+def test_a_missing_list_offers_the_one_that_is_there(clips):
+    (clips / "prompts.txt").rename(clips / "prompt.txt")
+    assert "there is prompt.txt" in read_records(clips)[1][0]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder, path: path.unlink(), "no such file"),
+        (lambda folder, path: path.write_bytes(b""), "empty file"),
+        (lambda folder, path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
+        (lambda folder, path: (path.unlink(), path.mkdir()), "not a regular file"),
+        (lambda folder, path: (path.unlink(), path.symlink_to(folder / "nothing")), "a link to nothing"),
+        (lambda folder, path: (path.unlink(), path.symlink_to(path)), "04.mp4"),
+    ],
+    ids=["missing", "empty", "fifo", "folder", "dangling link", "link loop"],
+)
+def test_a_file_that_cannot_be_read_is_named_with_its_line(clips, make, words):
+    make(clips, clips / "videos/04.mp4")
+    records, problems, _ = read_records(clips)
+    assert len(problems) == 1
+    assert problems[0].startswith("videos.txt:2: videos/04.mp4")
+    assert words in problems[0]
+    assert len(records) == 5
+
+
+def test_a_relative_path_out_of_the_folder_is_refused_unless_allowed(clips, tmp_path):
+    outside = tmp_path / "outside.mp4"
+    (clips / "videos/04.mp4").rename(outside)
+    (clips / "videos/04.mp4").symlink_to(outside)
+    text = (clips / "videos.txt").read_text().replace("videos/05.mp4", "../outside.mp4")
+    (clips / "videos.txt").write_text(text)
+    _, problems, _ = read_records(clips)
+    assert [p.split(":")[1] for p in problems] == ["2", "3"]
+    assert all("leaves the data folder" in p for p in problems)
+    assert read_records(clips, allow_external_paths=True)[1] == []
+    (clips / "videos.txt").write_text(text.replace("../outside.mp4", str(outside)))  # written out, it was meant
+    assert [p.split(":")[1] for p in read_records(clips)[1]] == ["2"]
+
+
+@pytest.mark.parametrize("listed", ["http://127.0.0.1/clip.mp4", "concat://a", "file:///etc/passwd"])
+def test_an_address_is_not_a_file(clips, listed):
+    (clips / "videos.txt").write_text((clips / "videos.txt").read_text().replace("videos/04.mp4", listed))
+    assert "is not a file name" in read_records(clips)[1][0]
+
+
+def test_a_table_names_its_columns(clips, train):
+    records, _, _ = read_records(clips)
+    rows = [{"file": r.listed, "words": r.caption, "empty": ""} for r in records]
+    (clips / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (clips / "list.csv").write_text("file,words\n" + "".join(f'{r.listed},"{r.caption}"\n' for r in records))
+    names = {"caption_column": "words", "video_column": "file"}
+    for table in (clips / "metadata.jsonl", clips / "list.csv"):
+        pairs, problems, _ = read_records(table, "words", "file")
+        assert problems == []
+        assert [(r.path, r.caption) for r in pairs] == [(r.path, r.caption) for r in records]
+    assert "no column text, video (it has: file, words, empty)" in read_records(clips / "metadata.jsonl")[1][0]
+    assert len(read_records(clips / "metadata.jsonl", "empty", "file")[1]) == 6
+    os.rename(clips / "prompts.txt", clips / "captions.txt")
+    from_table = train(data=clips, **names)
+    (clips / "metadata.jsonl").unlink()
+    from_lines = train(data=clips, caption_column="captions.txt")
+    assert same(lora_of(from_table), lora_of(from_lines))
+
+
+def test_a_text_file_a_clip_is_read_in_both_places(clips):
+    records, _, _ = read_records(clips)
+    (clips / "labels").mkdir()
+    for record in records:
+        (clips / "labels" / record.listed.split("/")[1]).with_suffix(".txt").write_text(record.caption + "\n")
+    for name in ("prompts.txt", "videos.txt"):
+        (clips / name).unlink()
+    found, problems, layout = read_records(clips)
+    assert (problems, layout) == ([], "videos with a text file each")
+    assert [(r.path, r.caption) for r in found] == [(r.path, r.caption) for r in records]
+    for text in (clips / "labels").iterdir():
+        text.rename(clips / "videos" / text.name)
+    (clips / "labels").rmdir()
+    (clips / "videos/04.txt").write_text(" ")
+    found, problems, _ = read_records(clips)
+    assert len(found) == 5
+    assert "videos/04.mp4: its caption videos/04.txt is empty" in problems[0]
+
+
+def test_dataset_flags_reach_the_datasets_package(monkeypatch, clips, tmp_path):
+    from cogvideox.data import list_clips
+
+    asked = {}
+
+    class Rows(list):
+        column_names = ["text", "video"]
+        features = {"video": "string"}
+
+    class Package:
+        Video = type("Video", (), {})
+
+        @staticmethod
+        def load_dataset(name, config, cache_dir, split):
+            asked.update(name=name, config=config, split=split)
+            return Rows([{"text": "a\nrabbit", "video": str(clips / "videos/04.mp4")}, {"text": "", "video": "nothing.mp4"}])
+
+    monkeypatch.setitem(__import__("sys").modules, "datasets", Package)
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: True)
+    args = script.parse_args(words("m", None, "o", tmp_path, dataset_name="someone/clips", dataset_config_name="small", id_token="T"))
+    records, problems, _ = list_clips(args)
+    assert asked == {"name": "someone/clips", "config": "small", "split": "train"}
+    assert [r.caption for r in records] == ["T a rabbit"]
+    assert len(problems) == 1
+
+
+# -----------------------------------------------------------------------------
+# Frames
+
+
+def test_a_24_fps_clip_gives_every_third_frame_at_8_fps():
+    times = np.arange(49) / 24
+    assert choose_frames(times, framing()) == list(range(0, 49, 3))
+    assert choose_frames(times, framing(max_num_frames=9)) == list(range(0, 27, 3))
+    assert choose_frames(times, framing(fps=24)) == list(range(49))
+    assert choose_frames(times, framing(fps=12))[:3] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("source_fps", [8, 10, 15, 23.976, 25, 29.97, 30, 50, 60, 120])
+def test_frames_lie_within_half_a_source_frame_of_their_time(source_fps):
+    times = np.arange(int(7 * source_fps)) / source_fps
+    chosen = choose_frames(times, framing())
+    assert len(chosen) == 49
+    assert np.abs(times[chosen] - np.arange(49) / 8).max() <= 0.5 / source_fps + 1e-9
+
+
+def test_a_variable_frame_rate_keeps_its_speed():
+    times = np.concatenate([np.arange(0, 1, 1 / 30), np.arange(1, 3, 1 / 10)])
+    chosen = choose_frames(times, framing())
+    assert len(chosen) == 21  # 3 seconds hold 24, and 4k + 1 is 21
+    assert np.abs(times[chosen] - np.arange(21) / 8).max() <= 0.05
+
+
+def test_skipped_frames_are_left_out_and_too_many_are_told():
+    times = np.arange(49) / 24
+    assert choose_frames(times, framing(skip_frames_start=6))[0] == 6
+    assert choose_frames(times, framing(skip_frames_end=24))[-1] <= 24
+    with pytest.raises(BadClip, match="--skip_frames_start 40 and --skip_frames_end 9 leave none"):
+        choose_frames(times, framing(skip_frames_start=40, skip_frames_end=9))
+
+
+@pytest.mark.parametrize(("frames", "plain", "by_two"), [(0, 0, 0), (1, 1, 0), (4, 1, 0), (5, 5, 5), (12, 9, 5), (49, 49, 45), (53, 53, 53)])
+def test_a_clip_is_cut_to_the_longest_legal_length(frames, plain, by_two):
+    assert longest_legal_length(frames) == plain
+    assert longest_legal_length(frames, latents_per_patch=2) == by_two
+
+
+def test_the_crop_is_centred_keeps_the_aspect_and_none_stretches():
+    assert source_box(320, 160, 48, 32, framing()) == (40.0, 0.0, 280.0, 160.0)
+    assert source_box(160, 320, 48, 32, framing(crop_y=0.0)) == pytest.approx((0.0, 0.0, 160.0, 106.667), abs=1e-3)
+    assert source_box(320, 160, 48, 32, framing(reshape_mode="none")) == (0.0, 0.0, 320.0, 160.0)
+    picture = np.zeros((160, 320, 3), np.uint8)
+    picture[:, 140:180] = 255  # a bar of an eighth of the width, in the middle
+    for mode, expected in (("center", 48 * 40 / 240), ("none", 48 / 8)):
+        facts = {"width": 48, "height": 32, "box": list(source_box(320, 160, 48, 32, framing(reshape_mode=mode)))}
+        bar = fit(picture, facts)[16, :, 0] > 127
+        assert bar.sum() == pytest.approx(expected, abs=1)
+        assert np.nonzero(bar)[0].mean() == pytest.approx(23.5, abs=0.6)
+
+
+def test_a_decoder_scales_only_where_that_is_exact():
+    facts = {"source_width": 240, "source_height": 160, "width": 96, "height": 64, "box": [0.0, 0.0, 240.0, 160.0]}
+    assert exact_scale(facts) == (96, 64)
+    assert exact_scale(facts | {"source_width": 1280, "source_height": 720, "box": [100.0, 0.0, 1180.0, 720.0]}) is None
+
+
+def test_scaling_in_the_decoder_gives_the_picture_that_pillow_gives(six_clips):
+    frames, facts = read_clip(six_clips / "videos/04.mp4", framing(sizes=((64, 96),), max_num_frames=5), reader="decord")
+    full, _ = read_clip(six_clips / "videos/04.mp4", framing(sizes=((160, 240),), max_num_frames=5), reader="decord")
+    reference = np.stack([np.asarray(Image.fromarray(f).resize((96, 64), Image.Resampling.BICUBIC)) for f in full])
+    assert np.abs(frames.astype(int) - reference).mean() < 3
+    assert np.abs(frames.astype(int) - np.roll(reference, 4, axis=2)).mean() > 6
+
+
+# -----------------------------------------------------------------------------
+# The survey and the run
+
+
+def spoil(clips):
+    """Five faults of five kinds."""
+    (clips / "videos/04.mp4").write_bytes((clips / "videos/04.mp4").read_bytes()[:6000])
+    (clips / "videos/05.mp4").write_bytes(b"")
+    (clips / "videos/06.mp4").write_text("not a video at all\n" * 50)
+    (clips / "videos/07.mp4").unlink()
+    with (clips / "videos.txt").open("a") as file:
+        file.write("videos/02.mp4\n")
+
+
+def test_a_bad_folder_ends_before_any_model_loads_with_every_fault_named(clips, train, monkeypatch, capsys, tmp_path):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("cogvideox.data.load_text_encoder", forbidden)
+    monkeypatch.setattr("cogvideox.data.load_vae", forbidden)
+    monkeypatch.setattr(script, "load_transformer", forbidden)
+    spoil(clips)
+    with pytest.raises(SystemExit) as stop:
+        train(data=clips, output=tmp_path / "out", cache=tmp_path / "cache")
+    assert stop.value.code == 3
+    told = capsys.readouterr().err
+    for sentence in ("videos/04.mp4", "videos/05.mp4: empty file", "videos/06.mp4", "videos/07.mp4: no such file", "prompts.txt has 6 lines, videos.txt 7"):
+        assert sentence in told
+    assert told.count("ERROR[3]") == 5
+    assert [p.name for p in (tmp_path / "out").rglob("*")] == ["dataset_report.txt"]
+    assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and "hashes" not in str(p)] == []
+
+
+def test_faults_of_the_model_the_size_and_the_data_are_told_together(clips, train, capsys, tmp_path):
+    (clips / "videos/05.mp4").write_bytes(b"")
+    with pytest.raises(SystemExit) as stop:
+        train(model=tmp_path / "nothing", data=clips, height=36)
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert "no such folder" in told
+    assert "--height 36" in told
+    assert "videos/05.mp4: empty file" in told
+
+
+def test_clips_of_unlike_length_need_batches_of_one(clips, train, capsys):
+    (clips / "videos/04.mp4").write_bytes(short_clip())
+    with pytest.raises(SystemExit) as stop:
+        train(data=clips, train_batch_size=2)
+    assert stop.value.code == 3
+    assert "--train_batch_size 2: the clips differ in length" in capsys.readouterr().err
+    assert len(lora_of(train(data=clips))) == 16
+
+
+def short_clip():
+    """An mp4 of five frames."""
+    import tempfile
+    from pathlib import Path
+
+    from cogvideox.video import write_video
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_video(Path(folder) / "short.mp4", np.random.default_rng(0).integers(0, 255, (5, 64, 96, 3), np.uint8), fps=8)
+        return (Path(folder) / "short.mp4").read_bytes()
+
+
+def test_the_report_says_what_a_user_would_want_to_know(clips, train):
+    captions = (clips / "prompts.txt").read_text().splitlines()
+    captions[1], captions[2] = "long " * 300, captions[3]
+    (clips / "prompts.txt").write_text("\n".join(captions))
+    (clips / "videos/05.mp4").write_bytes((clips / "videos/06.mp4").read_bytes())
+    report = (train(data=clips, width=32) / "dataset_report.txt").read_text()
+    assert "240x160 49f @24" in report
+    assert "6 of 6 clips use less than 90 % of their clip" in report
+    assert "6 of 6 clips lose more than 5 % of the picture" in report
+    assert "1 captions are longer than 226 tokens" in report
+    assert "2 clips have the same content as another: videos/05.mp4, videos/06.mp4" in report
+    assert "2 clips share their caption with another" in report
+
+
+def test_the_time_limit_reaches_the_readers(train, monkeypatch, tmp_path, capsys):
+    import sys
+
+    from cogvideox import reader
+
+    hanging = lambda workers, seconds: reader.Readers(workers, seconds, command=[sys.executable, "-c", "import time; time.sleep(99)"])  # noqa: E731
+    monkeypatch.setattr(script, "Readers", hanging)
+    with pytest.raises(SystemExit) as stop:
+        train(clip_timeout_seconds=0.5, cache=tmp_path / "cache")
+    assert stop.value.code == 3
+    assert capsys.readouterr().err.count("not decoded within 0.5 seconds") >= 6
+
+
+def test_a_random_crop_depends_on_the_seed_and_the_file_alone(six_clips):
+    records, _, _ = read_records(six_clips)
+    wide = framing(sizes=((48, 32),), reshape_mode="random")
+    places = [survey.clip_framing(r, wide, 1).crop_x for r in records]
+    assert places == [survey.clip_framing(r, wide, 1).crop_x for r in records]
+    assert len(set(places)) > 3
+    assert places != [survey.clip_framing(r, wide, 2).crop_x for r in records]
