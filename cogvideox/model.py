@@ -287,6 +287,8 @@ def decode_latents(vae, latents):
     """uint8 frames [F, H, W, 3] of scaled latents [F', C, H', W'], as CogVideoXPipeline.decode_latents makes them."""
     latents = latents.transpose(0, 1)[None].to(vae.device, vae.dtype) / vae.config.scaling_factor
     video = vae.decode(latents).sample[0].float()  # [3, F, H, W]
+    # diffusers' VAE decodes an even number of latents to 4 frames each, where the first stands for one: drop the surplus.
+    video = video[:, -((latents.shape[2] - 1) * vae.config.temporal_compression_ratio + 1) :]
     return ((video / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 

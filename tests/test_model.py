@@ -51,6 +51,7 @@ def test_latents_are_decoded_as_the_pipeline_decodes_them(tiny_model, pipeline):
     assert ours.shape == (9, 32, 48, 3)
     np.testing.assert_allclose(ours / 255, theirs, atol=0.51 / 255)
     assert ours.std() > 5
+    assert [len(model.decode_latents(vae, latents[:n])) for n in (1, 2, 3)] == [1, 5, 9]
 
 
 def test_rotary_tables_are_the_pipelines_own_and_none_for_a_sincos_model(tiny_model, rotary_model, temporal_patch_model):
