@@ -8,11 +8,14 @@ have to start fast.
 
 import csv
 import difflib
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import stat
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,17 +24,21 @@ from PIL import Image, ImageOps
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"}
+# The containers that are read; the list also keeps PyAV from anything that points to other files or addresses.
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,gif,flv,asf,ogg"
 PLAYLIST_STARTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<SMIL", b"<MPD")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One line of the data: where it stands (for messages), the file as listed, the file on disk, and its caption."""
+    """One line of the data: where it stands (for messages), the file as listed, the file on disk, its caption, and why
+    the file cannot be opened (None: it can)."""
 
     where: str
     listed: str
     path: str
     caption: str
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,8 @@ def read_records(root, caption_column=None, video_column=None, allow_external_pa
     (`metadata.csv|jsonl|parquet`, or `root` itself such a file) with one column each, `videos/` + `labels/NAME.txt` (the
     layout of the SAT trainer), and clips with a `NAME.txt` beside each.
 
-    Returns (records, problems, layout): all problems found, each a sentence; `layout` is a word for the log.
+    Returns (records, problems, layout): problems of the lists, each a sentence (those of a file stand in its record);
+    `layout` is a word for the log.
     """
     root = Path(root).expanduser()
     if not root.exists():
@@ -89,11 +97,8 @@ def read_records(root, caption_column=None, video_column=None, allow_external_pa
         layout = "videos with a text file each"
     records = []
     for where, listed, caption in rows:
-        path, problem = locate(root, listed, allow_external_paths)
-        if problem:
-            problems.append(f"{where}: {problem}")
-        else:
-            records.append(Record(where, listed, str(path), caption))
+        path, reason = locate(root, listed, allow_external_paths)
+        records.append(Record(where, listed, str(path), caption, reason))
     if not rows and not problems:
         problems.append(f"{root}: no clips listed")
     return records, problems, layout
@@ -225,9 +230,9 @@ def read_label_files(root):
 
 
 def locate(root, listed, allow_external_paths):
-    """Find a listed file below `root`. Returns (path, None) or (None, what is wrong with it)."""
+    """Find a listed file below `root`. Returns (path, None), or (path, what is wrong with it)."""
     if "\0" in listed or "://" in listed:
-        return None, f"{listed!r} is not a file name"
+        return listed, "not a file name"
     path = Path(listed).expanduser()
     inside = not path.is_absolute()
     path = root / path
@@ -235,18 +240,18 @@ def locate(root, listed, allow_external_paths):
         resolved = path.resolve(strict=True)
         status = resolved.stat()
     except FileNotFoundError:
-        return None, f"{listed}: no such file" + (" (a link to nothing)" if path.is_symlink() else "")
+        return path, "no such file" + (" (a link to nothing)" if path.is_symlink() else "")
     except (OSError, RuntimeError) as error:
-        return None, f"{listed}: cannot be opened ({error})"
+        return path, f"cannot be opened ({error})"
     # An absolute path was written on purpose; a relative one that leaves the folder by `..` or a link may not have been.
     if inside and not allow_external_paths and not resolved.is_relative_to(root.resolve()):
-        return None, f"{listed}: leaves the data folder (it is {resolved}); allow it with --allow_external_paths"
+        return path, f"leaves the data folder (it is {resolved}); allow it with --allow_external_paths"
     if not stat.S_ISREG(status.st_mode):
-        return None, f"{listed}: not a regular file"
+        return path, "not a regular file"
     if status.st_size == 0:
-        return None, f"{listed}: empty file"
+        return path, "empty file"
     if not os.access(resolved, os.R_OK):
-        return None, f"{listed}: permission denied"
+        return path, "permission denied"
     return path, None
 
 
@@ -329,28 +334,17 @@ def read_clip(path, framing, reader="auto"):
     decord with PyAV wherever decord cannot be trusted. Raises BadClip with the reason.
     """
     path = str(path)
-    with open(path, "rb") as file:
-        start = file.read(64)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise BadClip(f"cannot be opened ({error.strerror})") from None
     if start.lstrip(b"\xef\xbb\xbf \r\n").startswith(PLAYLIST_STARTS):
         # A decoder would follow it to other files, or to addresses.
         raise BadClip("a playlist, not a video; refused")
     if Path(path).suffix.lower() in IMAGE_SUFFIXES:
-        frames, facts = read_picture(path, framing)
-    elif reader == "decord":
-        frames, facts = read_with_decord(path, framing)
-    elif reader == "pyav":
-        frames, facts = read_with_pyav(path, framing)
-    else:
-        try:
-            frames, facts = read_with_decord(path, framing)
-        except Untrusted as reason:
-            frames, facts = read_with_pyav(path, framing)
-            facts["note"] = f"read with PyAV: {reason}"
-    return frames, facts
-
-
-class Untrusted(Exception):
-    """decord cannot read this file, or would read it wrongly without a word; PyAV may."""
+        return read_picture(path, framing)
+    return read_video(path, framing, reader)
 
 
 def read_picture(path, framing):
@@ -359,131 +353,250 @@ def read_picture(path, framing):
         raise BadClip("a picture is one frame; this model takes at least 5")
     try:
         with Image.open(path) as picture:
+            if picture.mode.startswith("I"):  # 16-bit grey: Pillow would clip it at 255
+                picture = picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
             frame = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadClip(f"not a readable picture ({error})") from None
-    facts = clip_facts("picture", [0.0], [0], frame.shape[1], frame.shape[0], framing)
-    return np.stack([fit(frame, facts)]), facts
+    facts = clip_facts([0.0], [0], frame.shape[1], frame.shape[0], framing)
+    return np.stack([fit(frame, facts)]), facts | {"reader": "picture"}
 
 
-def read_with_decord(path, framing):
-    """See `read_clip`. Raises Untrusted for a file that decord refuses, or is known to read wrongly."""
+# -----------------------------------------------------------------------------
+# Videos: PyAV says which frames there are, decord decodes them where it can be trusted
+
+
+class Untrusted(Exception):
+    """decord cannot read this file, or would read it wrongly without a word; PyAV may."""
+
+
+def read_video(path, framing, reader):
+    """See `read_clip`.
+
+    The packets tell when each frame is shown. PyAV then decodes up to the last frame that was chosen, which shows damage
+    and frames that never appear: decord would count on, and return a neighbour. Where the packets were wrong, the times
+    come from decoding the whole file.
+    """
+    stamps, unit, kind, doubt = list_packets(path)
+    indices = choose_frames(seconds(stamps, unit), framing) if stamps else []
+    shown, picture = watch(path, kind, indices[-1] + 1 if indices else None)
+    if not indices or shown != stamps[: len(shown)]:
+        doubt = doubt or "its packets are not its frames"
+        stamps, picture = watch(path, kind)
+        indices = choose_frames(seconds(stamps, unit), framing)
+    turn = picture_turn(picture)
+    if turn != NO_TURN:
+        doubt = doubt or "its picture is turned when it is shown"
+    width, height = (picture.height, picture.width) if turn[0] else (picture.width, picture.height)
+    facts = clip_facts(seconds(stamps, unit), indices, width, height, framing)
+    if reader != "pyav":
+        try:
+            if doubt:
+                raise Untrusted(doubt)
+            return read_with_decord(path, seconds(stamps, unit), facts), facts | {"reader": "decord"}
+        except Untrusted as reason:
+            if reader == "decord":
+                raise
+            facts["note"] = f"read with PyAV: {reason}"
+    return read_with_pyav(path, turn, facts), facts | {"reader": "pyav"}
+
+
+def seconds(stamps, unit):
+    """Time stamps as seconds after the first."""
+    return (np.asarray(stamps, dtype=np.int64) - stamps[0]) * float(unit)
+
+
+@contextmanager
+def open_video(path):
+    """A file's container and its main video stream, in PyAV. Raises BadClip, also for what PyAV raises in the block."""
+    try:
+        import av
+    except ImportError:
+        raise BadClip("a video needs PyAV: pip install av") from None
+    try:
+        with av.open(path, metadata_errors="replace", options={"format_whitelist": CONTAINERS}) as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+                raise BadClip("no video stream")
+            yield container, stream
+    except av.FFmpegError as error:
+        missing = missing_bytes(path)
+        if missing:
+            raise BadClip(f"truncated: at least {missing} bytes are missing at its end") from None
+        if error.errno == errno.EINVAL:  # what a list of allowed containers answers to any other
+            raise BadClip(f"not a video of a kind that is read ({CONTAINERS}); a picture has to be named like one") from None
+        raise BadClip(f"not a readable video ({error.strerror})") from None
+
+
+def list_packets(path):
+    """What a file's packets tell of its frames, read without decoding.
+
+    Returns (time stamps of the frames shown, increasing; their unit in seconds; the kind of container; why decord must not
+    read the file, or ""). The list is empty where the packets do not tell. Raises BadClip for a file that is cut short.
+    """
+    with open_video(path) as (container, stream):
+        kind, unit, announced = container.format.name.split(",")[0], stream.time_base, stream.frames
+        # The last packet of a demuxer is empty: it ends the decoding.
+        packets = [(p.pts, p.is_keyframe, p.is_discard, p.is_corrupt) for p in container.demux(stream) if p.size]
+    whole, missing = sum(not corrupt for _, _, _, corrupt in packets), missing_bytes(path)
+    if missing:
+        of = f" of the {announced}" if announced > whole else ""
+        raise BadClip(f"truncated: {whole}{of} frames are there, at least {missing} bytes are missing at its end")
+    if whole < len(packets):
+        raise BadClip(f"damaged: {len(packets) - whole} of its {len(packets)} packets are broken")
+    if any(stamp is None for stamp, _, _, _ in packets):
+        return [], unit, kind, "its packets carry no times"
+    shown = [(stamp, key) for stamp, key, discard, _ in packets if not discard]
+    by_time = sorted(shown)
+    doubt = ""
+    # Each of these makes decord return other frames than those asked for, without a word.
+    if kind not in ("mov", "matroska"):
+        doubt = f"decord seeks exactly in MP4, MOV, MKV and WebM only, this is {kind}"
+    elif len(shown) < len(packets):
+        doubt = "an edit list hides some of its frames"
+    elif [key for _, key in shown] != [key for _, key in by_time]:
+        doubt = "frames stored after a key frame are shown before it (an open group of pictures)"
+    return [stamp for stamp, _ in by_time], unit, kind, doubt
+
+
+def missing_bytes(path):
+    """How many bytes a file lacks at least, by its own account.
+
+    That is told by the boxes of an MP4, the segment of a Matroska file, the RIFF of an AVI, and the last byte of a GIF.
+    """
+    size, end = os.path.getsize(path), 0
+    with open(path, "rb") as file:
+        start = file.read(4096)
+        segment = start.find(b"\x18\x53\x80\x67") + 4
+        if start.startswith(b"RIFF"):
+            end = 8 + int.from_bytes(start[4:8], "little")
+        elif start.startswith(b"\x1a\x45\xdf\xa3") and 4 <= segment < len(start) and start[segment]:
+            width = 9 - start[segment].bit_length()  # leading zeros tell how many bytes the number has
+            length = int.from_bytes(start[segment : segment + width]) - (1 << 7 * width)
+            if length < (1 << 7 * width) - 1:  # all ones: a live recording, of unknown length
+                end = segment + width + length
+        elif start.startswith(b"GIF8"):
+            file.seek(max(0, size - 4096))
+            end = size + (not file.read().rstrip(b"\0\r\n").endswith(b";"))
+        else:
+            position = 0
+            while position + 8 <= size:
+                file.seek(position)
+                length, kind = int.from_bytes(file.read(4)), file.read(4)
+                if length == 1:
+                    length = int.from_bytes(file.read(8))
+                if length < 8:  # 0: up to the end of the file
+                    break
+                position += length
+                if kind in (b"moov", b"moof", b"mdat"):
+                    end = position
+    return max(0, end - size)
+
+
+def shown_frames(path, count=None):
+    """Decode with PyAV, in the order of showing, at most `count` frames. Raises BadClip where a frame is not whole."""
+    import av
+
+    number, size = 0, None
+    with open_video(path) as (container, stream):
+        try:
+            for frame in container.decode(stream):
+                if frame.pts is None:
+                    raise BadClip("its frames carry no times")
+                if frame.is_corrupt:
+                    raise BadClip(f"damaged: frame {number} cannot be decoded whole")
+                size = size or (frame.width, frame.height)
+                if (frame.width, frame.height) != size:
+                    raise BadClip(f"its picture changes from {size[0]}x{size[1]} to {frame.width}x{frame.height} at frame {number}")
+                yield frame
+                number += 1
+                if number == count:
+                    return
+        except av.FFmpegError as error:
+            raise BadClip(f"damaged: frame {number} cannot be decoded ({error.strerror})") from None
+    if not number:
+        raise BadClip("no frame in it can be decoded")
+
+
+def watch(path, kind, count=None):
+    """Decode `count` frames (all, without it) and keep none but the first. Returns (their time stamps, the first frame)."""
+    stamps, first = [], None
+    for frame in shown_frames(path, count):
+        stamps.append(frame.pts)
+        first = first or frame
+    if kind == "avi":  # a frame's time is the number of its packet there, and B-frames are stored out of order
+        stamps.sort()
+    backwards = np.nonzero(np.diff(stamps) < 0)[0]
+    if len(backwards):
+        raise BadClip(f"its times run backwards after frame {backwards[0]} (recordings that were joined, or a damaged one)")
+    return stamps, first
+
+
+NO_TURN = (False, 1, 1)
+
+
+def picture_turn(frame):
+    """How a frame is to be turned to stand upright: (swap rows and columns, then the step through rows, and columns).
+
+    Raises BadClip for anything but quarter turns and mirrors.
+    """
+    side = frame.side_data.get("DISPLAYMATRIX")
+    if side is None:
+        return NO_TURN
+    # x' = a x + c y and y' = b x + d y: where a pixel at (x, y) is shown.
+    a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[:5].tolist()
+    if (a and d) and not (b or c):
+        return False, int(np.sign(d)), int(np.sign(a))
+    if (b and c) and not (a or d):
+        return True, int(np.sign(b)), int(np.sign(c))
+    raise BadClip("its picture is to be shown turned by an angle that is no quarter turn")
+
+
+def read_with_decord(path, times, facts):
+    """The frames at facts["indices"]. Raises Untrusted where decord refuses the file, or lists other frames than `times`."""
     try:
         import decord
     except ImportError:
         raise Untrusted("decord is not installed") from None
     decord.logging.set_level(decord.logging.QUIET)
-    try:
-        video = decord.VideoReader(path, num_threads=1)
-        times = video.get_frame_timestamp(range(len(video)))[:, 0].astype(np.float64)
-        keys = len(video.get_key_indices())
-        height, width = video[0].shape[:2]
-    except (decord.DECORDError, RuntimeError, IndexError) as error:
-        raise Untrusted(first_line(error)) from None
-    # decord seeks wrongly in these three kinds of file, without a word: edit lists (mp4 cut with -c copy), streams
-    # stored out of order (B-frames in AVI), and transport streams, which it shows as all key frames.
-    if times[0] < -1e-6:
-        raise Untrusted("its first frame lies before time zero (an edit list)")
-    if np.any(np.diff(times) <= 0):
-        raise Untrusted("its frames are not in order of time")
-    if Path(path).suffix.lower() in {".ts", ".m2ts", ".mts", ".avi", ".mpg", ".mpeg", ".gif"} or (keys == len(times) > 1):
-        raise Untrusted("its container does not seek exactly")
-    announced = announced_frames(path)
-    if announced > len(times):
-        raise BadClip(f"truncated: {len(times)} of the {announced} frames it announces can be read")
-    indices = choose_frames(times - times[0], framing)
-    facts = clip_facts("decord", times - times[0], indices, width, height, framing)
     scaled = exact_scale(facts)
-    try:
-        if scaled and scaled != (width, height):
-            resized = decord.VideoReader(path, num_threads=1, width=scaled[0], height=scaled[1])
-            frames = resized.get_batch(indices).asnumpy()
-            if frames.shape[1:3] == (scaled[1], scaled[0]):
-                left, top = round(facts["box"][0] * scaled[0] / width), round(facts["box"][1] * scaled[1] / height)
-                video[len(times) - 1]
-                return frames[:, top : top + facts["height"], left : left + facts["width"]], facts
-    except (decord.DECORDError, RuntimeError, IndexError):
-        pass  # decord's scaler refuses a few widths (8, 12, 16, 24, 48, 72); full size and Pillow below do not
-    try:
-        frames = np.stack([fit(frame, facts) for frame in video.get_batch(indices).asnumpy()])
-        video[len(times) - 1]  # a file that is cut short often opens well and fails only here
-    except (decord.DECORDError, RuntimeError, IndexError) as error:
-        raise Untrusted(first_line(error)) from None
-    return frames, facts
+    # decord's scaler refuses a few widths (8, 12, 16, 24, 48, 72); full size and Pillow do not.
+    for width, height in ([scaled] if scaled else []) + [(-1, -1)]:
+        try:
+            video = decord.VideoReader(path, num_threads=1, width=width, height=height)
+            listed = video.get_frame_timestamp(range(len(video)))[:, 0]
+            if len(listed) != len(times) or not np.allclose(listed - listed[0], times, rtol=1e-6, atol=1e-3):
+                raise Untrusted(f"decord lists {len(listed)} frames at other times")
+            frames = video.get_batch(facts["indices"]).asnumpy()
+        except (decord.DECORDError, RuntimeError, IndexError) as error:
+            reason = f"decord: {first_line(error)}"
+            continue
+        if width == -1:
+            return np.stack([fit(frame, facts) for frame in frames])
+        left, top = (round(facts["box"][0] * width / facts["source_width"]), round(facts["box"][1] * height / facts["source_height"]))
+        return frames[:, top : top + facts["height"], left : left + facts["width"]]
+    raise Untrusted(reason)
 
 
-def announced_frames(path):
-    """The number of frames that the container's header announces (0: it does not)."""
-    try:
-        import av
-
-        with av.open(path) as container:
-            return container.streams.video[0].frames
-    except Exception:  # the header is a second opinion; where it cannot be had there is none
-        return 0
-
-
-def read_with_pyav(path, framing):
-    """See `read_clip`. Two passes, so that memory holds the chosen frames only. Raises BadClip."""
-    try:
-        import av
-    except ImportError:
-        raise BadClip("decord cannot read it, and PyAV is not installed: pip install av") from None
-    try:
-        times, rotation, width, height = [], 0, 0, 0
-        with av.open(path) as container:
-            if not container.streams.video:
-                raise BadClip("no video stream")
-            announced = container.streams.video[0].frames
-            for frame in container.decode(video=0):
-                times.append(frame.time)
-                rotation, width, height = frame.rotation, frame.width, frame.height
-    except (av.FFmpegError, OSError, EOFError, ValueError) as error:
-        if isinstance(error, BadClip):
-            raise
-        got = f"; {len(times)} frames could be read before that" if times else ""
-        raise BadClip(f"not a readable video ({first_line(error)}){got}") from None
-    if not times:
-        raise BadClip("no frame in it can be decoded")
-    if any(time is None for time in times):
-        raise BadClip("its frames carry no times")
-    if rotation % 180:
-        width, height = height, width
-    order = np.argsort(times, kind="stable")
-    times = np.asarray(times)[order] - min(times)
-    # Frames outside an edit list are announced but not shown, so only a large gap means a cut file.
-    if announced > len(times) * 1.5 + 1 and path.endswith((".mp4", ".mov", ".m4v")) and not has_edit_list(path):
-        raise BadClip(f"truncated: {len(times)} of the {announced} frames it announces can be read")
-    indices = choose_frames(times, framing)
-    facts = clip_facts("pyav", times, indices, width, height, framing)
-    wanted = {int(order[i]) for i in indices}
-    kept = {}
-    with av.open(path) as container:
-        for number, frame in enumerate(container.decode(video=0)):
-            if number in wanted:
-                # Rotation is counter-clockwise, as numpy's; decord applies it by itself.
-                picture = np.rot90(frame.to_ndarray(format="rgb24"), round(rotation / 90) % 4)
-                kept[number] = fit(np.ascontiguousarray(picture), facts)
-            if len(kept) == len(wanted):
-                break
-    return np.stack([kept[int(order[i])] for i in indices]), facts
-
-
-def has_edit_list(path):
-    """Whether an MP4's header holds an edit list (an `elst` box) in its first or last megabyte."""
-    with open(path, "rb") as file:
-        head = file.read(1 << 20)
-        file.seek(max(0, os.path.getsize(path) - (1 << 20)))
-        return b"elst" in head or b"elst" in file.read()
+def read_with_pyav(path, turn, facts):
+    """The frames at facts["indices"], turned upright."""
+    wanted, kept = set(facts["indices"]), {}
+    swap, rows, columns = turn
+    for number, frame in enumerate(shown_frames(path, max(wanted) + 1)):
+        if number in wanted:
+            picture = frame.to_ndarray(format="rgb24")
+            picture = (picture.swapaxes(0, 1) if swap else picture)[::rows, ::columns]
+            kept[number] = fit(np.ascontiguousarray(picture), facts)
+    return np.stack([kept[index] for index in facts["indices"]])
 
 
 def first_line(error):
-    """The part of a decoder's message that a person can read."""
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__).split(": ", 1)[-1][:160]
+    """What a message of decord's says, without its place in the source and the condition that failed."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^.*(Check failed: .*?\(.*?\)|\.cc:\d+:) *(ERROR|Error:)? *", "", text)[:160]
 
 
-def clip_facts(reader, times, indices, width, height, framing):
+def clip_facts(times, indices, width, height, framing):
     """What the report and the cache need to know of a clip; JSON-ready."""
     target_height, target_width = choose_size(width, height, framing.sizes)
     box = source_box(width, height, target_width, target_height, framing)
@@ -493,7 +606,7 @@ def clip_facts(reader, times, indices, width, height, framing):
     kept_area = (box[2] - box[0]) * (box[3] - box[1]) / (width * height)
     stretch = (target_width / target_height) / ((box[2] - box[0]) / (box[3] - box[1]))
     return {
-        "reader": reader,
+        "reader": "",
         "source_frames": len(times),
         "source_fps": round((len(times) - 1) / float(times[-1] - times[0]), 3) if len(times) > 1 else 0.0,
         "source_seconds": round(seconds, 3),

@@ -20,8 +20,10 @@ import sys
 import time
 from pathlib import Path
 
+from cogvideox.flags import add_data_flags, below, check_data_flags, not_above_zero
+
 # -----------------------------------------------------------------------------
-# Flags. In this file's order nothing heavy is imported before them: a wrong flag is told in a second.
+# Flags. Nothing heavy is imported before them, so that a wrong one is told in a second.
 
 OPTIMIZER_NAMES = ("adamw", "adam", "prodigy")
 SCHEDULE_NAMES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -125,63 +127,25 @@ def build_parser():
     return parser
 
 
-def add_data_flags(parser):
-    """The flags that say which clips are trained on, and how they are cut."""
-    switch = argparse.BooleanOptionalAction
-    flag = parser.add_argument_group("data").add_argument
-    flag("--instance_data_root", help="data folder: prompts.txt and videos.txt (or a table, or a text file a clip)")
-    flag("--dataset_name", help="hub id or folder of a dataset for the datasets package, instead of --instance_data_root")
-    flag("--dataset_config_name", help="its configuration")
-    flag("--caption_column", help="file of captions, one a line, or a table's column (default: prompts.txt, or text)")
-    flag("--video_column", help="file of video paths, one a line, or a table's column (default: videos.txt, or video)")
-    flag("--allow_external_paths", action="store_true", help="allow listed files outside --instance_data_root by .. or links")
-    flag("--id_token", help="identifier put before every training caption, with a space")
-    flag("--height", type=int, default=480, help="pixels, a multiple of 16 for CogVideoX")
-    flag("--width", type=int, default=720, help="pixels, a multiple of 16 for CogVideoX")
-    flag("--fps", type=float, default=8.0, help="frames a second to sample clips at; 8 is what CogVideoX 1.0 was trained on")
-    flag("--max_num_frames", type=int, default=49, help="frames a clip at most: 4k + 1")
-    flag("--skip_frames_start", type=int, default=0, help="source frames to leave out at the start of each clip")
-    flag("--skip_frames_end", type=int, default=0, help="source frames to leave out at the end of each clip")
-    flag("--video_reshape_mode", choices=("center", "random", "none"), default="center", help="resize and crop there; none: stretch")
-    flag("--random_flip", action="store_true", help="mirror a whole clip left to right, half of the times")
-    flag("--enable_slicing", action=switch, default=True, help="VAE: encode and decode one clip at a time")
-    flag("--enable_tiling", action=switch, default=True, help="VAE: large frames in tiles, a third of the memory")
-    flag("--dataloader_num_workers", type=int, default=0, help="processes that read encodings in training (0: none, the fastest here)")
-    flag("--encoding_cache_dir", help="where encoded clips and captions are kept (default: encodings, below --cache_dir or ~/.cache)")
-    flag("--clip_timeout_seconds", type=float, default=60.0, help="how long decoding one clip may take")
-
-
 def check_flags(args):
     """Every mistake that the flags alone show, each a sentence. Fills in the defaults that depend on other flags."""
-    problems = []
-
-    def at_least(least, *names):
-        for name in names:
-            value = getattr(args, name)
-            if value is not None and not (math.isfinite(value) and value >= least):
-                problems.append(f"--{name} {value}: at least {least}")
-
-    at_least(1, "rank", "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "lr_num_cycles")
-    at_least(1, "num_validation_videos", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps")
-    at_least(1, "height", "width", "max_num_frames", "validation_height", "validation_width", "validation_frames")
-    at_least(
-        0, "skip_frames_start", "skip_frames_end", "dataloader_num_workers", "lr_warmup_steps", "validation_epochs", "validation_steps"
+    problems = check_data_flags(args)
+    problems += below(
+        args, 1, "rank", "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "lr_num_cycles"
     )
-    at_least(0, "learning_rate", "lr_power", "adam_weight_decay", "max_grad_norm", "guidance_scale", "fixed_loss_clips", "seed")
-    for name in ("fps", "lora_alpha", "adam_epsilon", "clip_timeout_seconds", "process_timeout_minutes"):
-        value = getattr(args, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            problems.append(f"--{name} {value}: above 0")
+    problems += below(
+        args, 1, "num_validation_videos", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps"
+    )
+    problems += below(args, 1, "validation_height", "validation_width", "validation_frames")
+    problems += below(args, 0, "lr_warmup_steps", "validation_epochs", "validation_steps", "fixed_loss_clips", "seed", "guidance_scale")
+    problems += below(args, 0, "learning_rate", "lr_power", "adam_weight_decay", "max_grad_norm")
+    problems += not_above_zero(args, "lora_alpha", "adam_epsilon", "process_timeout_minutes")
     for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < 1:
             problems.append(f"--{name} {value}: at least 0 and below 1")
     if not 0 <= args.caption_dropout <= 1:
         problems.append(f"--caption_dropout {args.caption_dropout}: a share from 0 to 1")
-    if not args.instance_data_root and not args.dataset_name:
-        problems.append("--instance_data_root: give the folder of the clips (or --dataset_name)")
-    if args.instance_data_root and args.dataset_name:
-        problems.append("--instance_data_root and --dataset_name: give one of them")
     if args.use_8bit_adam and args.optimizer == "prodigy":
         problems.append("--use_8bit_adam: works with AdamW and Adam, not with Prodigy")
     if args.gradient_checkpointing not in ("all", "none") and not args.gradient_checkpointing.isdecimal():
@@ -191,17 +155,13 @@ def check_flags(args):
         problems.append(f"--{'use_8bit_adam' if package == 'bitsandbytes' else 'optimizer prodigy'} needs {package}: pip install {package}")
     if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:
         problems.append(f"--report_to {args.report_to} needs a package: pip install {args.report_to}, or --report_to none")
-    if args.dataset_name and importlib.util.find_spec("datasets") is None:
-        problems.append("--dataset_name needs the datasets package: pip install datasets")
 
-    for name in ("instance_data_root", "cache_dir", "encoding_cache_dir", "output_dir", "resume_from_checkpoint"):
+    for name in ("output_dir", "resume_from_checkpoint"):
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     args.lora_alpha = args.lora_alpha or float(args.rank)
-    args.encoding_cache_dir = args.encoding_cache_dir or os.path.join(
-        args.cache_dir or os.path.expanduser("~/.cache"), "cogvideox-encodings"
-    )
-    args.prompts = [p.strip() for p in (args.validation_prompt or "").split(args.validation_prompt_separator) if p.strip()]
+    separator = args.validation_prompt_separator or "\n"
+    args.prompts = [p.strip() for p in (args.validation_prompt or "").split(separator) if p.strip()]
     if args.validation_prompt and not args.prompts:
         problems.append("--validation_prompt: holds no prompt")
     return problems
@@ -224,6 +184,7 @@ from torch.utils.data import DataLoader, default_collate  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
 from cogvideox import checkpoint, hub, lora, metrics, validation  # noqa: E402
+from cogvideox.cache import known_components  # noqa: E402
 from cogvideox.data import check_data, encode_data, free  # noqa: E402
 from cogvideox.launch import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, patient_barrier_maker, peak_memory_gib, say, start_processes  # noqa: E402
 from cogvideox.model import (  # noqa: E402  # noqa: E402
@@ -241,7 +202,7 @@ from cogvideox.model import (  # noqa: E402  # noqa: E402
     stored_dtype,
 )
 from cogvideox.optimizer import make_optimizer, make_schedule  # noqa: E402
-from cogvideox.order import TrainingClips, positions_of, seeded_generator  # noqa: E402
+from cogvideox.order import TrainingClips, clip_at, epoch_length, positions_of, seeded_generator  # noqa: E402
 from cogvideox.reader import Readers, decode_workers  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -278,7 +239,7 @@ def fixed_loss(accelerator, transformer, scheduler, encodings, args, scaling_fac
     total = torch.zeros((), dtype=torch.float64)
     with validation.undisturbed(transformer):
         for clip, band in jobs[accelerator.process_index :: accelerator.num_processes]:
-            item = TrainingClips(encodings, f"{args.seed}/fixed/{band}", scaling_factor, steps).item(clip, position=clip)
+            item = TrainingClips(encodings, None, f"{args.seed}/fixed/{band}", scaling_factor, steps).item(clip, position=clip)
             item["timestep"] = torch.tensor(int((band + 0.5) / 4 * steps))
             batch = {name: value.to(accelerator.device) for name, value in default_collate([item]).items()}
             total += velocity_loss(transformer, scheduler, batch, rotary_of(batch), dtype).double().sum().cpu()
@@ -325,7 +286,7 @@ def prepare_output_dir(args, accelerator):
     return [problem for problem in broadcast_object_list([problem]) if problem]
 
 
-RUN_FILES = {lora.LORA_FILE, "README.md", "metrics.jsonl", "loss.png", "flags.json", "validation", "logs"}
+RUN_FILES = {lora.LORA_FILE, "README.md", "metrics.jsonl", "loss.png", "flags.json", "validation", "encoded", "logs"}
 
 
 def main(args):
@@ -335,19 +296,22 @@ def main(args):
     token = args.hub_token or os.environ.get("HF_TOKEN")
     try:
         folder = find_model(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, token)
-        problems += check_model_folder(folder, args.variant)
+        problems += check_model_folder(folder, args.variant, may_lack=known_components(folder, args.encoding_cache_dir, args.variant))
         if not problems:
             facts, tokenizer = read_facts(folder), load_tokenizer(folder)
     except ValueError as error:
         problems.append(str(error))
     args.mixed_precision, problem = choose_precision(args.mixed_precision, None if problems else folder, args.variant)
     problems += [problem] if problem else []
-    problems += check_geometry(facts, args.height, args.width, args.max_num_frames)
+    for height, width in args.bucket_sizes or [(args.height, args.width)]:
+        for frames in args.bucket_lengths or [args.max_num_frames]:
+            names = ("--bucket",) * 3 if args.bucket else ("--height", "--width", "--max_num_frames")
+            problems += check_geometry(facts, height, width, frames, names)
     args.validation_height, args.validation_width = args.validation_height or args.height, args.validation_width or args.width
     if args.prompts:
         shape = args.validation_height, args.validation_width, args.validation_frames or args.max_num_frames
         problems += check_geometry(facts, *shape, names=("--validation_height", "--validation_width", "--validation_frames"))
-        problems = list(dict.fromkeys(problems))
+    problems = list(dict.fromkeys(problems))  # the same size may have been asked for twice
 
     # Processes. From here on every line runs on every process; the main one prints and writes.
     accelerator = start_processes(args.mixed_precision, args.gradient_accumulation_steps, args.process_timeout_minutes)
@@ -383,7 +347,9 @@ def main(args):
     # Steps are optimizer steps. Every step trains the same number of clips; the last one of a run is filled up from the
     # next epoch's order.
     clips_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * len(encodings) / clips_per_step)
+    shapes = tuple((clip["frames"], clip["height"], clip["width"]) if args.bucket else 0 for clip in data.clips)
+    epoch_clips = epoch_length(shapes, clips_per_step)
+    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * epoch_clips / clips_per_step)
     learning_rate = args.learning_rate * (clips_per_step if args.scale_lr else 1)
     optimizer = make_optimizer(args, parameters, learning_rate)
     schedule = make_schedule(args, optimizer, total_steps)
@@ -395,7 +361,7 @@ def main(args):
     if first_step >= total_steps:
         say(f"already complete: {output_dir} has been trained for {first_step} of {total_steps} steps")
         return
-    order = positions_of(
+    positions = positions_of(
         accelerator.process_index,
         accelerator.num_processes,
         args.train_batch_size,
@@ -404,9 +370,17 @@ def main(args):
         total_steps,
     )
     clips = TrainingClips(
-        encodings, args.seed, facts.scaling_factor, scheduler.config.num_train_timesteps, args.caption_dropout, args.random_flip
+        encodings,
+        functools.partial(clip_at, args.seed, shapes=shapes, clips_per_step=clips_per_step),
+        args.seed,
+        facts.scaling_factor,
+        scheduler.config.num_train_timesteps,
+        args.caption_dropout,
+        args.random_flip,
     )
-    batches = iter(DataLoader(clips, batch_sampler=list(order), num_workers=args.dataloader_num_workers, pin_memory=device.type == "cuda"))
+    batches = iter(
+        DataLoader(clips, batch_sampler=list(positions), num_workers=args.dataloader_num_workers, pin_memory=device.type == "cuda")
+    )
 
     log = metrics.MetricsFile(output_dir / "metrics.jsonl", first_step, enabled=is_main)
     trackers = metrics.start_trackers(args, accelerator, run_facts)
@@ -417,7 +391,7 @@ def main(args):
         "example_prompt": data.records[0].caption,
     }
     trained, total = sum(p.numel() for p in parameters), sum(p.numel() for p in transformer.parameters())
-    passes, precision = total_steps * clips_per_step / len(encodings), args.mixed_precision.replace("no", "fp32")
+    passes, precision = total_steps * clips_per_step / epoch_clips, args.mixed_precision.replace("no", "fp32")
     say(
         f"\n{len(encodings)} clips; {args.train_batch_size} a batch x {accelerator.num_processes} processes x "
         f"{args.gradient_accumulation_steps} accumulation = {clips_per_step} clips a step\n"
@@ -498,7 +472,7 @@ def main(args):
             now = time.perf_counter()
             values = {
                 "step": step,
-                "epoch": round(step * clips_per_step / len(encodings), 4),
+                "epoch": round(step * clips_per_step / epoch_clips, 4),
                 "loss": mean_loss,
                 "grad_norm": float(grad_norm),
                 "learning_rate": used_learning_rate,
@@ -530,7 +504,7 @@ def main(args):
             patient_barrier()
 
         # Look at what has been learned. The clock of the training steps stands still meanwhile.
-        videos = last or validation.is_due(step, clips_per_step, len(encodings), args)
+        videos = last or validation.is_due(step, clips_per_step, epoch_clips, args)
         if saving or videos:
             paused = time.perf_counter()
             look(step, videos)

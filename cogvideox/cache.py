@@ -23,11 +23,12 @@ import torch
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
-from cogvideox.model import encode_captions, encode_frames, read_json, safetensors_header, weight_files
+from cogvideox.model import encode_captions, encode_frames, read_json, safetensors_header, stored_dtype, weight_files
 from dataset import file_sha256
 
 ENCODING_VERSION = 1  # raise it when the code below, or dataset.py, makes other numbers from the same input
 CAPTIONS_PER_BATCH = 8
+CLIPS_SHOWN = 3
 
 
 # -----------------------------------------------------------------------------
@@ -65,13 +66,36 @@ def hub_blob_hash(path):
     return name if resolved.parent.name == "blobs" and len(name) == 64 and set(name) <= set("0123456789abcdef") else None
 
 
-def identity(folder, part, cache, variant=None):
-    """A hash of one model component: its config and the content of its weight files (of a tokenizer: all its files)."""
+def component_note(folder, part, cache, variant):
+    """Where is remembered what a component was when its weights were last seen: under its place and its config."""
     folder = Path(folder) / part
-    files = weight_files(folder, variant)[0] or sorted(p for p in folder.iterdir() if p.is_file())
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     config = {name: value for name, value in config.items() if not name.startswith("_") and name != "transformers_version"}
-    return key_of(config, [(file.name, hash_file(file, cache)) for file in files])
+    return Path(cache) / "components" / f"{key_of(str(folder.resolve()), variant, config)}.json", config
+
+
+def known_components(folder, cache, variant=None):
+    """The encoders whose weights were seen before, so that a run with a full cache can do without the files."""
+    return [part for part in ("text_encoder", "vae") if component_note(folder, part, cache, variant)[0].exists()]
+
+
+def identify(folder, part, cache, variant=None):
+    """(identity, stored dtype) of a model component: a hash of its config and of its files' content, and a torch dtype.
+
+    Where the weight files are gone there is nothing that could disagree with what was remembered of them.
+    """
+    note, config = component_note(folder, part, cache, variant)
+    files = weight_files(Path(folder) / part, variant)[0]
+    if not files and note.exists():
+        known = json.loads(note.read_text())
+        return known["identity"], getattr(torch, known["dtype"])
+    dtype = stored_dtype(folder, part, variant) if files else torch.float32
+    files = files or sorted(p for p in (Path(folder) / part).iterdir() if p.is_file())
+    value = key_of(config, [(file.name, hash_file(file, cache)) for file in files])
+    content = json.dumps({"identity": value, "dtype": str(dtype).removeprefix("torch.")}).encode()
+    if not note.exists() or note.read_bytes() != content:
+        write_bytes(note, content)
+    return value, dtype
 
 
 def clip_key(facts, vae_identity, dtype, slicing, tiling, flipped):
@@ -202,10 +226,11 @@ def fill_captions(cache, captions, key, missing, load, max_text_seq_length, rank
     return len(groups)
 
 
-def fill_clips(cache, jobs, load, readers, rank=0, world_size=1):
+def fill_clips(cache, jobs, load, readers, show, rank=0, world_size=1):
     """Encode this process's share of the missing clips; decoding runs ahead in the readers' processes.
 
     jobs: [(key, path, framing, flipped, frames, name)], the missing ones, the same list on every process. load: () -> VAE.
+    show: called with (vae, name, frames, moments) of the first few clips of the main process.
     Raises RuntimeError naming the clip that could not be encoded.
     """
     mine = share([job[4] for job in jobs], rank, world_size)
@@ -213,15 +238,18 @@ def fill_clips(cache, jobs, load, readers, rank=0, world_size=1):
     if mine:
         vae = load()
         decoded = readers.read_all([(jobs[i][1], jobs[i][2]) for i in mine])
-        for i, (_, frames, reason) in zip(mine, decoded, strict=True):
+        for number, (i, (_, frames, reason)) in enumerate(zip(mine, decoded, strict=True)):
             key, _, _, flipped, _, name = jobs[i]
             if reason:
                 raise RuntimeError(f"{name}: decoded well before, and now: {reason}")
             frames = np.flip(frames, axis=2) if flipped else frames
             try:
-                write_entry(entry_path(cache, "clips", key), encode_frames(vae, frames))
+                moments = encode_frames(vae, frames)
+                write_entry(entry_path(cache, "clips", key), moments)
             except ValueError as error:
                 raise RuntimeError(f"{name}: {error}") from None
+            if rank == 0 and number < CLIPS_SHOWN:
+                show(vae, name, frames, moments)
             if rank == 0 and time.monotonic() - getattr(bar, "last_look", 0) > 1:
                 show_all_ranks(bar, cache, jobs)
     while rank == 0 and bar.n < len(jobs):  # the others' share; a process that dies ends this one through the launcher

@@ -66,8 +66,11 @@ def find_model(name_or_path, revision=None, variant=None, cache_dir=None, token=
         ) from None
 
 
-def check_model_folder(folder, variant=None):
-    """Problems of a model folder, each a sentence: missing parts, missing or cut weight files, families not trained here."""
+def check_model_folder(folder, variant=None, may_lack=()):
+    """Problems of a model folder, each a sentence: missing parts, missing or cut weight files, families not trained here.
+
+    may_lack: components whose weights may be missing, because what they would encode may be in the cache.
+    """
     problems = []
     for part in COMPONENTS:
         wanted = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}.get(part, "config.json")
@@ -77,7 +80,7 @@ def check_model_folder(folder, variant=None):
         return problems
     for part in ("text_encoder", "vae", "transformer"):
         files, problem = weight_files(folder / part, variant)
-        problems += [problem] if problem else []
+        problems += [problem] if problem and part not in may_lack else []
         problems += [f"{file}: {reason}" for file in files if (reason := broken_safetensors(file))]
     return problems + unsupported_family(
         read_json(folder / "transformer/config.json"), read_json(folder / "scheduler/scheduler_config.json")

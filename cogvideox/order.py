@@ -7,6 +7,7 @@ resumed run, a run on more processes and a run that validates in between draw th
 
 import functools
 import hashlib
+from collections import Counter
 
 import torch
 from torch.utils.data import Dataset
@@ -20,16 +21,36 @@ def seeded_generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def epoch_length(shapes, clips_per_step):
+    """Positions in an epoch: the number of clips or, for clips of several shapes, that of steps of one shape each, filled."""
+    counts = Counter(shapes).values()
+    return len(shapes) if len(counts) == 1 else sum(-(-count // clips_per_step) * clips_per_step for count in counts)
+
+
 @functools.lru_cache(maxsize=4)
-def epoch_order(seed, epoch, num_clips):
-    """The order of one epoch: a permutation of range(num_clips)."""
-    return torch.randperm(num_clips, generator=seeded_generator(seed, "order", epoch)).tolist()
+def epoch_order(seed, epoch, shapes, clips_per_step):
+    """The clips of one epoch in order. shapes: one hashable a clip.
+
+    Clips of one shape: a permutation. Of several: every optimizer step holds one shape, whatever batch, processes and
+    accumulation make it up; the steps are shuffled. A shape's last step is filled with clips that the epoch's own order
+    puts first, so every clip comes at least once an epoch and others repeat from epoch to epoch.
+    """
+    generator = seeded_generator(seed, "order", epoch)
+    shuffled = torch.randperm(len(shapes), generator=generator).tolist()
+    if len(set(shapes)) == 1:
+        return shuffled
+    steps = []
+    for shape in sorted(set(shapes)):
+        own = [clip for clip in shuffled if shapes[clip] == shape]
+        own = [own[i % len(own)] for i in range(-(-len(own) // clips_per_step) * clips_per_step)]
+        steps += [own[i : i + clips_per_step] for i in range(0, len(own), clips_per_step)]
+    return [clip for step in torch.randperm(len(steps), generator=generator).tolist() for clip in steps[step]]
 
 
-def clip_at(seed, position, num_clips):
+def clip_at(seed, position, shapes, clips_per_step):
     """The index of the clip that is trained at a position."""
-    epoch, place = divmod(position, num_clips)
-    return epoch_order(seed, epoch, num_clips)[place]
+    epoch, place = divmod(position, epoch_length(shapes, clips_per_step))
+    return epoch_order(seed, epoch, shapes, clips_per_step)[place]
 
 
 def positions_of(rank, world_size, batch_size, accumulation, first_step, total_steps):
@@ -47,18 +68,16 @@ class TrainingClips(Dataset):
     """What the loss needs of a position, as CPU tensors: latents, noise, timestep and prompt embedding.
 
     encodings: has `moments(clip, flipped)` [2C, F', H', W'] and `prompt(clip or None)` [T, D]; None is the empty caption.
+    clip_of: position -> clip, as `clip_at` tells it.
     """
 
-    def __init__(self, encodings, seed, scaling_factor, num_train_timesteps, caption_dropout=0.0, random_flip=False):
-        self.encodings, self.seed, self.scaling_factor = encodings, seed, scaling_factor
+    def __init__(self, encodings, clip_of, seed, scaling_factor, num_train_timesteps, caption_dropout=0.0, random_flip=False):
+        self.encodings, self.clip_of, self.seed, self.scaling_factor = encodings, clip_of, seed, scaling_factor
         self.num_train_timesteps = num_train_timesteps
         self.caption_dropout, self.random_flip = caption_dropout, random_flip
 
-    def __len__(self):
-        return len(self.encodings)
-
     def __getitem__(self, position):
-        return self.item(clip_at(self.seed, position, len(self)), position)
+        return self.item(self.clip_of(position), position)
 
     def item(self, clip, position):
         """What a given clip would be at a given position."""

@@ -26,6 +26,9 @@ def survey_clips(records, framing, seed, cache, readers, show_progress=True):
     """
     facts, pending = [None] * len(records), []
     for number, record in enumerate(records):
+        if record.reason:
+            facts[number] = {"reason": record.reason, "path": record.path}
+            continue
         own = clip_framing(record, framing, seed)
         content = hash_file(record.path, cache)
         known = cache / "surveys" / f"{key_of(content, asdict(own))}.json"

@@ -10,15 +10,72 @@ import pytest
 import train_cogvideox_lora as script
 from tests.conftest import ROOT, environment, lora_of, same, words
 
-UPSTREAM = """pretrained_model_name_or_path revision variant cache_dir dataset_name dataset_config_name instance_data_root
-video_column caption_column id_token dataloader_num_workers height width fps max_num_frames skip_frames_start skip_frames_end
-random_flip video_reshape_mode validation_prompt validation_prompt_separator num_validation_videos validation_epochs
-guidance_scale use_dynamic_cfg seed rank lora_alpha mixed_precision output_dir train_batch_size num_train_epochs
-max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint gradient_accumulation_steps
-gradient_checkpointing learning_rate scale_lr lr_scheduler lr_warmup_steps lr_num_cycles lr_power enable_slicing enable_tiling
-optimizer use_8bit_adam adam_beta1 adam_beta2 prodigy_beta3 prodigy_decouple prodigy_use_bias_correction
-prodigy_safeguard_warmup adam_weight_decay adam_epsilon max_grad_norm tracker_name push_to_hub hub_token hub_model_id
-logging_dir allow_tf32 report_to""".split()
+UPSTREAM = [
+    "pretrained_model_name_or_path",
+    "revision",
+    "variant",
+    "cache_dir",
+    "dataset_name",
+    "dataset_config_name",
+    "instance_data_root",
+    "video_column",
+    "caption_column",
+    "id_token",
+    "dataloader_num_workers",
+    "height",
+    "width",
+    "fps",
+    "max_num_frames",
+    "skip_frames_start",
+    "skip_frames_end",
+    "random_flip",
+    "video_reshape_mode",
+    "validation_prompt",
+    "validation_prompt_separator",
+    "num_validation_videos",
+    "validation_epochs",
+    "guidance_scale",
+    "use_dynamic_cfg",
+    "seed",
+    "rank",
+    "lora_alpha",
+    "mixed_precision",
+    "output_dir",
+    "train_batch_size",
+    "num_train_epochs",
+    "max_train_steps",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "learning_rate",
+    "scale_lr",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "lr_num_cycles",
+    "lr_power",
+    "enable_slicing",
+    "enable_tiling",
+    "optimizer",
+    "use_8bit_adam",
+    "adam_beta1",
+    "adam_beta2",
+    "prodigy_beta3",
+    "prodigy_decouple",
+    "prodigy_use_bias_correction",
+    "prodigy_safeguard_warmup",
+    "adam_weight_decay",
+    "adam_epsilon",
+    "max_grad_norm",
+    "tracker_name",
+    "push_to_hub",
+    "hub_token",
+    "hub_model_id",
+    "logging_dir",
+    "allow_tf32",
+    "report_to",
+]
 
 # Each of these changes the trained LoRA: (flag, value, the other flags of both runs).
 PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0, "max_train_steps": 4}
@@ -76,6 +133,9 @@ SEEN_BY = {
     "caption_column": "test_a_table_names_its_columns",
     "video_column": "test_a_table_names_its_columns",
     "allow_external_paths": "test_a_relative_path_out_of_the_folder_is_refused_unless_allowed",
+    "bad_videos": "test_bad_clips_can_be_skipped_up_to_a_share",
+    "max_bad_share": "test_bad_clips_can_be_skipped_up_to_a_share",
+    "bucket": "test_clips_go_to_the_nearest_bucket_and_every_step_holds_one_shape",
     "enable_slicing": "test_slicing_and_tiling_reach_the_vae",
     "enable_tiling": "test_slicing_and_tiling_reach_the_vae",
     "dataloader_num_workers": "test_the_number_of_loader_workers_changes_nothing",

@@ -79,7 +79,10 @@ def test_noise_is_added_in_fp32_whatever_the_model_computes_in():
     script.velocity_loss(model, schedule, values, None, torch.bfloat16)
     exact = schedule.add_noise(values["latents"].double(), values["noise"].double(), values["timestep"])
     half = schedule.add_noise(values["latents"].bfloat16(), values["noise"].bfloat16(), values["timestep"])
-    assert torch.equal(model.asked, exact.float().bfloat16()) or (model.asked.double() - exact).abs().mean() < (half.double() - exact).abs().mean()
+    assert (
+        torch.equal(model.asked, exact.float().bfloat16())
+        or (model.asked.double() - exact).abs().mean() < (half.double() - exact).abs().mean()
+    )
 
 
 def test_the_scheduler_of_the_folder_keeps_its_shift(tiny_model):

@@ -73,7 +73,9 @@ def test_a_training_forward_equals_the_pipelines_forward(rotary_model):
     for height, width in ((32, 48), (48, 32), (64, 64)):
         seen = {}
 
-        def keep(hidden_states, encoder_hidden_states, timestep, image_rotary_emb, seen=seen, forward=type(stock.transformer).forward, **rest):
+        def keep(
+            hidden_states, encoder_hidden_states, timestep, image_rotary_emb, seen=seen, forward=type(stock.transformer).forward, **rest
+        ):
             out = forward(
                 stock.transformer,
                 hidden_states=hidden_states,
@@ -165,7 +167,9 @@ def test_a_broken_model_folder_names_the_file(tiny_model, tmp_path):
     assert any("no text_encoder/config.json" in problem for problem in model.check_model_folder(folder))
 
 
-@pytest.mark.parametrize(("name", "words"), [("./nowhere", "no such folder"), ("a/b/c", "no such folder"), ("someone/nothing", "HF_HUB_OFFLINE")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("./nowhere", "no such folder"), ("a/b/c", "no such folder"), ("someone/nothing", "HF_HUB_OFFLINE")]
+)
 def test_a_model_that_cannot_be_found_is_told_in_one_sentence(name, words, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
         model.find_model(name, cache_dir=tmp_path)

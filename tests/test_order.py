@@ -2,14 +2,13 @@
 
 import torch
 
-from cogvideox.order import TrainingClips, clip_at, epoch_order, positions_of
+from cogvideox.order import TrainingClips, clip_at, epoch_length, epoch_order, positions_of
+
+FIVE = (0,) * 5
 
 
 class Stored:
     """Encodings of five clips, kept in memory: moments tell which clip and side, prompts which caption."""
-
-    def __len__(self):
-        return 5
 
     def moments(self, clip, flipped=False):
         return torch.full((32, 3, 4, 6), clip + 0.5 * flipped)
@@ -19,14 +18,15 @@ class Stored:
 
 
 def clips(**settings):
-    return TrainingClips(Stored(), settings.pop("seed", 1), 1.0, 1000, **settings)
+    seed = settings.pop("seed", 1)
+    return TrainingClips(Stored(), lambda position: clip_at(seed, position, FIVE, 1), seed, 1.0, 1000, **settings)
 
 
 def test_every_epoch_holds_every_clip_once_and_no_two_epochs_are_alike():
-    orders = [[clip_at(3, epoch * 9 + place, 9) for place in range(9)] for epoch in range(4)]
+    orders = [[clip_at(3, epoch * 9 + place, (0,) * 9, 2) for place in range(9)] for epoch in range(4)]
     assert all(sorted(order) == list(range(9)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
-    assert epoch_order(3, 0, 9) != epoch_order(4, 0, 9)
+    assert epoch_order(3, 0, (0,) * 9, 2) != epoch_order(4, 0, (0,) * 9, 2)
 
 
 def test_processes_share_the_positions_of_a_step_without_overlap():
@@ -81,3 +81,14 @@ def test_random_flip_takes_the_mirrored_encoding_of_a_clip_half_of_the_times():
     flipped = [mean > 0.25 for mean in means]
     assert 160 < sum(flipped) < 240
     assert all(abs(mean) < 1e-5 for mean, flip in zip(means, flipped, strict=True) if not flip)
+
+
+def test_with_several_shapes_every_step_holds_one_and_every_epoch_every_clip():
+    shapes = ("wide",) * 7 + ("tall",) * 2 + ("short",)
+    assert epoch_length(shapes, 4) == 8 + 4 + 4
+    epochs = [[clip_at(5, epoch * 16 + place, shapes, 4) for place in range(16)] for epoch in range(6)]
+    for order in epochs:
+        assert set(order) == set(range(10))
+        assert all(len({shapes[clip] for clip in order[i : i + 4]}) == 1 for i in range(0, 16, 4))
+    extra = {next(clip for clip in order if clip < 7 and order.count(clip) == 2) for order in epochs}
+    assert len(extra) > 1  # not always the same clip is the one that comes twice

@@ -25,7 +25,7 @@ def test_validation_flags_change_the_videos(train):
     base = {"validation_prompt": "a rabbit", "max_train_steps": 1, "learning_rate": 0}
     plain = videos(train(**base))
     assert len(plain) == 1
-    (name, frames), = plain.items()
+    ((name, frames),) = plain.items()
     assert frames.shape == (9, 32, 48, 3)
     for change in (
         {"guidance_scale": 1},
@@ -34,9 +34,9 @@ def test_validation_flags_change_the_videos(train):
         {"negative_prompt": "a bird in the rain"},
         {"seed": 0},
     ):
-        (_, other), = videos(train(**base, **change)).items()
+        ((_, other),) = videos(train(**base, **change)).items()
         assert (other.astype(int) - frames).any(), change
-    (_, high), = videos(train(**base, validation_height=48, validation_width=32, validation_frames=5)).items()
+    ((_, high),) = videos(train(**base, validation_height=48, validation_width=32, validation_frames=5)).items()
     assert high.shape == (5, 48, 32, 3)
     many = videos(train(**base | {"validation_prompt": "a rabbit|a bird"}, validation_prompt_separator="|", num_validation_videos=2))
     assert len(many) == 4
@@ -211,7 +211,9 @@ def test_a_named_checkpoint_has_to_be_there_and_is_found_by_its_full_path(finish
         ({"train_batch_size": 2}, "clips a step (batch x processes x accumulation) changed (were 1, are 2)"),
     ],
 )
-def test_resuming_with_flags_that_would_train_something_else_is_refused_with_the_difference(finished, train, tmp_path, capsys, change, sentence):
+def test_resuming_with_flags_that_would_train_something_else_is_refused_with_the_difference(
+    finished, train, tmp_path, capsys, change, sentence
+):
     folder = shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(SystemExit) as stop:
         train(output=folder, resume_from_checkpoint="latest", max_train_steps=4, **change)
@@ -258,7 +260,9 @@ def test_weights_that_are_not_finite_are_never_written(tiny_model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("settings", [{"optimizer": "prodigy", "learning_rate": 1.0}, {"use_8bit_adam": True, "rank": 128}, {"optimizer": "adam"}])
+@pytest.mark.parametrize(
+    "settings", [{"optimizer": "prodigy", "learning_rate": 1.0}, {"use_8bit_adam": True, "rank": 128}, {"optimizer": "adam"}]
+)
 def test_every_optimizer_resumes_with_the_same_bits(train, settings):
     straight = train(max_train_steps=4, checkpointing_steps=2, **settings)
     again = shutil.copytree(straight, straight.parent / "again")
@@ -322,7 +326,9 @@ def test_a_push_uploads_the_result_and_nothing_else(train, monkeypatch):
             seen["files"] = set(filter_repo_objects(files, allow_patterns=allow_patterns))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    folder = train(push_to_hub=True, hub_token="hf_" + "x" * 30, hub_model_id="bunny", validation_prompt="a rabbit", report_to="tensorboard")
+    folder = train(
+        push_to_hub=True, hub_token="hf_" + "x" * 30, hub_model_id="bunny", validation_prompt="a rabbit", report_to="tensorboard"
+    )
     assert (seen["token"], seen["name"], seen["private"]) == ("hf_" + "x" * 30, "bunny", True)
     kinds = {name.split("/")[-1].split(".")[-1] for name in seen["files"]}
     assert "pytorch_lora_weights.safetensors" in seen["files"]

@@ -118,7 +118,13 @@ def test_the_file_says_how_to_use_it_and_carries_no_alpha(train):
 
 @pytest.mark.parametrize("stop", [1, 3, 4])
 def test_a_resumed_run_ends_with_the_same_bits_as_an_unbroken_one(train, stop):
-    settings = {"gradient_accumulation_steps": 2, "lr_scheduler": "cosine", "caption_dropout": 0.5, "lora_dropout": 0.2, "random_flip": True}
+    settings = {
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler": "cosine",
+        "caption_dropout": 0.5,
+        "lora_dropout": 0.2,
+        "random_flip": True,
+    }
     straight = train(max_train_steps=6, checkpointing_steps=1, **settings)
     broken = train(max_train_steps=6, checkpointing_steps=1, output=straight.parent / "broken", **settings)
     for step in range(stop + 1, 7):  # as if the run had ended here

@@ -1,0 +1,376 @@
+"""The cache of encodings: right or not found, whole or not there, filled once, by one process or many."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_cogvideox_lora as script
+from cogvideox import cache as store
+from cogvideox import data
+from tests.conftest import ROOT, environment, lora_of, same, words
+
+
+def content(cache):
+    """name -> bytes of every entry."""
+    return {
+        str(p.relative_to(cache)): p.read_bytes() for kind in ("clips", "captions") for p in Path(cache).rglob(f"{kind}/*/*.safetensors")
+    }
+
+
+def times(cache):
+    """name -> when it was written."""
+    return {str(p.relative_to(cache)): p.stat().st_mtime_ns for p in Path(cache).rglob("*/??/*.safetensors")}
+
+
+def test_a_full_cache_needs_neither_t5_nor_the_vae(train, tiny_model, tmp_path, monkeypatch):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    first = train(model=model, cache=tmp_path / "cache")
+    before = times(tmp_path / "cache")
+    for part in ("text_encoder", "vae"):
+        for file in (model / part).glob("*.safetensors"):
+            file.unlink()
+    second = train(model=model, cache=tmp_path / "cache", learning_rate=1e-3)
+    assert not same(lora_of(first), lora_of(second))
+    assert times(tmp_path / "cache") == before
+
+
+def test_weights_that_are_gone_and_needed_are_told_in_a_sentence(train, tiny_model, tmp_path, clips, capsys):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    train(model=model, data=clips, cache=tmp_path / "cache")
+    (model / "text_encoder/model.safetensors").unlink()
+    (clips / "prompts.txt").write_text((clips / "prompts.txt").read_text().replace("bird", "crow"))
+    with pytest.raises(SystemExit) as stop:
+        train(model=model, data=clips, cache=tmp_path / "cache")
+    assert stop.value.code == 2
+    assert "text_encoder: no safetensors weights; 1 captions need them" in capsys.readouterr().err
+
+
+def test_editing_one_caption_encodes_exactly_one_entry(train, clips, tmp_path):
+    train(data=clips, cache=tmp_path / "cache")
+    before = times(tmp_path / "cache")
+    lines = (clips / "prompts.txt").read_text().splitlines()
+    lines[3] += " at night"
+    (clips / "prompts.txt").write_text("\n".join(lines) + "\n")
+    train(data=clips, cache=tmp_path / "cache")
+    after = times(tmp_path / "cache")
+    assert len(set(after) - set(before)) == 1
+    assert next(iter(set(after) - set(before))).startswith("captions/")
+    assert all(after[name] == before[name] for name in before)
+
+
+def test_changing_the_height_encodes_all_clips_again_and_keeps_the_old(train, tmp_path):
+    train(cache=tmp_path / "cache")
+    before = times(tmp_path / "cache")
+    train(cache=tmp_path / "cache", height=48)
+    middle = times(tmp_path / "cache")
+    assert len([name for name in set(middle) - set(before) if name.startswith("clips/")]) == 6
+    train(cache=tmp_path / "cache")
+    assert times(tmp_path / "cache") == middle
+    assert all(middle[name] == before[name] for name in before)
+
+
+def test_files_of_equal_name_never_share_an_entry(train, six_clips, tmp_path):
+    other = shutil.copytree(six_clips, tmp_path / "other")
+    names = sorted(p.name for p in (other / "videos").iterdir())
+    for name, source in zip(names, names[1:] + names[:1], strict=True):  # the same names, each with another clip
+        shutil.copy(six_clips / "videos" / source, other / "videos" / name)
+    first, second = train(cache=tmp_path / "cache"), train(data=other, cache=tmp_path / "cache")
+    assert not same(lora_of(first), lora_of(second))
+    assert len([name for name in content(tmp_path / "cache") if name.startswith("clips/")]) == 6  # the same six contents
+
+
+def test_a_changed_file_is_seen_even_with_its_old_size_and_time(tmp_path):
+    path = tmp_path / "clip.mp4"
+    path.write_bytes(b"a" * 100)
+    os.utime(path, (1_000_000_000, 1_000_000_000))
+    old = path.stat()
+    first = store.hash_file(path, tmp_path / "cache")
+    time.sleep(2.1)  # so that the hash is remembered
+    assert store.hash_file(path, tmp_path / "cache") == first
+    assert len(list((tmp_path / "cache/hashes").iterdir())) == 1
+    path.write_bytes(b"b" * 100)
+    os.utime(path, (1_000_000_000, 1_000_000_000))
+    assert (path.stat().st_size, path.stat().st_mtime) == (old.st_size, old.st_mtime)
+    assert store.hash_file(path, tmp_path / "cache") != first
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_other_weights_or_another_config_are_another_component(tiny_model, tmp_path, part):
+    before = store.identify(tiny_model, part, tmp_path)
+    assert store.identify(shutil.copytree(tiny_model, tmp_path / "copy"), part, tmp_path) == before  # its place does not matter
+    changed = shutil.copytree(tiny_model, tmp_path / "changed")
+    weights = next((changed / part).glob("*.safetensors"))
+    blob = bytearray(weights.read_bytes())
+    blob[-1] ^= 1
+    weights.write_bytes(blob)
+    assert store.identify(changed, part, tmp_path)[0] != before[0]
+    config = shutil.copytree(tiny_model, tmp_path / "config") / part / "config.json"
+    config.write_text(
+        config.read_text().replace('"norm_num_groups": 4', '"norm_num_groups": 2').replace('"num_layers": 2', '"num_layers": 1')
+    )
+    assert store.identify(tmp_path / "config", part, tmp_path)[0] != before[0]
+
+
+def test_every_setting_that_changes_an_encoding_changes_its_name():
+    facts = {"sha256": "a", "indices": [0, 3], "height": 32, "width": 48, "box": [0.0, 0.0, 9.0, 9.0], "reader": "decord"}
+    base = (facts, "vae", torch.float32, True, True, False)
+    others = [
+        (facts | {name: value}, *base[1:])
+        for name, value in {"sha256": "b", "indices": [0], "height": 48, "width": 32, "box": [1.0, 0.0, 9.0, 9.0], "reader": "pyav"}.items()
+    ]
+    others += [
+        (facts, "vae2", *base[2:]),
+        (*base[:2], torch.bfloat16, *base[3:]),
+        (*base[:3], False, *base[4:]),
+        (*base[:4], False, False),
+        (*base[:5], True),
+    ]
+    assert len({store.clip_key(*each) for each in [base, *others]}) == 12
+    captions = [
+        ("a", "t5", torch.float32, 226),
+        ("b", "t5", torch.float32, 226),
+        ("a", "t6", torch.float32, 226),
+        ("a", "t5", torch.float16, 226),
+        ("a", "t5", torch.float32, 224),
+    ]
+    assert len({store.caption_key(*each) for each in captions}) == 5
+
+
+def test_a_damaged_entry_is_encoded_again(train, tmp_path):
+    first = train(cache=tmp_path / "cache")
+    whole = content(tmp_path / "cache")
+    for number, name in enumerate(sorted(whole)):
+        if number % 2:
+            (tmp_path / "cache" / name).write_bytes(whole[name][: len(whole[name]) // 2])
+    second = train(cache=tmp_path / "cache")
+    assert content(tmp_path / "cache") == whole
+    assert same(lora_of(first), lora_of(second))
+
+
+def test_an_encoding_that_is_not_finite_is_never_stored(tmp_path):
+    with pytest.raises(ValueError, match="not finite"):
+        store.write_entry(tmp_path / "x.safetensors", torch.tensor([1.0, float("nan")]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_both_orientations_are_cached_for_random_flip(train, tmp_path):
+    train(cache=tmp_path / "cache", random_flip=True)
+    clips = [name for name in content(tmp_path / "cache") if name.startswith("clips/")]
+    assert len(clips) == 12
+
+
+def test_an_embedding_does_not_depend_on_what_was_left_to_encode(tiny_model, tmp_path):
+    from cogvideox.model import load_text_encoder, load_tokenizer
+
+    captions = [f"caption number {i}" for i in range(19)]
+    encoder = load_tokenizer(tiny_model), load_text_encoder(tiny_model, torch.device("cpu"))
+
+    def key(caption):
+        return store.key_of(caption)
+
+    store.fill_captions(tmp_path / "at once", captions, key, map(key, captions), lambda: encoder, 226)
+    for rank in (1, 0):  # two processes, and a second run that finds some missing
+        store.fill_captions(tmp_path / "in parts", captions, key, map(key, captions[::2]), lambda: encoder, 226, rank, 2)
+    store.fill_captions(
+        tmp_path / "in parts",
+        captions,
+        key,
+        store.missing_entries(tmp_path / "in parts", "captions", map(key, captions)),
+        lambda: encoder,
+        226,
+    )
+    assert content(tmp_path / "at once") == content(tmp_path / "in parts")
+    assert len(content(tmp_path / "at once")) == 19
+
+
+def test_work_is_shared_by_frames_without_overlap():
+    sizes = [49, 9, 49, 25, 9, 9, 49, 1]
+    shares = [store.share(sizes, rank, 3) for rank in range(3)]
+    assert sorted(sum(shares, [])) == list(range(8))
+    loads = [sum(sizes[i] for i in share) for share in shares]
+    assert max(loads) - min(loads) <= 25
+
+
+def test_a_read_only_data_folder_works(train, clips):
+    for path in [*clips.rglob("*"), clips]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    assert len(lora_of(train(data=clips))) == 16
+
+
+def test_clips_are_shown_beside_what_the_vae_keeps_of_them(train, tmp_path):
+    from cogvideox.video import read_video
+
+    folder = train(cache=tmp_path / "cache") / "encoded"
+    assert len(list(folder.glob("*.mp4"))) == 3
+    assert (folder / "contact_sheet.png").exists()
+    assert read_video(next(folder.glob("*.mp4"))).shape == (9, 32, 96, 3)
+
+
+COMMAND = [sys.executable, "train_cogvideox_lora.py"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_kills_in_encoding_leave_the_cache_that_an_unbroken_run_fills(tiny_model, six_clips, tmp_path):
+    flags = {"random_flip": True, "max_num_frames": 17, "height": 64, "width": 96}
+    run = {"cwd": ROOT, "env": environment(), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(
+        [*COMMAND, *words(tiny_model, six_clips, tmp_path / "a", tmp_path / "unbroken", **flags)], check=True, timeout=120, **run
+    )
+    killed, chance = 0, random.Random(0)
+    for _ in range(20):
+        line = words(tiny_model, six_clips, tmp_path / "b", tmp_path / "killed", **flags)
+        process = subprocess.Popen([*COMMAND, *line, "--overwrite_output_dir"], start_new_session=True, **run)
+        started, seen = time.monotonic(), len(content(tmp_path / "killed"))
+        while process.poll() is None and time.monotonic() - started < 60:
+            if len(content(tmp_path / "killed")) > seen:  # it has begun to write: strike some random moment later
+                time.sleep(chance.random() * 0.3)
+                os.killpg(process.pid, signal.SIGKILL)
+                killed += 1
+                break
+            time.sleep(0.005)
+        process.wait()
+        if len(content(tmp_path / "killed")) == len(content(tmp_path / "unbroken")):
+            shutil.rmtree(tmp_path / "killed/clips")
+            shutil.rmtree(tmp_path / "killed/captions")
+    assert killed >= 15
+    subprocess.run([*COMMAND, *words(tiny_model, six_clips, tmp_path / "c", tmp_path / "killed", **flags)], check=True, timeout=120, **run)
+    assert content(tmp_path / "killed") == content(tmp_path / "unbroken")
+    assert len(content(tmp_path / "killed")) == 12 + 7
+
+
+@pytest.mark.slow
+def test_one_process_and_two_fill_identical_caches(tiny_model, six_clips, tmp_path):
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_cogvideox_lora.py"]
+    for command, cache in ((COMMAND, "one"), (two, "two")):
+        line = words(tiny_model, six_clips, tmp_path / f"out-{cache}", tmp_path / cache, max_train_steps=1, validation_prompt="a:::b:::c")
+        done = subprocess.run([*command, *line], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert "process 1 of 2" in done.stderr
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert len(content(tmp_path / "one")) == 6 + 7 + 3
+
+
+def test_two_runs_may_fill_one_cache_at_once(tiny_model, six_clips, tmp_path):
+    lines = [words(tiny_model, six_clips, tmp_path / f"out-{i}", tmp_path / "cache", max_train_steps=1) for i in range(2)]
+    runs = [subprocess.Popen([*COMMAND, *line], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) for line in lines]
+    told = [run.communicate(timeout=180)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], told[0][-1500:] + told[1][-1500:]
+    assert same(lora_of(tmp_path / "out-0"), lora_of(tmp_path / "out-1"))
+    assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+# -----------------------------------------------------------------------------
+# Buckets and bad clips
+
+
+def test_clips_go_to_the_nearest_bucket_and_every_step_holds_one_shape(train, clips, monkeypatch):
+    from cogvideox.video import write_video
+
+    tall = np.random.default_rng(0).integers(0, 255, (30, 96, 64, 3), np.uint8)
+    write_video(clips / "videos/04.mp4", tall, fps=8)
+    write_video(clips / "videos/05.mp4", tall[:6, :64, :], fps=8)
+    seen = []
+    loss = script.velocity_loss
+
+    def watch(model, scheduler, batch, *rest):
+        seen.append((tuple(batch["latents"].shape[1:]), batch["position"].tolist()))
+        return loss(model, scheduler, batch, *rest)
+
+    monkeypatch.setattr(script, "velocity_loss", watch)
+    folder = train(data=clips, bucket=["32x48", "48x32", "9", "5"], train_batch_size=2, max_train_steps=None, num_train_epochs=2)
+    assert {shape[0] for shape, _ in seen} == {2, 3}
+    assert {shape[2:] for shape, _ in seen} == {(4, 6), (6, 4)}
+    report = (folder / "dataset_report.txt").read_text()
+    assert "4 of 9x32x48" in report
+    assert "1 of 9x48x32" in report
+    assert len(seen) == 2 * 4  # two epochs of two landscape steps, one portrait and one short step
+    repeated = lora_of(
+        train(data=clips, bucket=["32x48", "48x32", "9", "5"], gradient_accumulation_steps=2, max_train_steps=None, num_train_epochs=2)
+    )
+    assert max((lora_of(folder)[n] - repeated[n]).abs().max() for n in repeated) < 1e-5  # any split of a step trains the same
+
+
+def test_bad_clips_can_be_skipped_up_to_a_share(train, clips, capsys):
+    (clips / "videos/05.mp4").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        train(data=clips)
+    with pytest.raises(SystemExit):
+        train(data=clips, bad_videos="skip")  # one of six is more than a tenth
+    assert "1 of 6 clips are bad, more than --max_bad_share 0.1" in capsys.readouterr().err
+    folder = train(data=clips, bad_videos="skip", max_bad_share=0.2)
+    assert "warning: skipped videos.txt:3: videos/05.mp4: empty file" in capsys.readouterr().err
+    for name in ("prompts.txt", "videos.txt"):
+        lines = (clips / name).read_text().splitlines()
+        (clips / name).write_text("\n".join(lines[:2] + lines[3:]) + "\n")
+    assert same(lora_of(folder), lora_of(train(data=clips)))
+
+
+# -----------------------------------------------------------------------------
+# The tools
+
+
+def tool(*command):
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_cache_tool_finds_and_removes_what_is_damaged(train, tmp_path):
+    train(cache=tmp_path / "cache")
+    assert tool("tools.cache", "check", tmp_path / "cache") == (0, "13 entries, 0 bad, 0 leftovers\n")
+    code, output = tool("tools.cache", "list", tmp_path / "cache")
+    assert "6 clips (moments)" in output
+    cut, flipped = sorted((tmp_path / "cache").rglob("*/??/*.safetensors"))[:2]
+    cut.write_bytes(cut.read_bytes()[:-1])
+    blob = bytearray(flipped.read_bytes())
+    blob[-2] ^= 4
+    flipped.write_bytes(blob)
+    code, output = tool("tools.cache", "check", tmp_path / "cache")
+    assert code == 1
+    assert "13 entries, 2 bad" in output
+    assert "its content is not what was stored" in output
+    tool("tools.cache", "prune", tmp_path / "cache")
+    assert tool("tools.cache", "check", tmp_path / "cache") == (0, "11 entries, 0 bad, 0 leftovers\n")
+
+
+def test_the_dataset_tool_needs_no_model_and_tells_the_verdict(clips, tmp_path):
+    from cogvideox.video import write_video
+
+    still = np.repeat(np.random.default_rng(0).integers(0, 255, (1, 64, 96, 3), np.uint8), 20, axis=0)
+    write_video(clips / "videos/06.mp4", still, fps=8)
+    again = subprocess.run(["cp", clips / "videos/04.mp4", clips / "videos/05.mp4"])
+    assert again.returncode == 0
+    sheet, flags = tmp_path / "sheet.png", ["--height", "32", "--width", "48", "--encoding_cache_dir", tmp_path / "cache"]
+    code, output = tool("tools.check_dataset", clips, "--sheet", sheet, *flags)
+    assert code == 0
+    assert "6 clips are few" in output
+    assert "1 clips hardly move, and a LoRA learns that too: videos/06.mp4" in output
+    assert "1 pairs of clips look alike: videos/04.mp4 and videos/05.mp4" in output
+    assert sheet.stat().st_size > 10_000
+    (clips / "videos/07.mp4").write_text("no video")
+    code, output = tool("tools.check_dataset", clips, "--sheet", sheet, *flags)
+    assert code == 3
+    assert "ERROR[3]: videos.txt:5: videos/07.mp4" in output
+    assert not (tmp_path / "cache/clips").exists()
+
+
+def test_surveys_are_remembered_by_content(train, six_clips, tmp_path, monkeypatch):
+    train(cache=tmp_path / "cache")
+    asked = []
+    read_all = data.survey_clips.__globals__["tqdm"]
+    monkeypatch.setitem(
+        data.survey_clips.__globals__, "tqdm", lambda pairs, *rest, **more: asked.extend(pairs) or read_all([], disable=True)
+    )
+    train(cache=tmp_path / "cache")
+    assert asked == []

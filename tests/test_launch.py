@@ -1,0 +1,300 @@
+"""The launchers: python, torchrun, accelerate launch, the shipped scripts, the guide's command; one process and two."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import ROOT, environment, lora_of, same, words
+
+SMALL = words("MODEL", "DATA", "OUT", "CACHE")[8:]  # the size and the flags that make a run short
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_cogvideox_lora.py"]
+
+
+def run(command, timeout=240, **variables):
+    """Run a command in the repository; returns (exit code, output)."""
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment() | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+    )
+    return done.returncode, done.stdout
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def variables(model, data, output, cache, **more):
+    """The shell scripts' variables."""
+    return {"MODEL_PATH": str(model), "DATASET_PATH": str(data), "OUTPUT_PATH": str(output), "CACHE_PATH": str(cache), **more}
+
+
+def worst_difference(a, b):
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory, tiny_model, six_clips, encodings):
+    """Runs of one process with batches of two clips, and with another seed."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    import train_cogvideox_lora as script
+
+    outputs = []
+    for seed in (42, 43):
+        outputs.append(tmp_path_factory.mktemp("one") / "run")
+        flags = {"train_batch_size": 2, "max_train_steps": 4, "validation_prompt": "a rabbit:::a bird", "seed": seed}
+        script.main(script.parse_args(words(tiny_model, six_clips, outputs[-1], encodings, **flags)))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    return outputs
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_two_processes_train_what_one_does_and_resume_bit_for_bit(tiny_model, six_clips, tmp_path, one_process):
+    flags = {"max_train_steps": 4, "checkpointing_steps": 2, "validation_prompt": "a rabbit:::a bird"}
+    code, output = run([*TORCHRUN, *words(tiny_model, six_clips, tmp_path / "two", tmp_path / "cache", **flags)])
+    assert code == 0, output[-3000:]
+    assert "process 0 of 2" in output
+    assert "process 1 of 2" in output
+    assert "gloo" in output
+    two, (one, other) = lora_of(tmp_path / "two"), map(lora_of, one_process)
+    assert worst_difference(two, one) < 1e-5
+    assert worst_difference(two, other) > 1e-3
+    made = {p.name for p in (tmp_path / "two/validation/step-000004").glob("*.mp4")}
+    assert made == {p.name for p in (one_process[0] / "validation/step-000004").glob("*.mp4")}
+    assert len(made) == 2
+    losses = [[json.loads(x)["loss"] for x in (f / "metrics.jsonl").read_text().splitlines()] for f in (tmp_path / "two", one_process[0])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+    (tmp_path / "two/checkpoint-4/manifest.json").unlink()
+    line = words(tiny_model, six_clips, tmp_path / "two", tmp_path / "cache", resume_from_checkpoint="latest", **flags)
+    code, output = run([*TORCHRUN, *line])
+    assert code == 0, output[-3000:]
+    assert "checkpoint-2, step 2" in output
+    assert same(lora_of(tmp_path / "two"), two)
+
+
+@pytest.mark.slow
+def test_the_noise_of_two_processes_differs(tiny_model, six_clips, tmp_path):
+    """Two processes with one clip each must not train what one process with one clip does."""
+    code, output = run([*TORCHRUN, *words(tiny_model, six_clips, tmp_path / "two", tmp_path / "cache", max_train_steps=1)])
+    assert code == 0, output[-3000:]
+    line = [
+        sys.executable,
+        "train_cogvideox_lora.py",
+        *words(tiny_model, six_clips, tmp_path / "one", tmp_path / "cache", max_train_steps=1),
+    ]
+    code, output = run(line)
+    assert code == 0, output[-3000:]
+    assert worst_difference(lora_of(tmp_path / "one"), lora_of(tmp_path / "two")) > 1e-4
+
+
+@pytest.mark.slow
+def test_the_single_gpu_script_runs_on_the_variables_of_the_environment(tiny_model, six_clips, tmp_path):
+    flags = ["--num_train_epochs", "1", "--validation_prompt", "a rabbit"]
+    settings = variables(tiny_model, six_clips, tmp_path / "out", tmp_path / "cache")
+    code, output = run(["bash", "finetune_single_gpu.sh", *SMALL[:-4], *flags, "--report_to", "none"], **settings)
+    assert code == 0, output[-3000:]
+    assert "process 0 of 1" in output
+    assert len(lora_of(tmp_path / "out")) == 16
+    assert (tmp_path / "cache/cogvideox-encodings/clips").is_dir()
+
+
+@pytest.mark.slow
+def test_the_multi_gpu_script_runs_two_processes_on_one_machine(tiny_model, six_clips, tmp_path, one_process):
+    settings = variables(tiny_model, six_clips, tmp_path / "out", tmp_path / "cache", GPUS_PER_NODE="2", MASTER_PORT=str(free_port()))
+    code, output = run(["bash", "finetune_multi_gpus_1.sh", *SMALL, *MATCHING], **settings)
+    assert code == 0, output[-3000:]
+    assert "process 1 of 2" in output
+    assert worst_difference(lora_of(tmp_path / "out"), lora_of(one_process[0])) < 1e-5
+
+
+# What the scripts set and the reference run does not.
+MATCHING = ["--max_train_steps", "4", "--lora_alpha", "4", "--mixed_precision", "no", "--seed", "42", "--validation_steps", "9"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_multi_gpu_script_runs_as_two_machines(tiny_model, six_clips, tmp_path, one_process):
+    port = str(free_port())
+    settings = variables(tiny_model, six_clips, tmp_path / "out", tmp_path / "cache", NNODES="2", GPUS_PER_NODE="1", MASTER_PORT=port)
+    command = ["bash", "finetune_multi_gpus_1.sh", *SMALL, *MATCHING]
+    nodes = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment() | settings | {"NODE_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs[0][-2000:] + outputs[1][-2000:]
+    assert "process 0 of 2" in outputs[0]
+    assert "process 1 of 2" in outputs[1]
+    assert worst_difference(lora_of(tmp_path / "out"), lora_of(one_process[0])) < 1e-5
+
+
+@pytest.mark.parametrize("counts", [{"NNODES": "2", "NODE_RANK": "2"}, {"NODE_RANK": "-1"}, {"GPUS_PER_NODE": "0"}])
+def test_counts_that_do_not_add_up_are_refused_by_the_script(counts):
+    code, output = run(["bash", "finetune_multi_gpus_1.sh"], **({"GPUS_PER_NODE": "1"} | counts))
+    assert code == 2
+    assert "has to be from 0 to" in output
+
+
+GUIDE = """
+accelerate launch --config_file accelerate_config_machine_single.yaml --multi_gpu \\
+train_cogvideox_lora.py \\
+--pretrained_model_name_or_path THUDM/CogVideoX-2b \\
+--cache_dir ~/.cache \\
+--enable_tiling \\
+--enable_slicing \\
+--instance_data_root ~/disney/ \\
+--caption_column prompts.txt \\
+--video_column videos.txt \\
+--validation_prompt "Mickey with the captain and friends:::Mickey and the bear" \\
+--validation_prompt_separator ::: \\
+--num_validation_videos 1 \\
+--validation_epochs 2 \\
+--seed 3407 \\
+--rank 128 \\
+--mixed_precision bf16 \\
+--output_dir cogvideox-lora-single-gpu \\
+--height 480 \\
+--width 720 \\
+--fps 8 \\
+--max_num_frames 49 \\
+--skip_frames_start 0 \\
+--skip_frames_end 0 \\
+--train_batch_size 1 \\
+--num_train_epochs 10 \\
+--checkpointing_steps 500 \\
+--gradient_accumulation_steps 1 \\
+--learning_rate 1e-4 \\
+--optimizer AdamW \\
+--adam_beta1 0.9 \\
+--adam_beta2 0.95 """
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_guides_long_command_runs_as_it_stands(tiny_model, six_clips, tmp_path):
+    """On a copy of the repository's files, with the home folder, the model's hub cache and the clips where it says."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    shutil.copytree(six_clips, home / "disney")
+    snapshot = home / ".cache/models--THUDM--CogVideoX-2b/snapshots/abc"
+    shutil.copytree(tiny_model, snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text("abc")
+    here.mkdir()
+    for name in ("train_cogvideox_lora.py", "dataset.py", "accelerate_config_machine_single.yaml"):
+        shutil.copy(ROOT / name, here)
+    shutil.copytree(ROOT / "cogvideox", here / "cogvideox")
+    short = "--height 32 --width 48 --max_num_frames 9 --num_inference_steps 2 --num_train_epochs 2"
+    settings = environment() | {"HOME": str(home), "PYTHONPATH": ""}
+    done = subprocess.run(
+        ["bash", "-c", f"cd {shlex.quote(str(here))} && {GUIDE} {short}"], env=settings, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "process 0 of 1" in done.stderr
+    output = here / "cogvideox-lora-single-gpu"
+    assert all(t.shape[0] == 128 for name, t in lora_of(output).items() if ".lora_A." in name)
+    assert {p.name for p in (output / "validation").iterdir()} == {"step-000000", "step-000012"}  # 2 epochs of 6 clips
+    flags = json.loads((output / "checkpoint-12/manifest.json").read_text())["flags"]
+    assert (flags["seed"], flags["mixed_precision"], flags["adam_beta2"]) == (3407, "bf16", 0.95)
+
+
+def test_both_yaml_files_load_in_accelerate_and_describe_what_they_run():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for name, processes in (("single", 1), ("multi", 8)):
+        path = ROOT / f"accelerate_config_machine_{name}.yaml"
+        config = load_config_from_file(str(path))
+        assert (config.num_processes, config.num_machines, str(config.distributed_type).split(".")[-1]) == (processes, 1, "MULTI_GPU")
+        assert yaml.safe_load(path.read_text())["mixed_precision"] == "no"
+
+
+@pytest.mark.parametrize("name", ["finetune_single_gpu.sh", "finetune_multi_gpus_1.sh"])
+def test_the_shell_scripts_use_flags_that_exist_and_say_what_each_is_for(name):
+    import train_cogvideox_lora as script
+
+    known = {option for action in script.build_parser()._actions for option in action.option_strings}
+    text = (ROOT / name).read_text()
+    used = set(re.findall(r"^  (--[a-z_0-9]+)", text.split("exec accelerate")[0], re.M))
+    assert used
+    assert used <= known
+    assert "set -euo pipefail" in text
+    assert text.rstrip().endswith('"$@"')
+    assert subprocess.run(["bash", "-n", ROOT / name]).returncode == 0
+    variable_names = re.findall(r'^([A-Z_]+)="\$\{', text, re.M)
+    assert {"MODEL_PATH", "DATASET_PATH", "OUTPUT_PATH", "CACHE_PATH"} <= set(variable_names)
+
+
+def test_processes_that_do_not_see_each_other_are_refused(tiny_model, six_clips, tmp_path):
+    """A launcher that starts two trainers which each believe to be alone would let both write one folder."""
+    code = (
+        "import sys, accelerate; real = accelerate.Accelerator\n"
+        "class Alone(real):\n"
+        "    num_processes = 1\n"
+        "accelerate.Accelerator = Alone\n"
+        "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    alone = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--no-python",
+        sys.executable,
+        "-c",
+        code,
+    ]
+    status, output = run([*alone, "train_cogvideox_lora.py", *words(tiny_model, six_clips, tmp_path / "out", tmp_path / "cache")])
+    assert status != 0
+    assert "2 processes were started but accelerate sees 1" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_process_timeout_reaches_the_process_group(monkeypatch):
+    from cogvideox import launch
+
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    def fake(**settings):
+        seen.update(settings)
+        raise Stop
+
+    monkeypatch.setattr(launch, "Accelerator", fake)
+    with pytest.raises(Stop):
+        launch.start_processes("no", 1, 7.5)
+    timeouts = [h.timeout.total_seconds() for h in seen["kwargs_handlers"] if hasattr(h, "timeout")]
+    assert timeouts == [450]
+    assert seen["cpu"] is not torch.cuda.is_available()
+
+
+@pytest.mark.slow
+def test_a_bad_folder_prints_sentences_and_no_traceback(clips, tiny_model, tmp_path):
+    (clips / "videos/05.mp4").write_bytes(b"")
+    code, output = run([sys.executable, "train_cogvideox_lora.py", *words(tiny_model, clips, tmp_path / "out", tmp_path / "cache")])
+    assert code == 3
+    assert output.rstrip().splitlines()[-1].startswith("ERROR[3]: videos.txt:3: videos/05.mp4: empty file")
+    assert "Traceback" not in output
+    assert os.listdir(tmp_path / "out") == ["dataset_report.txt"]

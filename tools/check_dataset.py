@@ -1,0 +1,111 @@
+"""Look at a data folder before training: python -m tools.check_dataset ROOT [the trainer's data flags].
+
+Needs no model. Prints a table of the clips and a verdict in plain words, writes contact_sheet.png with what the model
+will see of each clip, and ends with exit code 3 if any clip cannot be used.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from cogvideox.data import framing_of, list_clips
+from cogvideox.flags import add_data_flags, check_data_flags
+from cogvideox.launch import say
+from cogvideox.model import COGVIDEOX_2B, count_tokens, load_tokenizer
+from cogvideox.reader import Readers, decode_workers
+from cogvideox.survey import clip_framing, remarks, survey_clips, table_lines
+from cogvideox.video import contact_sheet
+
+DEMO = Path(__file__).resolve().parent.parent / "demo"
+STATIC, ALIKE = 1.0, 4.0  # mean grey levels of 255: between frames of a clip, and between thumbnails of two clips
+
+
+def thumbnail(frames):
+    """Three frames of a clip at 8 x 12 pixels, for comparing clips: float [3, 8, 12, 3]."""
+    chosen = frames[np.linspace(0, len(frames) - 1, 3).round().astype(int)].astype(np.float32)
+    rows = [part.mean(axis=1) for part in np.array_split(chosen, 8, axis=1)]
+    columns = [[part.mean(axis=1) for part in np.array_split(row, 12, axis=1)] for row in rows]
+    return np.stack([np.stack(row, axis=1) for row in columns], axis=1)
+
+
+def motion(frames):
+    """The mean change from one frame to the next, in grey levels; 255 for a single picture, which is not a static clip."""
+    return float(np.abs(np.diff(frames.astype(np.int16), axis=0)).mean()) if len(frames) > 1 else 255.0
+
+
+def look(records, clips, framing, seed, readers):
+    """Decode the clips that can be used. Returns (rows of the contact sheet, names of static clips, pairs of near-duplicates)."""
+    good = [record for record, clip in zip(records, clips, strict=True) if "reason" not in clip]
+    rows, static, small = [], [], []
+    for record, (_, frames, reason) in zip(good, readers.read_all([(r.path, clip_framing(r, framing, seed)) for r in good]), strict=True):
+        if reason:
+            continue
+        static += [record.listed] if motion(frames) < STATIC else []
+        small.append((record.listed, thumbnail(frames)))
+        rows.append((f"{record.listed}: {record.caption}", frames[np.linspace(0, len(frames) - 1, 5).round().astype(int)]))
+    names, pictures = [name for name, _ in small], np.stack([t.ravel() for _, t in small]) if small else np.zeros((0, 1))
+    pairs = []
+    for i in range(len(names)):
+        distance = np.abs(pictures[i + 1 :] - pictures[i]).mean(axis=1)
+        pairs += [(names[i], names[i + 1 + int(j)]) for j in np.nonzero(distance < ALIKE)[0]]
+    return rows, static, pairs
+
+
+def advice(clips, static, pairs):
+    """Plain words on whether this is enough, and what to look at."""
+    count, seconds = len(clips), sum(clip["seconds"] for clip in clips)
+    if count < 10:
+        yield f"{count} clips are few: a LoRA will repeat them; 25 or more work best for a new concept or style"
+    elif count < 25:
+        yield f"{count} clips can do; 25 or more work best for a new concept or style"
+    else:
+        yield f"{count} clips, {seconds:.0f} seconds: enough for a new concept or style"
+    if static:
+        yield f"{len(static)} clips hardly move, and a LoRA learns that too: {', '.join(static[:5])}"
+    if pairs:
+        yield f"{len(pairs)} pairs of clips look alike: {', '.join(f'{a} and {b}' for a, b in pairs[:5])}"
+
+
+def main(words=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("root", nargs="?", help="the data folder; or --instance_data_root, or --dataset_name")
+    parser.add_argument("--tokenizer", default=str(DEMO), help="model folder whose tokenizer counts (default: CogVideoX's own)")
+    parser.add_argument("--sheet", default="contact_sheet.png", help="where the picture goes")
+    parser.add_argument("--cache_dir", help="where downloaded datasets are stored")
+    parser.add_argument("--seed", type=int, default=42, help="seed of random crops")
+    add_data_flags(parser)
+    args = parser.parse_args(words)
+    args.instance_data_root = args.root or args.instance_data_root
+    if problems := check_data_flags(args):
+        parser.exit(2, "".join(f"ERROR[2]: {problem}\n" for problem in problems))
+
+    records, problems, layout = list_clips(args)
+    framing, cache = framing_of(args, COGVIDEOX_2B), Path(args.encoding_cache_dir)
+    tokens = count_tokens(load_tokenizer(Path(args.tokenizer)), [r.caption for r in records]) if records else []
+    with Readers(decode_workers(), args.clip_timeout_seconds) as readers:
+        clips = survey_clips(records, framing, args.seed, cache, readers, show_progress=sys.stderr.isatty())
+        rows, static, pairs = look(records, clips, framing, args.seed, readers)
+    good = [clip for clip in clips if "reason" not in clip]
+    limit = COGVIDEOX_2B.max_text_seq_length
+    print(f"{layout} of {args.dataset_name or args.instance_data_root}\n")
+    for line in [
+        *table_lines(records, clips, tokens, limit),
+        "",
+        *remarks(records, clips, tokens, limit, framing),
+        *advice(good, static, pairs),
+    ]:
+        print(line)
+    problems += [f"{r.where}: {r.listed}: {clip['reason']}" for r, clip in zip(records, clips, strict=True) if "reason" in clip]
+    if rows:
+        contact_sheet(args.sheet, rows, f"{len(rows)} clips as the model will see them")
+        print(f"\nwhat the model will see: {args.sheet}")
+    for problem in problems:
+        say(f"ERROR[3]: {problem}")
+    raise SystemExit(3 if problems else 0)
+
+
+if __name__ == "__main__":
+    main()
