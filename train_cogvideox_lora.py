@@ -186,21 +186,9 @@ from tqdm.auto import tqdm  # noqa: E402
 from cogvideox import checkpoint, hub, lora, metrics, validation  # noqa: E402
 from cogvideox.cache import known_components  # noqa: E402
 from cogvideox.data import check_data, encode_data, free  # noqa: E402
+from cogvideox.folder import COGVIDEOX_2B, check_geometry, check_model_folder, find_model, load_tokenizer, read_facts, stored_dtype  # noqa: E402  # noqa: E402
 from cogvideox.launch import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, patient_barrier_maker, peak_memory_gib, say, start_processes  # noqa: E402
-from cogvideox.model import (  # noqa: E402  # noqa: E402
-    COGVIDEOX_2B,
-    check_geometry,
-    check_model_folder,
-    checkpoint_blocks,
-    find_model,
-    load_scheduler,
-    load_tokenizer,
-    load_transformer,
-    load_vae,
-    read_facts,
-    rotary_tables,
-    stored_dtype,
-)
+from cogvideox.model import checkpoint_blocks, load_scheduler, load_transformer, load_vae, rotary_tables  # noqa: E402
 from cogvideox.optimizer import make_optimizer, make_schedule  # noqa: E402
 from cogvideox.order import TrainingClips, clip_at, epoch_length, positions_of, seeded_generator  # noqa: E402
 from cogvideox.reader import Readers, decode_workers  # noqa: E402

@@ -1,19 +1,18 @@
 """From the data flags to encodings: read, check, report, encode. Every function here is called by every process."""
 
 import functools
-import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from accelerate.utils import broadcast_object_list, gather_object
 
 from cogvideox import cache as store
+from cogvideox import encode
+from cogvideox.folder import count_tokens, weight_files
 from cogvideox.launch import BAD_FLAGS, fail, say
-from cogvideox.model import count_tokens, decode_latents, load_text_encoder, load_vae, usable_dtype, weight_files
-from cogvideox.survey import clip_framing, remarks, remember_survey, shapes_differ, survey_clips, table_lines
-from cogvideox.video import contact_sheet, write_video
-from dataset import Framing, Record, locate, read_records
+from cogvideox.model import load_text_encoder, load_vae, usable_dtype
+from cogvideox.survey import clip_framing, framing_of, list_clips, remarks, remember_survey, shapes_differ, survey_clips, table_lines
+from dataset import Framing
 
 
 @dataclass
@@ -25,68 +24,6 @@ class Data:
     tokens: list
     problems: list
     framing: Framing
-
-
-def framing_of(args, facts):
-    """The Framing that the data flags and the model ask for."""
-    return Framing(
-        fps=args.fps,
-        max_num_frames=max(args.bucket_lengths, default=args.max_num_frames),
-        sizes=tuple(args.bucket_sizes) or ((args.height, args.width),),
-        lengths=tuple(args.bucket_lengths),
-        skip_frames_start=args.skip_frames_start,
-        skip_frames_end=args.skip_frames_end,
-        reshape_mode=args.video_reshape_mode,
-        frames_per_latent=facts.frames_per_latent,
-        latents_per_patch=facts.latents_per_patch,
-    )
-
-
-def list_clips(args):
-    """The records of --instance_data_root or --dataset_name, the id token put before each caption."""
-    if args.dataset_name:
-        records, problems, layout = read_hub_dataset(args)
-    else:
-        records, problems, layout = read_records(args.instance_data_root, args.caption_column, args.video_column, args.allow_external_paths)
-    if args.id_token:
-        records = [replace(r, caption=f"{args.id_token} {r.caption}") for r in records]
-    return records, problems, layout
-
-
-def read_hub_dataset(args):
-    """Records of a dataset loaded with the datasets package. Videos may be file names, or bytes, which are unpacked once."""
-    import datasets
-
-    columns = args.caption_column or "text", args.video_column or "video"
-    try:
-        rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, split="train")
-    except Exception as error:  # the package raises many kinds; the user needs one sentence
-        return [], [f"--dataset_name {args.dataset_name}: cannot be loaded ({str(error).splitlines()[0]})"], "datasets"
-    missing = [name for name in columns if name not in rows.column_names]
-    if missing:
-        return (
-            [],
-            [f"--dataset_name {args.dataset_name}: no column {', '.join(missing)} (it has: {', '.join(rows.column_names)})"],
-            "datasets",
-        )
-    if isinstance(rows.features[columns[1]], datasets.Video):
-        rows = rows.cast_column(columns[1], datasets.Video(decode=False))
-    records, problems = [], []
-    for number, row in enumerate(rows, 1):
-        where, caption, video = f"{args.dataset_name}:{number}", " ".join(str(row[columns[0]] or "").split()), row[columns[1]]
-        if isinstance(video, dict) and video.get("bytes"):
-            path = Path(args.encoding_cache_dir) / "unpacked" / hashlib.sha256(video["bytes"]).hexdigest()
-            path = path.with_suffix(Path(video.get("path") or "clip.mp4").suffix)
-            if not path.exists():
-                store.write_bytes(path, video["bytes"])
-            video = {"path": str(path)}
-        listed = str(video["path"] if isinstance(video, dict) else video)
-        path, reason = locate(Path.cwd(), listed, allow_external_paths=True)
-        if caption:
-            records.append(Record(where, listed, str(path), caption, reason))
-        else:
-            problems.append(f"{where}: empty caption")
-    return records, problems, "datasets"
 
 
 def check_data(args, facts, tokenizer, readers, accelerator):
@@ -152,14 +89,14 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
     def load_text():
         return tokenizer, load_text_encoder(folder, device, variant)
 
-    store.fill_captions(cache, captions, keys.get, missing_captions, load_text, facts.max_text_seq_length, rank, world_size)
+    encode.fill_captions(cache, captions, keys.get, missing_captions, load_text, facts.max_text_seq_length, rank, world_size)
     free(device)
 
     def load_encoder():
         return load_vae(folder, device, variant, args.enable_slicing, args.enable_tiling)
 
-    show = functools.partial(show_encoded, args.output_dir, args.fps, [])
-    store.fill_clips(cache, list(jobs.values()), load_encoder, readers, show, rank, world_size)
+    show = functools.partial(encode.show_encoded, args.output_dir, args.fps, [])
+    encode.fill_clips(cache, list(jobs.values()), load_encoder, readers, show, rank, world_size)
     free(device)
     barrier()
     prompt_keys = [keys[record.caption] for record in data.records]
@@ -190,16 +127,6 @@ def plan_encodings(args, folder, facts, data, captions, cache, device):
         if problem and needed:
             problems.append(f"{problem}; {len(needed)} {'captions' if part == 'text_encoder' else 'clips or videos'} need them")
     return keys, clip_keys, missing_captions, missing_clips, transformer_identity, problems
-
-
-def show_encoded(output_dir, fps, rows, vae, name, frames, moments):
-    """Save a clip beside what the VAE keeps of it: `encoded/NAME.mp4` (left: the frames, right: decoded again) and a sheet."""
-    mean = moments.float().chunk(2)[0].transpose(0, 1) * vae.config.scaling_factor
-    decoded = decode_latents(vae, mean)
-    folder = Path(output_dir) / "encoded"
-    write_video(folder / f"{len(rows) // 2:02d}-{Path(name).stem}.mp4", np.concatenate([frames, decoded], axis=2), fps)
-    rows += [(f"{name}: as it is trained on", frames), ("decoded from its latents", decoded)]
-    contact_sheet(folder / "contact_sheet.png", rows, "what the VAE keeps of the clips")
 
 
 def free(device):

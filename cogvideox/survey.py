@@ -4,14 +4,78 @@ The result of decoding a file is remembered beside the encodings, under the hash
 ten thousand clips are decoded for this once, not at every start.
 """
 
+import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 from tqdm.auto import tqdm
 
 from cogvideox.cache import hash_file, key_of, write_bytes
-from dataset import random_crop
+from dataset import Framing, Record, locate, random_crop, read_records
+
+
+def framing_of(args, facts):
+    """The Framing that the data flags and the model ask for."""
+    return Framing(
+        fps=args.fps,
+        max_num_frames=max(args.bucket_lengths, default=args.max_num_frames),
+        sizes=tuple(args.bucket_sizes) or ((args.height, args.width),),
+        lengths=tuple(args.bucket_lengths),
+        skip_frames_start=args.skip_frames_start,
+        skip_frames_end=args.skip_frames_end,
+        reshape_mode=args.video_reshape_mode,
+        frames_per_latent=facts.frames_per_latent,
+        latents_per_patch=facts.latents_per_patch,
+    )
+
+
+def list_clips(args):
+    """The records of --instance_data_root or --dataset_name, the id token put before each caption."""
+    if args.dataset_name:
+        records, problems, layout = read_hub_dataset(args)
+    else:
+        records, problems, layout = read_records(args.instance_data_root, args.caption_column, args.video_column, args.allow_external_paths)
+    if args.id_token:
+        records = [replace(r, caption=f"{args.id_token} {r.caption}") for r in records]
+    return records, problems, layout
+
+
+def read_hub_dataset(args):
+    """Records of a dataset loaded with the datasets package. Videos may be file names, or bytes, which are unpacked once."""
+    import datasets
+
+    columns = args.caption_column or "text", args.video_column or "video"
+    try:
+        rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, split="train")
+    except Exception as error:  # the package raises many kinds; the user needs one sentence
+        return [], [f"--dataset_name {args.dataset_name}: cannot be loaded ({str(error).splitlines()[0]})"], "datasets"
+    missing = [name for name in columns if name not in rows.column_names]
+    if missing:
+        return (
+            [],
+            [f"--dataset_name {args.dataset_name}: no column {', '.join(missing)} (it has: {', '.join(rows.column_names)})"],
+            "datasets",
+        )
+    if isinstance(rows.features[columns[1]], datasets.Video):
+        rows = rows.cast_column(columns[1], datasets.Video(decode=False))
+    records, problems = [], []
+    for number, row in enumerate(rows, 1):
+        where, caption, video = f"{args.dataset_name}:{number}", " ".join(str(row[columns[0]] or "").split()), row[columns[1]]
+        if isinstance(video, dict) and video.get("bytes"):
+            path = Path(args.encoding_cache_dir) / "unpacked" / hashlib.sha256(video["bytes"]).hexdigest()
+            path = path.with_suffix(Path(video.get("path") or "clip.mp4").suffix)
+            if not path.exists():
+                write_bytes(path, video["bytes"])
+            video = {"path": str(path)}
+        listed = str(video["path"] if isinstance(video, dict) else video)
+        path, reason = locate(Path.cwd(), listed, allow_external_paths=True)
+        if caption:
+            records.append(Record(where, listed, str(path), caption, reason))
+        else:
+            problems.append(f"{where}: empty caption")
+    return records, problems, "datasets"
 
 
 def clip_framing(record, framing, seed):

@@ -15,7 +15,7 @@ import torch
 
 import train_cogvideox_lora as script
 from cogvideox import cache as store
-from cogvideox import data
+from cogvideox import data, encode
 from tests.conftest import ROOT, environment, lora_of, same, words
 
 
@@ -169,7 +169,8 @@ def test_both_orientations_are_cached_for_random_flip(train, tmp_path):
 
 
 def test_an_embedding_does_not_depend_on_what_was_left_to_encode(tiny_model, tmp_path):
-    from cogvideox.model import load_text_encoder, load_tokenizer
+    from cogvideox.folder import load_tokenizer
+    from cogvideox.model import load_text_encoder
 
     captions = [f"caption number {i}" for i in range(19)]
     encoder = load_tokenizer(tiny_model), load_text_encoder(tiny_model, torch.device("cpu"))
@@ -177,10 +178,10 @@ def test_an_embedding_does_not_depend_on_what_was_left_to_encode(tiny_model, tmp
     def key(caption):
         return store.key_of(caption)
 
-    store.fill_captions(tmp_path / "at once", captions, key, map(key, captions), lambda: encoder, 226)
+    encode.fill_captions(tmp_path / "at once", captions, key, map(key, captions), lambda: encoder, 226)
     for rank in (1, 0):  # two processes, and a second run that finds some missing
-        store.fill_captions(tmp_path / "in parts", captions, key, map(key, captions[::2]), lambda: encoder, 226, rank, 2)
-    store.fill_captions(
+        encode.fill_captions(tmp_path / "in parts", captions, key, map(key, captions[::2]), lambda: encoder, 226, rank, 2)
+    encode.fill_captions(
         tmp_path / "in parts",
         captions,
         key,
@@ -194,7 +195,7 @@ def test_an_embedding_does_not_depend_on_what_was_left_to_encode(tiny_model, tmp
 
 def test_work_is_shared_by_frames_without_overlap():
     sizes = [49, 9, 49, 25, 9, 9, 49, 1]
-    shares = [store.share(sizes, rank, 3) for rank in range(3)]
+    shares = [encode.share(sizes, rank, 3) for rank in range(3)]
     assert sorted(sum(shares, [])) == list(range(8))
     loads = [sum(sizes[i] for i in share) for share in shares]
     assert max(loads) - min(loads) <= 25

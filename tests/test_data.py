@@ -148,7 +148,7 @@ def test_a_text_file_a_clip_is_read_in_both_places(clips):
 
 
 def test_dataset_flags_reach_the_datasets_package(monkeypatch, clips, tmp_path):
-    from cogvideox.data import list_clips
+    from cogvideox.survey import list_clips
 
     asked = {}
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import CogVideoXPipeline
 
 import train_cogvideox_lora as script
+from cogvideox import folder as folder_of
 from cogvideox import model
 from demo.make_model import make_model
 
@@ -19,7 +20,7 @@ def pipeline(tiny_model):
 
 
 def test_captions_are_encoded_as_the_pipeline_encodes_prompts(tiny_model, pipeline):
-    tokenizer, encoder = model.load_tokenizer(tiny_model), model.load_text_encoder(tiny_model, torch.device("cpu"))
+    tokenizer, encoder = folder_of.load_tokenizer(tiny_model), model.load_text_encoder(tiny_model, torch.device("cpu"))
     captions = ["a rabbit", "", "a very long story " * 200]
     ours = model.encode_captions(tokenizer, encoder, captions, 226)
     theirs, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
@@ -73,10 +74,8 @@ def test_a_training_forward_equals_the_pipelines_forward(rotary_model):
     for height, width in ((32, 48), (48, 32), (64, 64)):
         seen = {}
 
-        def keep(
-            hidden_states, encoder_hidden_states, timestep, image_rotary_emb, seen=seen, forward=type(stock.transformer).forward, **rest
-        ):
-            out = forward(
+        def keep(hidden_states, encoder_hidden_states, timestep, image_rotary_emb, seen=seen, **rest):
+            out = type(stock.transformer).forward(
                 stock.transformer,
                 hidden_states=hidden_states,
                 encoder_hidden_states=encoder_hidden_states,
@@ -100,7 +99,7 @@ def test_a_training_forward_equals_the_pipelines_forward(rotary_model):
 def test_the_stored_dtype_decides_whatever_the_folder_is_called(tmp_path, dtype, name):
     for folder in ("cogvideox-5b-2b", "model"):
         path = make_model(tmp_path / folder, dtype=dtype, vae_channels=8, head_width=16)
-        assert model.stored_dtype(path, "transformer") == dtype
+        assert folder_of.stored_dtype(path, "transformer") == dtype
     loaded = model.load_transformer(path, dtype)
     assert loaded.dtype == dtype
     expected = "no" if name == "fp16" else name  # a CPU has no fast fp16
@@ -120,14 +119,14 @@ def test_t5_keeps_its_wo_in_fp32_when_it_is_stored_in_fp16(tmp_path):
 
 
 def test_geometry_offers_the_nearest_legal_values(tiny_model, temporal_patch_model):
-    facts = model.read_facts(tiny_model)
-    assert model.check_geometry(facts, 480, 720, 49) == []
-    assert model.check_geometry(facts, 480, 721, 49) == ["--width 721: this model takes multiples of 16; the nearest are 720 or 736"]
-    assert model.check_geometry(facts, 36, 720, 50) == [
+    facts = folder_of.read_facts(tiny_model)
+    assert folder_of.check_geometry(facts, 480, 720, 49) == []
+    assert folder_of.check_geometry(facts, 480, 721, 49) == ["--width 721: this model takes multiples of 16; the nearest are 720 or 736"]
+    assert folder_of.check_geometry(facts, 36, 720, 50) == [
         "--height 36: this model takes multiples of 16; the nearest are 32 or 48",
         "--max_num_frames 50: this model takes 4k + 1 frames; the nearest are 49 or 53",
     ]
-    assert "the nearest are 45 or 53" in model.check_geometry(model.read_facts(temporal_patch_model), 480, 720, 49)[0]
+    assert "the nearest are 45 or 53" in folder_of.check_geometry(folder_of.read_facts(temporal_patch_model), 480, 720, 49)[0]
 
 
 def edited(folder, target, part, **changes):
@@ -149,22 +148,22 @@ def edited(folder, target, part, **changes):
     ],
 )
 def test_a_family_that_is_not_trained_here_is_refused_in_one_sentence(tiny_model, tmp_path, part, changes, words):
-    problems = model.check_model_folder(edited(tiny_model, tmp_path / "other", part, **changes))
+    problems = folder_of.check_model_folder(edited(tiny_model, tmp_path / "other", part, **changes))
     assert len(problems) == 1
     assert words in problems[0]
 
 
 def test_a_broken_model_folder_names_the_file(tiny_model, tmp_path):
-    assert model.check_model_folder(tiny_model) == []
+    assert folder_of.check_model_folder(tiny_model) == []
     folder = shutil.copytree(tiny_model, tmp_path / "broken")
     weights = folder / "transformer/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     (folder / "vae/diffusion_pytorch_model.safetensors").rename(folder / "vae/diffusion_pytorch_model.bin")
-    problems = model.check_model_folder(folder)
+    problems = folder_of.check_model_folder(folder)
     assert any("transformer/diffusion_pytorch_model.safetensors: truncated" in problem for problem in problems)
     assert any("pickled weights are not read" in problem for problem in problems)
     shutil.rmtree(folder / "text_encoder")
-    assert any("no text_encoder/config.json" in problem for problem in model.check_model_folder(folder))
+    assert any("no text_encoder/config.json" in problem for problem in folder_of.check_model_folder(folder))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +171,7 @@ def test_a_broken_model_folder_names_the_file(tiny_model, tmp_path):
 )
 def test_a_model_that_cannot_be_found_is_told_in_one_sentence(name, words, tmp_path):
     with pytest.raises(ValueError, match=words) as error:
-        model.find_model(name, cache_dir=tmp_path)
+        folder_of.find_model(name, cache_dir=tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -181,7 +180,7 @@ def test_a_model_in_the_hubs_cache_is_found_without_a_network(tiny_model, tmp_pa
     shutil.copytree(tiny_model, snapshot)
     (tmp_path / "models--someone--tiny/refs").mkdir()
     (tmp_path / "models--someone--tiny/refs/main").write_text("abc")
-    assert model.find_model("someone/tiny", cache_dir=tmp_path) == snapshot
+    assert folder_of.find_model("someone/tiny", cache_dir=tmp_path) == snapshot
 
 
 @pytest.mark.parametrize(("wanted", "count"), [("all", 2), ("none", 0), ("1", 1), ("9", 2)])

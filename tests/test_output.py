@@ -350,7 +350,7 @@ def test_a_push_that_fails_keeps_the_result_and_exits_1(train, monkeypatch, caps
 
 
 def test_hub_flags_reach_the_hub_client(monkeypatch, tiny_model, tmp_path):
-    from cogvideox.model import find_model
+    from cogvideox.folder import find_model
 
     asked = {}
 

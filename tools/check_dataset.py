@@ -10,12 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cogvideox.data import framing_of, list_clips
 from cogvideox.flags import add_data_flags, check_data_flags
-from cogvideox.launch import say
-from cogvideox.model import COGVIDEOX_2B, count_tokens, load_tokenizer
+from cogvideox.folder import COGVIDEOX_2B, count_tokens, load_tokenizer
 from cogvideox.reader import Readers, decode_workers
-from cogvideox.survey import clip_framing, remarks, survey_clips, table_lines
+from cogvideox.survey import clip_framing, framing_of, list_clips, remarks, survey_clips, table_lines
 from cogvideox.video import contact_sheet
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
@@ -103,7 +101,7 @@ def main(words=None):
         contact_sheet(args.sheet, rows, f"{len(rows)} clips as the model will see them")
         print(f"\nwhat the model will see: {args.sheet}")
     for problem in problems:
-        say(f"ERROR[3]: {problem}")
+        print(f"ERROR[3]: {problem}", file=sys.stderr)
     raise SystemExit(3 if problems else 0)
 
 

@@ -1,0 +1,104 @@
+"""Filling the cache: captions in batches, clips one by one while the next are decoded, each process its share."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from cogvideox.cache import entry_path, write_entry
+from cogvideox.model import decode_latents, encode_captions, encode_frames
+from cogvideox.video import contact_sheet, write_video
+
+CAPTIONS_PER_BATCH = 8
+CLIPS_SHOWN = 3
+
+
+def share(sizes, rank, world_size):
+    """The indices that one process works on, so that all have about the same total: largest first, to the least loaded."""
+    loads, shares = [0] * world_size, [[] for _ in range(world_size)]
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        target = loads.index(min(loads))
+        loads[target] += sizes[index]
+        shares[target].append(index)
+    return sorted(shares[rank])
+
+
+def caption_groups(captions):
+    """The distinct captions in groups of a fixed size.
+
+    Whole groups are encoded even where some members are there already, so that an embedding does not depend, by the last
+    bit of a matrix product, on what an earlier run had left to do.
+    """
+    distinct = list(dict.fromkeys(captions))
+    return [distinct[i : i + CAPTIONS_PER_BATCH] for i in range(0, len(distinct), CAPTIONS_PER_BATCH)]
+
+
+def fill_captions(cache, captions, key, missing, load, max_text_seq_length, rank=0, world_size=1):
+    """Encode this process's share of the groups that hold a missing caption.
+
+    key: caption -> key. load: () -> (tokenizer, text encoder), called only if there is something to do.
+    """
+    missing = set(missing)
+    groups = [group for group in caption_groups(captions) if any(key(caption) in missing for caption in group)]
+    groups = groups[rank::world_size]
+    if not groups:
+        return 0
+    tokenizer, text_encoder = load()
+    for group in tqdm(groups, "encoding captions", unit=f"x{CAPTIONS_PER_BATCH}", disable=rank != 0):
+        # The last group is filled up, so that every product has the same shape.
+        padded = group + [""] * (CAPTIONS_PER_BATCH - len(group))
+        embeddings = encode_captions(tokenizer, text_encoder, padded, max_text_seq_length)
+        for caption, embedding in zip(group, embeddings, strict=False):
+            if key(caption) in missing:
+                write_entry(entry_path(cache, "captions", key(caption)), embedding)
+    return len(groups)
+
+
+def fill_clips(cache, jobs, load, readers, show, rank=0, world_size=1):
+    """Encode this process's share of the missing clips; decoding runs ahead in the readers' processes.
+
+    jobs: [(key, path, framing, flipped, frames, name)], the missing ones, the same list on every process. load: () -> VAE.
+    show: called with (vae, name, frames, moments) of the first few clips of the main process.
+    Raises RuntimeError naming the clip that could not be encoded.
+    """
+    mine = share([job[4] for job in jobs], rank, world_size)
+    bar = tqdm(total=len(jobs), desc="encoding clips", unit="clip", disable=rank != 0 or not jobs)
+    if mine:
+        vae = load()
+        decoded = readers.read_all([(jobs[i][1], jobs[i][2]) for i in mine])
+        for number, (i, (_, frames, reason)) in enumerate(zip(mine, decoded, strict=True)):
+            key, _, _, flipped, _, name = jobs[i]
+            if reason:
+                raise RuntimeError(f"{name}: decoded well before, and now: {reason}")
+            frames = np.flip(frames, axis=2) if flipped else frames
+            try:
+                moments = encode_frames(vae, frames)
+                write_entry(entry_path(cache, "clips", key), moments)
+            except ValueError as error:
+                raise RuntimeError(f"{name}: {error}") from None
+            if rank == 0 and number < CLIPS_SHOWN:
+                show(vae, name, frames, moments)
+            if rank == 0 and time.monotonic() - getattr(bar, "last_look", 0) > 1:
+                show_all_ranks(bar, cache, jobs)
+    while rank == 0 and bar.n < len(jobs):  # the others' share; a process that dies ends this one through the launcher
+        show_all_ranks(bar, cache, jobs)
+        time.sleep(0.2)
+    bar.close()
+    return len(mine)
+
+
+def show_all_ranks(bar, cache, jobs):
+    """Move the main process's bar to the number of entries that all processes have written."""
+    bar.update(sum(entry_path(cache, "clips", job[0]).exists() for job in jobs) - bar.n)
+    bar.last_look = time.monotonic()
+
+
+def show_encoded(output_dir, fps, rows, vae, name, frames, moments):
+    """Save a clip beside what the VAE keeps of it: `encoded/NAME.mp4` (left: the frames, right: decoded again) and a sheet."""
+    mean = moments.float().chunk(2)[0].transpose(0, 1) * vae.config.scaling_factor
+    decoded = decode_latents(vae, mean)
+    folder = Path(output_dir) / "encoded"
+    write_video(folder / f"{len(rows) // 2:02d}-{Path(name).stem}.mp4", np.concatenate([frames, decoded], axis=2), fps)
+    rows += [(f"{name}: as it is trained on", frames), ("decoded from its latents", decoded)]
+    contact_sheet(folder / "contact_sheet.png", rows, "what the VAE keeps of the clips")

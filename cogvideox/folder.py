@@ -1,0 +1,197 @@
+"""What a CogVideoX folder holds and what can be trained on it, from its configs and file headers alone: no weight is read."""
+
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dataset import longest_legal_length
+
+COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What training needs to know of a model, read from its configs (never from its name)."""
+
+    spatial_multiple: int  # height and width: the VAE's compression times the patch, in pixels
+    frames_per_latent: int  # the VAE's temporal compression: 4k + 1 frames
+    latents_per_patch: int  # patch_size_t, 1 for CogVideoX 1.0
+    max_text_seq_length: int  # tokens; T5 pads to it and the transformer attends to the padding
+    latent_channels: int
+    latent_compression: int  # pixels a latent, in height and in width
+    scaling_factor: float  # what makes latents unit variance: 1.15258426 for the 2B, 0.7 for the 5B
+
+
+COGVIDEOX_2B = ModelFacts(16, 4, 1, 226, 16, 8, 1.15258426)  # what data is checked against while no model is found
+
+
+def find_model(name_or_path, revision=None, variant=None, cache_dir=None, token=None):
+    """Return the local folder of a model: the path itself, or the snapshot of a hub id (downloaded where needed).
+
+    Raises ValueError with a sentence for the user.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"--pretrained_model_name_or_path {name_or_path}: a file; give the model's folder")
+    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
+        raise ValueError(f"--pretrained_model_name_or_path {name_or_path}: no such folder, and not a hub id (OWNER/NAME) either")
+    from huggingface_hub import snapshot_download
+
+    weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
+    patterns = [f"{part}/{kind}" for part in COMPONENTS for kind in ("*.json", "*.model", "*.txt", weights)]
+    try:
+        return Path(
+            snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=["*.json", *patterns])
+        )
+    except Exception as error:  # the hub client raises many kinds; the user needs one sentence of any of them
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--pretrained_model_name_or_path {name_or_path}: no such folder here, and the hub did not give it{offline}: {reason}"
+        ) from None
+
+
+def check_model_folder(folder, variant=None, may_lack=()):
+    """Problems of a model folder, each a sentence: missing parts, missing or cut weight files, families not trained here.
+
+    may_lack: components whose weights may be missing, because what they would encode may be in the cache.
+    """
+    problems = []
+    for part in COMPONENTS:
+        wanted = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}.get(part, "config.json")
+        if not (folder / part / wanted).is_file():
+            problems.append(f"{folder}: no {part}/{wanted}; a CogVideoX folder has {', '.join(COMPONENTS)}")
+    if problems:
+        return problems
+    for part in ("text_encoder", "vae", "transformer"):
+        files, problem = weight_files(folder / part, variant)
+        problems += [problem] if problem and part not in may_lack else []
+        problems += [f"{file}: {reason}" for file in files if (reason := broken_safetensors(file))]
+    return problems + unsupported_family(
+        read_json(folder / "transformer/config.json"), read_json(folder / "scheduler/scheduler_config.json")
+    )
+
+
+def read_json(path):
+    """A JSON file's content."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def weight_files(folder, variant=None):
+    """The safetensors files of one component. Returns (files, problem)."""
+    suffix = f".{variant}" if variant else ""
+    for stem in ("diffusion_pytorch_model", "model"):
+        if (single := folder / f"{stem}{suffix}.safetensors").is_file():
+            return [single], None
+        index = folder / f"{stem}.safetensors.index{suffix}.json"
+        if index.is_file():
+            files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+            missing = [file.name for file in files if not file.is_file()]
+            return ([], f"{folder}: lacks {', '.join(missing)}, which {index.name} names") if missing else (files, None)
+    other = " (pickled weights are not read: convert them to safetensors)" if list(folder.glob("*.bin")) else ""
+    return [], f"{folder}: no {suffix.lstrip('.') + ' ' if suffix else ''}safetensors weights{other}"
+
+
+def safetensors_header(path):
+    """The header of a safetensors file: name -> {dtype, shape, data_offsets}. Reads no weights. ValueError if broken."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length < 100_000_000:
+            raise ValueError("not a safetensors file")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if path.stat().st_size != 8 + length + end:
+        raise ValueError(f"truncated: {path.stat().st_size} bytes of {8 + length + end}")
+    return header
+
+
+def broken_safetensors(path):
+    """Why a safetensors file cannot be read, or None."""
+    try:
+        safetensors_header(path)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def stored_dtype(folder, part, variant=None):
+    """The dtype in which most of a component's bytes are stored."""
+    sizes = Counter()
+    for file in weight_files(folder / part, variant)[0]:
+        for entry in safetensors_header(file).values():
+            sizes[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    return TORCH_DTYPES.get(sizes.most_common(1)[0][0], torch.float32)
+
+
+def unsupported_family(transformer, scheduler):
+    """Why this script cannot train a model of this config, as a list of sentences."""
+    problems = []
+    if transformer.get("_class_name", "CogVideoXTransformer3DModel") != "CogVideoXTransformer3DModel":
+        problems.append(f"its transformer is a {transformer['_class_name']}; this script trains CogVideoXTransformer3DModel")
+    elif transformer.get("in_channels", 16) != transformer.get("out_channels", 16) or transformer.get("ofs_embed_dim"):
+        problems.append("this is an image-to-video model (it takes more channels than it gives); this script trains text-to-video only")
+    elif transformer.get("use_learned_positional_embeddings"):
+        problems.append("this model has learned positions, which fix its size; this script trains sincos and rotary models only")
+    if scheduler.get("prediction_type") != "v_prediction":
+        problems.append(f"its scheduler predicts {scheduler.get('prediction_type')!r}; the loss here is for v_prediction")
+    return problems
+
+
+def read_facts(folder):
+    """ModelFacts from the configs. Defaults are those of the diffusers classes."""
+    transformer, vae = read_json(folder / "transformer/config.json"), read_json(folder / "vae/config.json")
+    compression = 2 ** (len(vae.get("block_out_channels", (128, 256, 256, 512))) - 1)
+    return ModelFacts(
+        spatial_multiple=compression * transformer.get("patch_size", 2),
+        frames_per_latent=int(vae.get("temporal_compression_ratio", 4)),
+        latents_per_patch=transformer.get("patch_size_t") or 1,
+        max_text_seq_length=transformer.get("max_text_seq_length", 226),
+        latent_channels=vae.get("latent_channels", 16),
+        latent_compression=compression,
+        scaling_factor=vae.get("scaling_factor", 1.15258426),
+    )
+
+
+def check_geometry(facts, height, width, num_frames, names=("--height", "--width", "--max_num_frames")):
+    """Problems of a clip size for this model, with the nearest sizes that are legal."""
+    problems = []
+    for name, value in ((names[0], height), (names[1], width)):
+        step = facts.spatial_multiple
+        if value % step:
+            lower, upper = value - value % step, value - value % step + step
+            offer = f"{lower} or {upper}" if lower else str(upper)
+            problems.append(f"{name} {value}: this model takes multiples of {step}; the nearest are {offer}")
+    legal = longest_legal_length(num_frames, facts.frames_per_latent, facts.latents_per_patch)
+    if legal != num_frames:
+        step = facts.frames_per_latent * facts.latents_per_patch
+        offer = f"{legal} or {legal + step}" if legal else str(facts.frames_per_latent * (facts.latents_per_patch - 1) + 1)
+        rule = f"{facts.frames_per_latent}k + 1 frames" + (
+            f", k + 1 a multiple of {facts.latents_per_patch}" if facts.latents_per_patch > 1 else ""
+        )
+        problems.append(f"{names[2]} {num_frames}: this model takes {rule}; the nearest are {offer}")
+    return problems
+
+
+def load_tokenizer(folder):
+    """The T5 tokenizer. Raises ValueError with the package to install where one is missing."""
+    from transformers import AutoTokenizer  # takes seconds, and few callers of this module need it
+
+    try:
+        return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except Exception as error:  # transformers names tiktoken where it means protobuf
+        raise ValueError(
+            f"{folder / 'tokenizer'}: cannot be loaded ({str(error).splitlines()[0]}); it needs: pip install sentencepiece protobuf"
+        ) from None
+
+
+def count_tokens(tokenizer, captions):
+    """Tokens of each caption, the end token included, nothing cut."""
+    return [len(ids) for ids in tokenizer(list(captions), add_special_tokens=True, verbose=False).input_ids]
