@@ -30,10 +30,10 @@ demo: demo/model/model_index.json
 	  --validation_steps 150 --num_inference_steps 10 --overwrite_output_dir $(DEMO_FLAGS)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15
 
 quick: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 check: setup
 	$(BIN)/ruff check .

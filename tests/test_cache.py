@@ -261,6 +261,7 @@ def test_one_process_and_two_fill_identical_caches(tiny_model, six_clips, tmp_pa
     assert len(content(tmp_path / "one")) == 6 + 7 + 3
 
 
+@pytest.mark.slow
 def test_two_runs_may_fill_one_cache_at_once(tiny_model, six_clips, tmp_path):
     lines = [words(tiny_model, six_clips, tmp_path / f"out-{i}", tmp_path / "cache", max_train_steps=1) for i in range(2)]
     runs = [subprocess.Popen([*COMMAND, *line], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) for line in lines]
@@ -327,6 +328,7 @@ def tool(*command):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_cache_tool_finds_and_removes_what_is_damaged(train, tmp_path):
     train(cache=tmp_path / "cache")
     assert tool("tools.cache", "check", tmp_path / "cache") == (0, "13 entries, 0 bad, 0 leftovers\n")
@@ -345,6 +347,7 @@ def test_the_cache_tool_finds_and_removes_what_is_damaged(train, tmp_path):
     assert tool("tools.cache", "check", tmp_path / "cache") == (0, "11 entries, 0 bad, 0 leftovers\n")
 
 
+@pytest.mark.slow
 def test_the_dataset_tool_needs_no_model_and_tells_the_verdict(clips, tmp_path):
     from cogvideox.video import write_video
 

@@ -21,6 +21,7 @@ def videos(folder, step=0):
     return {p.name: read_video(p) for p in sorted((folder / f"validation/step-{step:06d}").glob("*.mp4"))}
 
 
+@pytest.mark.slow
 def test_validation_flags_change_the_videos(train):
     base = {"validation_prompt": "a rabbit", "max_train_steps": 1, "learning_rate": 0}
     plain = videos(train(**base))
@@ -199,6 +200,7 @@ def test_a_named_checkpoint_has_to_be_there_and_is_found_by_its_full_path(finish
     assert same(lora_of(folder), lora_of(finished))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -260,6 +262,7 @@ def test_weights_that_are_not_finite_are_never_written(tiny_model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"optimizer": "prodigy", "learning_rate": 1.0}, {"use_8bit_adam": True, "rank": 128}, {"optimizer": "adam"}]
 )
@@ -272,6 +275,7 @@ def test_every_optimizer_resumes_with_the_same_bits(train, settings):
     assert not same(lora_of(straight), load_file(straight / "checkpoint-2/pytorch_lora_weights.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("accumulation", "batch"), [(1, 1), (2, 1), (1, 2)])
 def test_the_learning_rate_at_a_step_does_not_depend_on_accumulation_or_batch(train, accumulation, batch):
     flags = {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "max_train_steps": 6, "learning_rate": 1.0e-2}

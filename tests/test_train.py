@@ -116,6 +116,7 @@ def test_the_file_says_how_to_use_it_and_carries_no_alpha(train):
     assert all(name.startswith("transformer.transformer_blocks.") and name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 3, 4])
 def test_a_resumed_run_ends_with_the_same_bits_as_an_unbroken_one(train, stop):
     settings = {
@@ -147,12 +148,14 @@ def test_resuming_a_finished_run_trains_nothing(train, capsys):
     assert (folder / "pytorch_lora_weights.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_validation_changes_no_bit_of_training(train):
     plain = train(max_train_steps=4)
     watched = train(max_train_steps=4, validation_prompt="a rabbit", validation_steps=1, fixed_loss_clips=3, checkpointing_steps=1)
     assert same(lora_of(plain), lora_of(watched))
 
 
+@pytest.mark.slow
 def test_validation_with_the_same_seed_differs_only_by_the_lora(train):
     still = train(validation_prompt="a rabbit", learning_rate=0)
     moved = train(validation_prompt="a rabbit", learning_rate=0.1, max_train_steps=4)
@@ -192,6 +195,7 @@ def test_the_number_of_loader_workers_changes_nothing(train, workers):
     assert same(lora_of(train(max_train_steps=3)), lora_of(train(max_train_steps=3, dataloader_num_workers=workers)))
 
 
+@pytest.mark.slow
 def test_one_batch_of_two_trains_what_two_accumulated_batches_train(train):
     batch = lora_of(train(train_batch_size=2, max_train_steps=4))
     accumulated = lora_of(train(gradient_accumulation_steps=2, max_train_steps=4))
