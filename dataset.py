@@ -255,12 +255,6 @@ def locate(root, listed, allow_external_paths):
     return path, None
 
 
-def file_sha256(path):
-    """Hex SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # -----------------------------------------------------------------------------
 # Frames: which ones, and at which size
 

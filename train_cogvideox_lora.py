@@ -16,6 +16,7 @@ import importlib.util
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -49,6 +50,7 @@ def build_parser():
     flag("--rank", type=int, default=128, help="rank of the LoRA matrices; 64 or above for new concepts")
     flag("--lora_alpha", type=float, help="the LoRA is scaled by alpha / rank (default: equal to --rank)")
     flag("--lora_dropout", type=float, default=0.0, help="dropout on the LoRA's input (0: off)")
+    flag("--init_lora", help="start from this LoRA file or folder (of the same rank and targets)")
     flag("--target_modules", nargs="+", default=DEFAULT_TARGETS, help="linear layers that get a LoRA, by the end of their name")
     flag(
         "--caption_dropout", type=float, default=0.0, help="share of clips trained with the empty caption (0: off; 0.1 was CogVideoX's own)"
@@ -84,6 +86,7 @@ def build_parser():
     flag("--prodigy_safeguard_warmup", action=switch, default=True, help="Prodigy: keep warm-up out of the step estimate")
     flag("--max_grad_norm", type=float, default=1.0, help="clip the gradient norm to this (0: off)")
     flag("--allow_tf32", action="store_true", help="TF32 products on Ampere and later GPUs")
+    flag("--max_skipped_steps", type=int, default=10, help="end the run after so many steps in a row whose gradient was not finite")
     flag("--process_timeout_minutes", type=float, default=30.0, help="how long a collective of the training loop may take")
 
     flag = parser.add_argument_group("validation").add_argument
@@ -111,6 +114,7 @@ def build_parser():
     flag("--overwrite_output_dir", action="store_true", help="remove an earlier run's files there first")
     flag("--checkpointing_steps", type=int, default=500, help="checkpoint every N optimizer steps, and at the end")
     flag("--checkpoints_total_limit", type=int, help="keep the newest N checkpoints (default: all)")
+    flag("--dry_run", action="store_true", help="rehearse one step, a save and a video, print time, memory and disk for the run, and end")
     flag("--resume_from_checkpoint", help="a checkpoint folder, or latest")
     flag("--logging_dir", default="logs", help="the trackers' folder, inside --output_dir")
     flag("--logging_steps", type=int, default=1, help="log every N optimizer steps; reading the loss waits for the GPU")
@@ -134,7 +138,14 @@ def check_flags(args):
         args, 1, "rank", "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps", "lr_num_cycles"
     )
     problems += below(
-        args, 1, "num_validation_videos", "num_inference_steps", "checkpointing_steps", "checkpoints_total_limit", "logging_steps"
+        args,
+        1,
+        "num_validation_videos",
+        "num_inference_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "logging_steps",
+        "max_skipped_steps",
     )
     problems += below(args, 1, "validation_height", "validation_width", "validation_frames")
     problems += below(args, 0, "lr_warmup_steps", "validation_epochs", "validation_steps", "fixed_loss_clips", "seed", "guidance_scale")
@@ -156,7 +167,7 @@ def check_flags(args):
     if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:
         problems.append(f"--report_to {args.report_to} needs a package: pip install {args.report_to}, or --report_to none")
 
-    for name in ("output_dir", "resume_from_checkpoint"):
+    for name in ("output_dir", "resume_from_checkpoint", "init_lora"):
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     args.lora_alpha = args.lora_alpha or float(args.rank)
@@ -178,20 +189,33 @@ def parse_args(words=None):
 
 ARGS = parse_args() if __name__ == "__main__" else None
 
-import torch  # noqa: E402
-from accelerate.utils import broadcast_object_list  # noqa: E402
-from torch.utils.data import DataLoader, default_collate  # noqa: E402
-from tqdm.auto import tqdm  # noqa: E402
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils.data import DataLoader, default_collate
+from tqdm.auto import tqdm
 
-from cogvideox import checkpoint, hub, lora, metrics, validation  # noqa: E402
-from cogvideox.cache import known_components  # noqa: E402
-from cogvideox.data import check_data, encode_data, free  # noqa: E402
-from cogvideox.folder import COGVIDEOX_2B, check_geometry, check_model_folder, find_model, load_tokenizer, read_facts, stored_dtype  # noqa: E402  # noqa: E402
-from cogvideox.launch import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, patient_barrier_maker, peak_memory_gib, say, start_processes  # noqa: E402
-from cogvideox.model import checkpoint_blocks, load_scheduler, load_transformer, load_vae, rotary_tables  # noqa: E402
-from cogvideox.optimizer import make_optimizer, make_schedule  # noqa: E402
-from cogvideox.order import TrainingClips, clip_at, epoch_length, positions_of, seeded_generator  # noqa: E402
-from cogvideox.reader import Readers, decode_workers  # noqa: E402
+from cogvideox import checkpoint, hub, lora, metrics, rehearsal, stopping, validation
+from cogvideox.cache import known_components
+from cogvideox.data import check_data, encode_data, free
+from cogvideox.folder import COGVIDEOX_2B, check_geometry, check_model_folder, find_model, load_tokenizer, read_facts, stored_dtype
+from cogvideox.launch import (
+    BAD_DATA,
+    BAD_FLAGS,
+    BAD_NUMBERS,
+    BAD_OUTPUT,
+    FolderLock,
+    fail,
+    folders_not_shared,
+    patient_barrier_maker,
+    peak_memory_gib,
+    say,
+    start_processes,
+)
+from cogvideox.model import checkpoint_blocks, load_scheduler, load_transformer, load_vae, rotary_tables
+from cogvideox.optimizer import make_optimizer, make_schedule
+from cogvideox.order import TrainingClips, clip_at, epoch_length, positions_of, seeded_generator
+from cogvideox.reader import Readers, decode_workers
 
 # -----------------------------------------------------------------------------
 # Loss
@@ -252,13 +276,17 @@ def choose_precision(wanted, folder, variant):
 
 
 def prepare_output_dir(args, accelerator):
-    """Make --output_dir, or say why not: a file, not writable, or an earlier run's that was not asked for. Every process calls it."""
-    output_dir, problem = Path(args.output_dir), None
+    """Make --output_dir and keep other runs out of it. Returns (lock, problems): a file in its place, not writable, in use
+    by another run, or holding an earlier run that was not asked for. Every process calls it."""
+    output_dir, lock, problem = Path(args.output_dir), None, None
     if accelerator.is_main_process:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             (output_dir / ".write_test").write_text("")
             (output_dir / ".write_test").unlink()
+            lock = FolderLock(output_dir)
+        except BlockingIOError:
+            problem = f"--output_dir {output_dir}: another run is writing there"
         except OSError as error:
             problem = f"--output_dir {output_dir}: cannot be written to ({error.strerror})"
         else:
@@ -271,10 +299,13 @@ def prepare_output_dir(args, accelerator):
                     f"--output_dir {output_dir}: holds an earlier run ({earlier[0].name}); go on with it "
                     "(--resume_from_checkpoint latest), remove it (--overwrite_output_dir), or name another folder"
                 )
-    return [problem for problem in broadcast_object_list([problem]) if problem]
+    problems = [problem for problem in broadcast_object_list([problem]) if problem]
+    if not problems and accelerator.num_processes > 1:
+        problems = folders_not_shared(accelerator, [("--output_dir", output_dir), ("--encoding_cache_dir", args.encoding_cache_dir)])
+    return (None if problems else lock), problems
 
 
-RUN_FILES = {lora.LORA_FILE, "README.md", "metrics.jsonl", "loss.png", "flags.json", "validation", "encoded", "logs"}
+RUN_FILES = {lora.LORA_FILE, "README.md", "metrics.jsonl", "loss.png", "flags.json", "validation", "encoded", "logs", "status.json"}
 
 
 def main(args):
@@ -307,12 +338,13 @@ def main(args):
     device, is_main, output_dir = accelerator.device, accelerator.is_main_process, Path(args.output_dir)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    if output_problems := prepare_output_dir(args, accelerator):
+    lock, output_problems = prepare_output_dir(args, accelerator)
+    if output_problems:
         fail(BAD_OUTPUT, output_problems + problems)
 
     # Data: every clip is opened and decoded once, then encoded once; afterwards neither T5 nor the VAE is in memory.
     with Readers(decode_workers(), args.clip_timeout_seconds) as readers:
-        data = check_data(args, facts, tokenizer, readers, accelerator)
+        data = check_data(args, facts, tokenizer, readers, accelerator, patient_barrier)
         if problems or data.problems:
             fail(BAD_FLAGS if problems else BAD_DATA, problems + data.problems)
         encodings, prompts, negative_prompt, identities = encode_data(
@@ -326,6 +358,11 @@ def main(args):
         parameters = lora.add_lora(transformer, args.rank, args.lora_alpha, args.lora_dropout, args.target_modules, args.seed)
     except ValueError as error:
         fail(BAD_FLAGS, f"--target_modules {' '.join(args.target_modules)}: {str(error).splitlines()[0]}")
+    try:
+        if args.init_lora:
+            lora.load_exported(transformer, args.init_lora)
+    except ValueError as error:
+        fail(BAD_FLAGS, f"--init_lora {args.init_lora}: {error}")
     checkpoint_blocks(transformer, args.gradient_checkpointing)
     if dtype != torch.float32:
         lora.leave_casts_to_autocast(transformer)
@@ -343,6 +380,37 @@ def main(args):
     schedule = make_schedule(args, optimizer, total_steps)
     model, optimizer = accelerator.prepare(transformer, optimizer)
 
+    def loss_of(batch):
+        return velocity_loss(model, scheduler, batch, rotary_of(batch), dtype).mean()
+
+    clips = TrainingClips(
+        encodings,
+        functools.partial(clip_at, args.seed, shapes=shapes, clips_per_step=clips_per_step),
+        args.seed,
+        facts.scaling_factor,
+        scheduler.config.num_train_timesteps,
+        args.caption_dropout,
+        args.random_flip,
+    )
+    trained, total = sum(p.numel() for p in parameters), sum(p.numel() for p in transformer.parameters())
+
+    # The rehearsal: what would have failed after ten hours fails in the first minute.
+    memory_explained = functools.partial(
+        stopping.explained_memory, blocks=len(transformer.transformer_blocks), peak=lambda: peak_memory_gib(device)
+    )
+    largest = max(range(len(data.clips)), key=lambda i: data.clips[i]["frames"] * data.clips[i]["height"] * data.clips[i]["width"])
+    with memory_explained("in the rehearsal of one step at the largest shape"):
+        measured = rehearsal.rehearse(
+            args, accelerator, model, transformer, scheduler, clips, largest, loss_of, steps=2 if args.dry_run else 1
+        )
+    problem = rehearsal.report(args, *measured, total_steps, device, trained)
+    if problem:
+        fail(BAD_OUTPUT, problem)
+    if args.dry_run:
+        say("--dry_run: nothing was trained")
+        accelerator.end_training()
+        return
+
     # Resume. There is no random state to restore: what a position trains is a function of the seed and the position.
     run_facts = {"flags": checkpoint.public_flags(args), "clips_per_step": clips_per_step, **identities}
     first_step = checkpoint.resume(args, accelerator, transformer, optimizer, schedule, run_facts)
@@ -357,15 +425,6 @@ def main(args):
         first_step,
         total_steps,
     )
-    clips = TrainingClips(
-        encodings,
-        functools.partial(clip_at, args.seed, shapes=shapes, clips_per_step=clips_per_step),
-        args.seed,
-        facts.scaling_factor,
-        scheduler.config.num_train_timesteps,
-        args.caption_dropout,
-        args.random_flip,
-    )
     batches = iter(
         DataLoader(clips, batch_sampler=list(positions), num_workers=args.dataloader_num_workers, pin_memory=device.type == "cuda")
     )
@@ -378,7 +437,6 @@ def main(args):
         "trigger": args.id_token or "",
         "example_prompt": data.records[0].caption,
     }
-    trained, total = sum(p.numel() for p in parameters), sum(p.numel() for p in transformer.parameters())
     passes, precision = total_steps * clips_per_step / epoch_clips, args.mixed_precision.replace("no", "fp32")
     say(
         f"\n{len(encodings)} clips; {args.train_batch_size} a batch x {accelerator.num_processes} processes x "
@@ -418,44 +476,67 @@ def main(args):
                 validation.write_sheet(shown, output_dir / "validation/step-000000", jobs, args.prompts, step, settings)
                 metrics.track_videos(trackers, shown, jobs, args.prompts, step, args.fps)
 
+    def save(step):
+        """Write a checkpoint while training goes on; the first one is waited for and compared with the live model."""
+        saver.save(
+            step,
+            lambda: checkpoint.take_snapshot(transformer, optimizer, schedule, accelerator.scaler),
+            run_facts,
+            lora_facts | {"step": str(step)},
+        )
+        if is_main and saver.newest is None and saver.join():
+            lora.report_export(saver.newest, transformer, scheduler, dtype)
+        patient_barrier()
+
+    saver = checkpoint.Saver(output_dir, args.checkpoints_total_limit, enabled=is_main)
     if first_step == 0:
         look(0, videos=True)
 
     # -------------------------------------------------------------------------
     # The loop
-    exported = None
-    bar = tqdm(
-        range(first_step + 1, total_steps + 1),
-        "training",
-        total_steps,
-        initial=first_step,
-        unit="step",
-        disable=not is_main,
-        dynamic_ncols=True,
-    )
-    since_log, waited, logged_step, step_losses = time.perf_counter(), 0.0, first_step, []
+    steps = range(first_step + 1, total_steps + 1)
+    bar = tqdm(steps, "training", total_steps, initial=first_step, unit="step", disable=not is_main, dynamic_ncols=True)
+    since_log, waited, logged_step, step_losses, skipped, stop = time.perf_counter(), 0.0, first_step, [], 0, 0
     for step in bar:
         last = step == total_steps
+        saving = step % args.checkpointing_steps == 0 or last
 
         # One optimizer step. The seed is for LoRA dropout, the only random numbers that are drawn inside the model.
         torch.manual_seed(seeded_generator(args.seed, "dropout", step, accelerator.process_index).initial_seed())
+        micro_batches = []
         for _ in range(args.gradient_accumulation_steps):
             asked = time.perf_counter()
             batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
             waited += time.perf_counter() - asked
-            with accelerator.accumulate(model):
-                loss = velocity_loss(model, scheduler, batch, rotary_of(batch), dtype).mean()
+            with accelerator.accumulate(model), memory_explained(f"in step {step}"):
+                loss = loss_of(batch)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-                optimizer.step()
-                optimizer.zero_grad()
-            step_losses.append(loss.detach())
+                    # The norm is of the summed gradients, so all processes see the same. fp16's scaler skips by itself.
+                    finite = math.isfinite(grad_norm)
+                    if finite or accelerator.scaler:
+                        optimizer.step()
+                    optimizer.zero_grad()
+            micro_batches.append((loss.detach(), batch["position"], batch["timestep"]))
+        step_losses += [loss for loss, _, _ in micro_batches]
         used_learning_rate = schedule.get_last_lr()[0]
         schedule.step()
 
-        # Log: the mean over all clips of the steps since the last line, on all processes. This waits for the GPU.
-        if step % args.logging_steps == 0 or last:
+        # A gradient that is not finite updated nothing. After too many in a row the run ends; the last checkpoint is good.
+        skipped = 0 if finite else skipped + 1
+        if skipped:
+            for sentence in describe_bad_step(micro_batches, clips, data.records):
+                say(f"warning: step {step} was skipped, its gradient is not finite: {sentence}")
+            if skipped >= args.max_skipped_steps:
+                path = saver.join()
+                if is_main:
+                    stopping.write_status(output_dir, BAD_NUMBERS, "gradients not finite", step, path)
+                kept = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
+                fail(BAD_NUMBERS, f"{skipped} steps in a row had no finite gradient (--learning_rate, --mixed_precision); {kept}")
+
+        # Log: the mean over all clips of the steps since the last line, on all processes.
+        if step % args.logging_steps == 0 or saving:
             mean_loss = accelerator.reduce(torch.stack(step_losses).mean(), "mean").item()
             now = time.perf_counter()
             values = {
@@ -470,59 +551,63 @@ def main(args):
             }
             log.write(values)
             accelerator.log({name: value for name, value in values.items() if name != "step"}, step=step)
-            bar.set_postfix(
-                loss=f"{mean_loss:.4f}",
-                grad=f"{values['grad_norm']:.3f}",
-                lr=f"{used_learning_rate:.1e}",
-                wait=f"{values['data_wait_percent']:.0f}%",
-            )
+            shown = {"loss": f"{mean_loss:.4f}", "grad": f"{values['grad_norm']:.3f}", "lr": f"{used_learning_rate:.1e}"}
+            bar.set_postfix(shown | {"wait": f"{values['data_wait_percent']:.0f}%"})
             since_log, waited, logged_step, step_losses = now, 0.0, step, []
 
-        # Checkpoint, every N steps and at the end: on disk before anything that could fail is tried.
-        saving = step % args.checkpointing_steps == 0 or last
+        # Checkpoint, every N steps and at the end: on its way to the disk before anything that could fail is tried.
         if saving:
-            if is_main:
-                path = checkpoint.save_checkpoint(
-                    output_dir, step, transformer, optimizer, schedule, accelerator.scaler, run_facts, lora_facts | {"step": str(step)}
-                )
-                checkpoint.prune_checkpoints(output_dir, args.checkpoints_total_limit)
-                shutil.copy2(path / lora.LORA_FILE, output_dir / f".{lora.LORA_FILE}.partial")
-                os.replace(output_dir / f".{lora.LORA_FILE}.partial", output_dir / lora.LORA_FILE)
-                exported = exported or lora.report_export(path, transformer, scheduler, dtype)
-            patient_barrier()
+            save(step)
 
         # Look at what has been learned. The clock of the training steps stands still meanwhile.
         videos = last or validation.is_due(step, clips_per_step, epoch_clips, args)
         if saving or videos:
             paused = time.perf_counter()
+            if last:
+                saver.join()
             look(step, videos)
             since_log += time.perf_counter() - paused
 
+        # A signal to any process ends the run here, on all of them, with everything on disk.
+        stop = stopping.agreed(device)
+        if stop:
+            if not saving:
+                save(step)
+            break
+
+    newest = saver.join()
+    result = {"steps": step, "clips": len(encodings), "clips_per_step": clips_per_step, "parameters": trained / 1e6}
     if is_main:
-        finish(
-            args,
-            output_dir,
-            jobs,
-            {
-                "steps": total_steps,
-                "clips": len(encodings),
-                "clips_per_step": clips_per_step,
-                "parameters": trained / 1e6,
-                "num_frames": settings["num_frames"],
-            },
-            token,
-        )
+        finish(args, output_dir, jobs, result | {"num_frames": settings["num_frames"]}, token, push=args.push_to_hub and not stop)
+        code, reason = (128 + stop, f"stopped by {signal.Signals(stop).name}") if stop else (0, "done")
+        code, reason = (BAD_OUTPUT, "the last checkpoint was not written") if saver.failed else (code, reason)
+        stopping.write_status(output_dir, code, reason, step, newest)
     accelerator.end_training()
+    if stop:
+        say(f"stopped by {signal.Signals(stop).name} after step {step} of {total_steps}; --resume_from_checkpoint latest goes on")
+        raise SystemExit(128 + stop)
+    if saver.failed:
+        fail(BAD_OUTPUT, f"the last checkpoint was not written; the newest is {newest}")
 
 
-def finish(args, output_dir, jobs, facts, token):
+def describe_bad_step(micro_batches, clips, records):
+    """Which clips, at which timesteps, had a loss that is not finite, as sentences. Every process calls it."""
+    bad = []
+    for loss, positions, timesteps in micro_batches:
+        if not torch.isfinite(loss):
+            for position, timestep in zip(positions.tolist(), timesteps.tolist(), strict=True):
+                bad.append(f"{records[clips.clip_of(position)].listed} at timestep {timestep} (loss {loss.item()})")
+    return gather_object(bad) or ["every loss was finite, its gradient was not"]
+
+
+def finish(args, output_dir, jobs, facts, token, push):
     """The plot, the model card, and the push if it was asked for; the LoRA is on disk already, and none of this can undo it."""
     last = f"validation/step-{facts['steps']:06d}"
     facts["videos"] = [(args.prompts[job["prompt"]], f"{last}/{job['name']}") for job in jobs if (output_dir / last / job["name"]).exists()]
     hub.write_model_card(output_dir, args, facts)
     metrics.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
     say(f"\nthe LoRA: {output_dir / lora.LORA_FILE}\nhow to use it: {output_dir / 'README.md'}\nlosses: {output_dir / 'loss.png'}")
-    if args.push_to_hub:
+    if push:
         try:
             say(f"uploaded to {hub.push(output_dir, args, token)}")
         except Exception as error:  # the hub client raises many kinds; the result is here whatever it says
@@ -532,4 +617,5 @@ def finish(args, output_dir, jobs, facts, token):
 
 
 if __name__ == "__main__":
-    main(ARGS)
+    stopping.listen()
+    record(main)(ARGS)  # a process that fails tells the launcher its traceback

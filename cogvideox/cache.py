@@ -14,15 +14,14 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from pathlib import Path
 
 import safetensors
 import torch
 from safetensors.torch import save
 
+from cogvideox.files import file_sha256, write_bytes
 from cogvideox.folder import read_json, safetensors_header, stored_dtype, weight_files
-from dataset import file_sha256
 
 ENCODING_VERSION = 1  # raise it when the code below, or dataset.py, makes other numbers from the same input
 
@@ -112,17 +111,6 @@ def caption_key(caption, text_identity, dtype, max_text_seq_length):
 def entry_path(cache, kind, key):
     """Where an entry lies: cache/clips/ab/abcdef....safetensors."""
     return cache / kind / key[:2] / f"{key}.safetensors"
-
-
-def write_bytes(path, content):
-    """Write a file whole or not at all. The mode follows the umask."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_entry(path, tensor):

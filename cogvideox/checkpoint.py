@@ -5,10 +5,12 @@
 each file. There is no random state to save (see order.py).
 """
 
+import errno
 import json
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import accelerate
@@ -19,9 +21,9 @@ import transformers
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load, save
 
+from cogvideox.files import file_sha256, write_durably
 from cogvideox.launch import BAD_OUTPUT, fail, say
-from cogvideox.lora import LORA_FILE, load_lora_state, lora_state, save_lora, write_durably
-from dataset import file_sha256
+from cogvideox.lora import LORA_FILE, exported_state, load_lora_state, lora_state, write_lora
 
 FORMAT = 1
 VERSIONS = {module.__name__: module.__version__.split("+")[0] for module in (torch, diffusers, transformers, accelerate, peft)}
@@ -35,7 +37,8 @@ FREE_FLAGS = {
     "validation_height", "validation_width", "validation_frames", "negative_prompt", "fixed_loss_clips", "num_train_epochs",
     "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "gradient_checkpointing", "enable_slicing",
     "enable_tiling", "tracker_name", "push_to_hub", "hub_token", "hub_model_id", "report_to", "logging_steps", "allow_tf32",
-    "process_timeout_minutes", "train_batch_size", "gradient_accumulation_steps", "overwrite_output_dir",
+    "process_timeout_minutes", "max_skipped_steps", "bad_videos", "max_bad_share", "init_lora", "bucket_sizes",
+    "bucket_lengths", "dry_run", "prompts", "train_batch_size", "gradient_accumulation_steps", "overwrite_output_dir",
     # What these change in the data is seen in the hash of the clips and captions, whatever the flags say.
     "height", "width", "fps", "max_num_frames", "skip_frames_start", "skip_frames_end", "video_reshape_mode", "id_token",
 }  # fmt: skip
@@ -77,8 +80,22 @@ def unpack(packed, tensors):
     return packed["value"]
 
 
-def save_checkpoint(output_dir, step, transformer, optimizer, schedule, scaler, facts, lora_facts):
-    """Write `checkpoint-{step}` on the calling process; returns its path.
+def take_snapshot(transformer, optimizer, schedule, scaler):
+    """Copies in host memory of everything a checkpoint holds: name -> tensors, and the JSON-ready rest.
+
+    Training goes on while they are written.
+    """
+    tensors = {}
+    state = {
+        "optimizer": pack(optimizer.state_dict(), tensors, "optimizer"),
+        "schedule": pack({**schedule.state_dict(), "lr_lambdas": [None]}, tensors, "schedule"),
+        "scaler": pack(scaler.state_dict() if scaler else {}, tensors, "scaler"),
+    }
+    return {"lora": exported_state(transformer), "adapter": lora_state(transformer), "optimizer": tensors, "state": state}
+
+
+def write_checkpoint(output_dir, step, snapshot, facts, lora_facts):
+    """Write `checkpoint-{step}` from a snapshot; returns its path.
 
     Raises OSError (a full disk, say) or ValueError (weights that are not finite); whatever was begun is removed then and
     older checkpoints stay.
@@ -86,18 +103,16 @@ def save_checkpoint(output_dir, step, transformer, optimizer, schedule, scaler, 
     final = Path(output_dir) / f"checkpoint-{step}"
     partial = final.with_name(final.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    needed = sum(tensor.numel() * tensor.element_size() for part in TENSOR_FILES for tensor in snapshot[part].values())
+    free = shutil.disk_usage(output_dir).free
+    if needed * 1.05 > free:
+        raise OSError(errno.ENOSPC, f"{needed / 2**20:.0f} MiB are needed, {free / 2**20:.0f} MiB free")
     partial.mkdir(parents=True)
     try:
-        save_lora(partial, transformer, lora_facts)
-        write_durably(partial / "adapter.safetensors", save(lora_state(transformer)))
-        tensors = {}
-        state = {
-            "optimizer": pack(optimizer.state_dict(), tensors, "optimizer"),
-            "schedule": pack({**schedule.state_dict(), "lr_lambdas": [None]}, tensors, "schedule"),
-            "scaler": pack(scaler.state_dict() if scaler else {}, tensors, "scaler"),
-        }
-        write_durably(partial / "optimizer.safetensors", save(tensors))
-        write_durably(partial / "state.json", json.dumps(state).encode())
+        write_lora(partial, snapshot["lora"], lora_facts)
+        write_durably(partial / "adapter.safetensors", save(snapshot["adapter"]))
+        write_durably(partial / "optimizer.safetensors", save(snapshot["optimizer"]))
+        write_durably(partial / "state.json", json.dumps(snapshot["state"]).encode())
         files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(partial.iterdir())}
         manifest = {"format": FORMAT, "step": step, "versions": VERSIONS, **facts, "files": files}
         write_durably(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
@@ -108,6 +123,50 @@ def save_checkpoint(output_dir, step, transformer, optimizer, schedule, scaler, 
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
+
+
+TENSOR_FILES = ("lora", "adapter", "optimizer")
+
+
+class Saver:
+    """Writes checkpoints in a thread, one at a time, on the process that may write; on the others it does nothing.
+
+    A checkpoint that cannot be written is told, and neither ends the run nor costs an older one.
+    """
+
+    def __init__(self, output_dir, limit, enabled):
+        self.output_dir, self.limit, self.enabled = Path(output_dir), limit, enabled
+        self.thread, self.pending, self.newest, self.failed = ThreadPoolExecutor(1), None, None, False
+        if enabled:
+            for leftover in self.output_dir.glob("checkpoint-*.partial"):
+                say(f"removed {leftover.name}, which a killed run left half written")
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def save(self, step, snapshot, facts, lora_facts):
+        """Wait for the checkpoint before, then write this one while training goes on. snapshot: () -> a snapshot."""
+        self.join()
+        if self.enabled:
+            self.pending = self.thread.submit(self.write, step, snapshot(), facts, lora_facts)
+
+    def write(self, step, snapshot, facts, lora_facts):
+        """In the thread: the checkpoint, then the LoRA beside it, then the old ones go."""
+        path = write_checkpoint(self.output_dir, step, snapshot, facts, lora_facts)
+        shutil.copy2(path / LORA_FILE, self.output_dir / f".{LORA_FILE}.partial")
+        os.replace(self.output_dir / f".{LORA_FILE}.partial", self.output_dir / LORA_FILE)
+        prune_checkpoints(self.output_dir, self.limit)
+        return path
+
+    def join(self):
+        """Wait until the last checkpoint is on disk. Returns the newest one's path."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            try:
+                self.newest, self.failed = pending.result(), False
+            except (OSError, ValueError) as error:
+                self.failed = True
+                kept = [path.name for _, path in list_checkpoints(self.output_dir)]
+                say(f"warning: a checkpoint was not written ({error}); kept: {', '.join(kept) or 'none'}")
+        return self.newest
 
 
 def sync_folder(folder):

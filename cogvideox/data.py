@@ -26,12 +26,13 @@ class Data:
     framing: Framing
 
 
-def check_data(args, facts, tokenizer, readers, accelerator):
+def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     """List and decode every clip, print the report, and return the Data. Nothing but `dataset_report.txt` is written."""
     records, problems, layout = list_clips(args)
     framing, cache = framing_of(args, facts), Path(args.encoding_cache_dir)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     mine = survey_clips(records[rank::world_size], framing, args.seed, cache, readers, show_progress=rank == 0)
+    barrier()  # one process may have had slower files than another
     numbered = gather_object(list(zip(range(rank, len(records), world_size), mine, strict=True)))
     clips = [clip for _, clip in sorted(numbered, key=lambda pair: pair[0])]
     tokens = count_tokens(tokenizer, [r.caption for r in records]) if tokenizer and records else [0] * len(records)

@@ -1,5 +1,6 @@
 """Filling the cache: captions in batches, clips one by one while the next are decoded, each process its share."""
 
+import ctypes
 import time
 from pathlib import Path
 
@@ -8,10 +9,23 @@ from tqdm.auto import tqdm
 
 from cogvideox.cache import entry_path, write_entry
 from cogvideox.model import decode_latents, encode_captions, encode_frames
+from cogvideox.stopping import leave_if_wanted
 from cogvideox.video import contact_sheet, write_video
 
 CAPTIONS_PER_BATCH = 8
 CLIPS_SHOWN = 3
+
+
+def keep_heap_flat():
+    """Have the C library map blocks of 1 MiB and more by themselves, and give them back when they are freed.
+
+    By default glibc raises that limit to the largest block it has seen freed; decoded clips of some MiB then lie in the
+    heap between the small objects that outlive them, and the process grows with every clip (some 20 MiB each at 480 x 720).
+    """
+    try:
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+    except (OSError, AttributeError, TypeError):  # another C library
+        return
 
 
 def share(sizes, rank, world_size):
@@ -48,6 +62,7 @@ def fill_captions(cache, captions, key, missing, load, max_text_seq_length, rank
     for group in tqdm(groups, "encoding captions", unit=f"x{CAPTIONS_PER_BATCH}", disable=rank != 0):
         # The last group is filled up, so that every product has the same shape.
         padded = group + [""] * (CAPTIONS_PER_BATCH - len(group))
+        leave_if_wanted()
         embeddings = encode_captions(tokenizer, text_encoder, padded, max_text_seq_length)
         for caption, embedding in zip(group, embeddings, strict=False):
             if key(caption) in missing:
@@ -65,9 +80,11 @@ def fill_clips(cache, jobs, load, readers, show, rank=0, world_size=1):
     mine = share([job[4] for job in jobs], rank, world_size)
     bar = tqdm(total=len(jobs), desc="encoding clips", unit="clip", disable=rank != 0 or not jobs)
     if mine:
+        keep_heap_flat()
         vae = load()
         decoded = readers.read_all([(jobs[i][1], jobs[i][2]) for i in mine])
         for number, (i, (_, frames, reason)) in enumerate(zip(mine, decoded, strict=True)):
+            leave_if_wanted()
             key, _, _, flipped, _, name = jobs[i]
             if reason:
                 raise RuntimeError(f"{name}: decoded well before, and now: {reason}")
@@ -82,6 +99,7 @@ def fill_clips(cache, jobs, load, readers, show, rank=0, world_size=1):
             if rank == 0 and time.monotonic() - getattr(bar, "last_look", 0) > 1:
                 show_all_ranks(bar, cache, jobs)
     while rank == 0 and bar.n < len(jobs):  # the others' share; a process that dies ends this one through the launcher
+        leave_if_wanted()
         show_all_ranks(bar, cache, jobs)
         time.sleep(0.2)
     bar.close()

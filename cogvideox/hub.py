@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from cogvideox.lora import LORA_FILE, write_durably
+from cogvideox.files import write_durably
+from cogvideox.lora import LORA_FILE
 
 UPLOADED = [LORA_FILE, "README.md", "metrics.jsonl", "loss.png", "validation/step-*/*.mp4", "validation/step-*/contact_sheet.png"]
 

@@ -6,16 +6,25 @@ environment, 3 dataset, 4 output folder or checkpoint, 5 numbers that are not fi
 
 import os
 import platform
+import socket
 import sys
 import time
+import uuid
 from datetime import timedelta
+from pathlib import Path
 
 import diffusers
 import torch
 import torch.distributed as distributed
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 BAD_FLAGS, BAD_DATA, BAD_OUTPUT, BAD_NUMBERS = 2, 3, 4, 5
 
@@ -47,6 +56,8 @@ def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minute
     The same call serves python, accelerate launch and torchrun, on no GPU (gloo), one or many.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and os.environ.get("RANK", "0") != "0":
+        wait_for_main_process()
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         # accelerate's simple launcher drops --num_processes where it finds no GPU, and says nothing.
         say(
@@ -78,6 +89,71 @@ def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minute
     rank = f"process {accelerator.process_index} of {accelerator.num_processes}"
     tqdm.write(f"{rank} on {platform.node()}: {device} ({kind}){backend}", file=sys.stderr)
     return accelerator
+
+
+def wait_for_main_process(seconds=120):
+    """Fail with the address where the main process does not answer, instead of waiting half an hour without a word."""
+    address, port = os.environ.get("MASTER_ADDR"), int(os.environ.get("MASTER_PORT", 0))
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection((address, port), timeout=5):
+                return
+        except OSError as error:
+            reason = error
+            time.sleep(1)
+    print(
+        f"\nERROR[2]: process {os.environ['RANK']} on {platform.node()} got no answer from the main process at {address}:{port} "
+        f"in {seconds} seconds ({reason}): check MASTER_ADDR, MASTER_PORT, "
+        "the firewall, and NCCL_SOCKET_IFNAME where there are several networks",
+        file=sys.stderr,
+        flush=True,
+    )
+    raise SystemExit(BAD_FLAGS)
+
+
+class FolderLock:
+    """Keeps a second run out of a folder for as long as this object lives; the system lets go of it when a process is killed.
+
+    Raises BlockingIOError if another run has the folder.
+    """
+
+    def __init__(self, folder):
+        self.handle = None
+        if fcntl is None:  # Windows
+            return
+        self.handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            return  # a network file system without locks
+
+    def __del__(self):
+        if self.handle is not None:
+            os.close(self.handle)
+
+
+def folders_not_shared(accelerator, folders):
+    """A sentence for each (flag, folder) that a process cannot see as the main one does. Every process calls it."""
+    names = [None]
+    if accelerator.is_main_process:
+        names = [[Path(folder) / f".shared-{uuid.uuid4().hex}" for _, folder in folders]]
+        for name in names[0]:
+            name.parent.mkdir(parents=True, exist_ok=True)
+            name.touch()
+    names = broadcast_object_list(names)[0]
+    missing = gather_object([(platform.node(), accelerator.process_index, [not name.exists() for name in names])])
+    accelerator.wait_for_everyone()
+    problems = []
+    for place, (flag, folder) in enumerate(folders):
+        if accelerator.is_main_process:
+            names[place].unlink(missing_ok=True)
+        blind = [f"process {rank} on {host}" for host, rank, lacks in missing if lacks[place]]
+        if blind:
+            problems.append(f"{flag} {folder}: has to lie on a file system that all machines share; {', '.join(blind)} does not see it")
+    return problems
 
 
 def patient_barrier_maker():

@@ -1,7 +1,6 @@
 """The LoRA: injected with peft, always fp32, written so that any loader applies it at the strength it was trained at."""
 
 import copy
-import os
 import warnings
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save
 
+from cogvideox.files import write_durably
 from cogvideox.launch import say
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -57,6 +57,24 @@ def load_lora_state(transformer, state):
     set_peft_model_state_dict(transformer, state)
 
 
+def load_exported(transformer, path):
+    """Start from a LoRA file as `save_lora` writes it (or its folder): the factor alpha / rank is taken out again.
+
+    Raises ValueError where it is not there, or made for another model, rank or other targets.
+    """
+    path = Path(path).expanduser()
+    path = path / LORA_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    scaling = {name: layer.scaling["default"] for name, layer in lora_modules(transformer)}
+    state = {}
+    for name, tensor in load_file(path).items():
+        name = name.removeprefix("transformer.")
+        layer = name.rsplit(".lora_", 1)[0]
+        state[name] = tensor / scaling.get(layer, 1) if ".lora_B." in name else tensor
+    load_lora_state(transformer, state)
+
+
 def exported_state(transformer):
     """The weights as they are shipped: alpha / rank folded into lora_B, diffusers' names.
 
@@ -73,21 +91,15 @@ def exported_state(transformer):
 
 def save_lora(folder, transformer, facts):
     """Write `pytorch_lora_weights.safetensors` whole or not at all. facts: strings for the file's metadata."""
-    state = exported_state(transformer)
+    write_lora(folder, exported_state(transformer), facts)
+
+
+def write_lora(folder, state, facts):
+    """As `save_lora`, from an exported state. ValueError, and nothing written, if a weight is not finite."""
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(f"{len(broken)} LoRA weights are not finite (the first is {broken[0]}); nothing was written")
     write_durably(Path(folder) / LORA_FILE, save(state, metadata={"format": "pt"} | facts))
-
-
-def write_durably(path, content):
-    """Write bytes under a temporary name, force them to the disk, then rename. The mode follows the umask."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 @torch.no_grad()

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from cogvideox.cache import hash_file, key_of, write_bytes
+from cogvideox.cache import hash_file, key_of
+from cogvideox.files import write_bytes
+from cogvideox.stopping import leave_if_wanted
 from dataset import Framing, Record, locate, random_crop, read_records
 
 
@@ -103,6 +105,7 @@ def survey_clips(records, framing, seed, cache, readers, show_progress=True):
     results = readers.read_all([(records[number].path, own) for number, _, own in pending], want_frames=False)
     bar = tqdm(zip(pending, results, strict=True), "checking clips", len(pending), unit="clip", disable=not show_progress or not pending)
     for (number, content, own), (clip, _, reason) in bar:
+        leave_if_wanted()
         facts[number] = {"reason": reason} if reason else clip
         facts[number] |= {"sha256": content, "survey": key_of(content, asdict(own)), "path": records[number].path}
     return facts

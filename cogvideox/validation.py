@@ -13,6 +13,7 @@ from diffusers import CogVideoXPipeline
 
 from cogvideox.launch import say
 from cogvideox.model import decode_latents
+from cogvideox.stopping import wanted
 from cogvideox.video import contact_sheet, read_video, write_video
 
 
@@ -49,9 +50,17 @@ def sample_latents(transformer, scheduler, prompt, negative_prompt, seed, device
         negative_prompt_embeds=negative_prompt[None].to(device),
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",
+        callback_on_step_end=stop_sampling_if_wanted,
         **settings,
     )
     return result.frames[0]
+
+
+def stop_sampling_if_wanted(pipeline, step, timestep, tensors):
+    """Leave a video unfinished when a signal asks the run to stop; the loop then saves."""
+    if wanted():
+        raise InterruptedError("a signal asked the run to stop")
+    return tensors
 
 
 def validate(folder, jobs, rank, world_size, transformer, scheduler, embeddings, load_vae, device, fps, settings):

@@ -115,7 +115,7 @@ def test_an_output_folder_that_cannot_be_is_told_at_once(train, tmp_path, capsys
 # Checkpoints
 
 
-def test_old_checkpoints_go_only_after_a_new_one_is_safe(train, monkeypatch):
+def test_old_checkpoints_go_only_after_a_new_one_is_safe(train, monkeypatch, capsys):
     folder = train(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     (folder / "checkpoint-notes").mkdir()
@@ -126,10 +126,12 @@ def test_old_checkpoints_go_only_after_a_new_one_is_safe(train, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_lora", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(checkpoint, "write_lora", full)
+    with pytest.raises(SystemExit) as stop:
         train(output=folder, max_train_steps=6, checkpointing_steps=1, checkpoints_total_limit=1, resume_from_checkpoint="latest")
-    assert sorted(p.name for p in folder.glob("checkpoint-*/manifest.json")) == ["manifest.json"] * 2
+    assert stop.value.code == 4
+    assert "kept: checkpoint-3, checkpoint-4" in capsys.readouterr().err
+    assert len(list(folder.glob("checkpoint-*/manifest.json"))) == 2
     assert not list(folder.glob("*.partial"))
 
 

@@ -1,0 +1,421 @@
+"""What may happen to a run: signals, kills, full disks, numbers that are not finite, dead processes. Nothing is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import train_cogvideox_lora as script
+from cogvideox import rehearsal, stopping
+from tests.conftest import ROOT, environment, lora_of, same, words
+
+ONE = [sys.executable, "train_cogvideox_lora.py"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_cogvideox_lora.py"]
+
+
+def start(command, line, **variables):
+    """Start a run in a process group of its own; returns the process."""
+    return subprocess.Popen(
+        [*command, *line],
+        cwd=ROOT,
+        env=environment() | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def steps_of(folder):
+    """The steps that metrics.jsonl holds so far."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines() if '"loss"' in line and line.endswith("}")] if path.exists() else []
+
+
+def wait_for(condition, seconds=90):
+    """Wait until something is so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+
+
+# -----------------------------------------------------------------------------
+# Signals
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(tiny_model, six_clips, encodings, tmp_path, number):
+    flags = {"max_train_steps": 60, "resume_from_checkpoint": "latest", "lr_scheduler": "cosine"}
+    line = words(tiny_model, six_clips, tmp_path / "out", encodings, **flags)
+    run = start(ONE, line)
+    wait_for(lambda: len(steps_of(tmp_path / "out")) >= 3)
+    run.send_signal(number)
+    output = run.communicate(timeout=60)[0]
+    assert run.returncode == 128 + number, output[-2000:]
+    status = json.loads((tmp_path / "out/status.json").read_text())
+    stopped = status["step"]
+    assert 3 <= stopped < 60
+    assert (status["code"], status["checkpoint"].split("/")[-1]) == (128 + number, f"checkpoint-{stopped}")
+    assert len(lora_of(tmp_path / "out")) == 16
+    run = start(ONE, line)
+    output = run.communicate(timeout=120)[0]
+    assert run.returncode == 0, output[-2000:]
+    assert f"step {stopped}" in output
+    script.main(script.parse_args(words(tiny_model, six_clips, tmp_path / "straight", encodings, **flags)))
+    assert same(lora_of(tmp_path / "out"), lora_of(tmp_path / "straight"))
+    assert steps_of(tmp_path / "out") == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both_with_a_checkpoint(tiny_model, six_clips, encodings, tmp_path):
+    run = start(TWO, words(tiny_model, six_clips, tmp_path / "out", encodings, max_train_steps=2000))
+    wait_for(lambda: len(steps_of(tmp_path / "out")) >= 3)
+    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGTERM)
+    output = run.communicate(timeout=60)[0]
+    assert run.returncode != 0
+    assert "stopped by SIGTERM after step" in output
+    assert json.loads((tmp_path / "out/status.json").read_text())["code"] == 143
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_shell_script_hands_signals_on(tiny_model, six_clips, tmp_path, number):
+    settings = {"MODEL_PATH": str(tiny_model), "DATASET_PATH": str(six_clips), "OUTPUT_PATH": str(tmp_path / "out"), "CACHE_PATH": str(tmp_path / "cache")}
+    flags = words("m", "d", "o", "c", max_train_steps=2000)[8:] + ["--validation_epochs", "0", "--num_inference_steps", "1", "--mixed_precision", "no"]
+    run = start(["bash", "finetune_single_gpu.sh"], flags, **settings)
+    wait_for(lambda: len(steps_of(tmp_path / "out")) >= 3)
+    run.send_signal(number)
+    output = run.communicate(timeout=90)[0]
+    assert run.returncode != 0
+    assert "stopped by SIGTERM after step" in output, output[-2000:]
+    assert json.loads((tmp_path / "out/status.json").read_text())["code"] == 143
+
+
+@pytest.mark.slow
+def test_a_signal_while_encoding_leaves_whole_entries_and_a_second_one_ends_at_once(tiny_model, six_clips, tmp_path):
+    line = words(tiny_model, six_clips, tmp_path / "out", tmp_path / "cache", max_num_frames=17, height=128, width=192)
+    run = start(ONE, line)
+    wait_for(lambda: list((tmp_path / "cache").glob("clips/??/*.safetensors")))
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=60) == 143
+    kept = len(list((tmp_path / "cache").glob("clips/??/*.safetensors")))
+    assert 1 <= kept < 6
+    code = "import sys, time, signal; sys.path.insert(0, '.'); from cogvideox import stopping; stopping.listen(); print('on', flush=True); time.sleep(60)"
+    sleeper = subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(60)"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    sleeper.stdout.readline()
+    sleeper.send_signal(signal.SIGTERM)
+    time.sleep(stopping.ECHO_SECONDS + 0.5)
+    assert sleeper.poll() is None
+    sleeper.send_signal(signal.SIGINT)
+    assert sleeper.wait(timeout=5) == 130
+
+
+def test_a_signal_in_validation_leaves_the_video_and_saves(train, tiny_model, six_clips, encodings, tmp_path, monkeypatch):
+    from cogvideox import validation
+
+    asked = []
+
+    def strike(*args, **kwargs):
+        asked.append(1)
+        if len(asked) > 2:
+            monkeypatch.setitem(stopping.received, "signal", signal.SIGTERM)
+        return validation_step(*args, **kwargs)
+
+    validation_step = validation.stop_sampling_if_wanted
+    monkeypatch.setattr(validation, "stop_sampling_if_wanted", strike)
+    with pytest.raises(SystemExit) as stop:
+        train(output=tmp_path / "out", validation_prompt="a rabbit", validation_steps=1, num_inference_steps=2, max_train_steps=50)
+    assert stop.value.code == 143
+    assert (tmp_path / "out/checkpoint-1/manifest.json").exists()
+    assert not list((tmp_path / "out/validation/step-000001").glob("*.mp4")) if (tmp_path / "out/validation/step-000001").exists() else True
+
+
+# -----------------------------------------------------------------------------
+# Numbers
+
+
+def poisoned(monkeypatch, steps):
+    """Make the loss of these optimizer steps not a number."""
+    loss, calls = script.velocity_loss, []
+
+    def wrong(transformer, scheduler, batch, rotary, dtype):
+        value = loss(transformer, scheduler, batch, rotary, dtype)
+        calls.append(1)
+        return value * float("nan") if len(calls) - 1 in steps else value  # call 0 is the rehearsal
+
+    monkeypatch.setattr(script, "velocity_loss", wrong)
+
+
+def test_a_loss_that_is_no_number_updates_nothing_and_is_named(train, monkeypatch, capsys):
+    clean = train(max_train_steps=1)
+    poisoned(monkeypatch, {2})
+    skipped = train(max_train_steps=2)
+    told = capsys.readouterr().err
+    assert "warning: step 2 was skipped" in told
+    assert "videos/" in told.split("was skipped")[1]
+    assert "at timestep" in told
+    assert same(lora_of(clean), lora_of(skipped))
+    assert not same(lora_of(clean), lora_of(train(max_train_steps=3)))
+
+
+def test_too_many_in_a_row_end_the_run_and_keep_the_last_good_checkpoint(train, monkeypatch, capsys, tmp_path):
+    poisoned(monkeypatch, set(range(4, 99)))
+    with pytest.raises(SystemExit) as stop:
+        train(output=tmp_path / "out", max_train_steps=50, checkpointing_steps=3, max_skipped_steps=2)
+    assert stop.value.code == 5
+    assert "2 steps in a row" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert json.loads((tmp_path / "out/status.json").read_text())["code"] == 5
+    assert all(torch.isfinite(t).all() for t in lora_of(tmp_path / "out").values())
+
+
+def test_a_learning_rate_that_blows_up_never_leaves_weights_that_are_no_numbers(train, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        train(output=tmp_path / "out", learning_rate=1e30, max_train_steps=40, checkpointing_steps=1, max_grad_norm=0, max_skipped_steps=3)
+    assert stop.value.code in (4, 5)
+    for folder in [tmp_path / "out", *(tmp_path / "out").glob("checkpoint-*")]:
+        if (folder / "pytorch_lora_weights.safetensors").exists():
+            assert all(torch.isfinite(t).all() for t in lora_of(folder).values())
+
+
+@pytest.mark.slow
+def test_one_bad_loss_on_one_of_two_processes_skips_the_step_on_both(tiny_model, six_clips, encodings, tmp_path):
+    code = (
+        "import os, sys, runpy, torch; sys.argv = sys.argv[1:]\n"
+        "sys.path.insert(0, '.')\n"
+        "import cogvideox.model as model, cogvideox.order as order\n"
+        "item = order.TrainingClips.__getitem__\n"
+        "def bad(self, position):\n"
+        "    found = item(self, position)\n"
+        "    if position == 3: found['noise'] = found['noise'] * float('nan')\n"
+        "    return found\n"
+        "order.TrainingClips.__getitem__ = bad\n"
+        "runpy.run_path('train_cogvideox_lora.py', run_name='__main__')\n"
+    )
+    command = [*TWO[:-1], "--no-python", sys.executable, "-c", code, "train_cogvideox_lora.py"]
+    run = start(command, words(tiny_model, six_clips, tmp_path / "out", encodings, max_train_steps=4))
+    output = run.communicate(timeout=120)[0]
+    assert run.returncode == 0, output[-2000:]
+    assert "step 2 was skipped" in output  # position 3 is the second process's clip of step 2
+    assert output.count("was skipped") == 1
+    assert steps_of(tmp_path / "out") == [1, 2, 3, 4]
+    assert all(torch.isfinite(t).all() for t in lora_of(tmp_path / "out").values())
+
+
+def test_out_of_memory_is_answered_with_flags(train, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(script, "velocity_loss", full)
+    with pytest.raises(SystemExit) as stop:
+        train()
+    assert stop.value.code == 1
+    told = capsys.readouterr().err
+    assert "out of memory (in the rehearsal" in told
+    assert told.index("--gradient_checkpointing all") < told.index("--train_batch_size 1") < told.index("--rank")
+
+
+# -----------------------------------------------------------------------------
+# The rehearsal
+
+
+def test_the_rehearsal_leaves_no_trace_in_training(train, monkeypatch):
+    rehearsed = train(max_train_steps=3, lora_dropout=0.1)
+    real = rehearsal.rehearse
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *args, **kwargs: (0.0, 0.0, 0.0))
+    assert same(lora_of(rehearsed), lora_of(train(max_train_steps=3, lora_dropout=0.1)))
+    moved = []
+
+    def forgetful(args, accelerator, model, transformer, *rest, **settings):
+        found = real(args, accelerator, model, transformer, *rest, **settings)
+        with torch.no_grad():
+            next(p for p in transformer.parameters() if p.requires_grad).mul_(2)
+        moved.append(1)
+        return found
+
+    monkeypatch.setattr(rehearsal, "rehearse", forgetful)
+    assert not same(lora_of(rehearsed), lora_of(train(max_train_steps=3, lora_dropout=0.1)))
+    assert moved
+
+
+def test_a_dry_run_tells_time_memory_and_disk_and_trains_nothing(train, capsys):
+    folder = train(dry_run=True, max_train_steps=1000, checkpointing_steps=100)
+    told = capsys.readouterr().err
+    for word in ("seconds a step", "hours for 1000 steps", "peak", "parameters trained", "MiB a checkpoint", "for 10 of them", "nothing was trained"):
+        assert word in told
+    left = {p.name for p in folder.iterdir()} - {"encoded", "dataset_report.txt"}
+    assert left == set()
+
+
+def test_what_would_fail_at_the_end_fails_before_the_first_step(train, monkeypatch, capsys, tmp_path):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no encoder for mp4")
+
+    monkeypatch.setattr(rehearsal, "write_video", broken)
+    with pytest.raises(SystemExit) as stop:
+        train(output=tmp_path / "out")
+    assert stop.value.code == 4
+    assert "no encoder for mp4" in capsys.readouterr().err
+    assert not (tmp_path / "out/metrics.jsonl").exists()
+    assert not (tmp_path / "out/.rehearsal").exists()
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_told_before_the_first_step(train, monkeypatch, capsys):
+    monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
+    with pytest.raises(SystemExit) as stop:
+        train()
+    assert stop.value.code == 4
+    assert "a checkpoint takes" in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
+# Starting from a LoRA, two runs, dead processes, long validations
+
+
+def test_a_run_can_start_from_the_lora_of_another(train, tmp_path, capsys):
+    first = train(max_train_steps=5, rank=4, lora_alpha=2)
+    same_place = train(init_lora=str(first), learning_rate=0, rank=4, lora_alpha=8)  # another alpha: the strength stays
+    for name, tensor in lora_of(first).items():
+        torch.testing.assert_close(lora_of(same_place)[name], tensor, rtol=1e-6, atol=1e-8)
+    on = lora_of(train(init_lora=str(first), rank=4))
+    assert not same(on, lora_of(first))
+    for flags, sentence in (({"rank": 8}, "do not fit"), ({"init_lora": str(tmp_path / "nothing")}, "no such file")):
+        with pytest.raises(SystemExit) as stop:
+            train(**({"init_lora": str(first)} | flags))
+        assert stop.value.code == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_a_second_run_into_the_same_folder_is_refused_while_the_first_lives(train, tmp_path, capsys):
+    from cogvideox.launch import FolderLock
+
+    (tmp_path / "out").mkdir()
+    lock = FolderLock(tmp_path / "out")
+    with pytest.raises(SystemExit) as stop:
+        train(output=tmp_path / "out")
+    assert stop.value.code == 4
+    assert "another run is writing there" in capsys.readouterr().err
+    del lock
+    assert len(lora_of(train(output=tmp_path / "out"))) == 16
+
+
+@pytest.mark.slow
+def test_a_dead_process_ends_the_other_within_a_minute(tiny_model, six_clips, encodings, tmp_path):
+    run = start(TWO, words(tiny_model, six_clips, tmp_path / "out", encodings, max_train_steps=5000, checkpointing_steps=3))
+    wait_for(lambda: (tmp_path / "out/checkpoint-3/manifest.json").exists())
+    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    began = time.monotonic()
+    output = run.communicate(timeout=60)[0]
+    assert time.monotonic() - began < 60
+    assert run.returncode != 0
+    assert "Signal 9 (SIGKILL) received by PID" in output or "exitcode: -9" in output.replace(" ", " ")
+
+
+@pytest.mark.slow
+def test_a_validation_longer_than_the_collective_timeout_ends_nothing(tiny_model, six_clips, encodings, tmp_path):
+    code = (
+        "import os, sys, time, runpy; sys.argv = sys.argv[1:]; sys.path.insert(0, '.')\n"
+        "import cogvideox.validation as validation\n"
+        "sample = validation.sample_latents\n"
+        "def slow(*a, **k):\n"
+        "    if os.environ['RANK'] == '1': time.sleep(9)\n"
+        "    return sample(*a, **k)\n"
+        "validation.sample_latents = slow\n"
+        "runpy.run_path('train_cogvideox_lora.py', run_name='__main__')\n"
+    )
+    command = [*TWO[:-1], "--no-python", sys.executable, "-c", code, "train_cogvideox_lora.py"]
+    flags = {"validation_prompt": "a:::b", "process_timeout_minutes": 0.05, "max_train_steps": 1}
+    run = start(command, words(tiny_model, six_clips, tmp_path / "out", encodings, **flags))
+    output = run.communicate(timeout=150)[0]
+    assert run.returncode == 0, output[-2000:]
+    assert len(list((tmp_path / "out/validation").rglob("*.mp4"))) == 4
+
+
+def test_a_main_process_that_does_not_answer_is_named(monkeypatch, capsys):
+    from cogvideox import launch
+
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        launch.wait_for_main_process(seconds=1.5)
+    assert stop.value.code == 2
+    assert "no answer from the main process at 127.0.0.1:9" in capsys.readouterr().err
+
+
+# -----------------------------------------------------------------------------
+# Kills and full disks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [ONE, TWO], ids=["one process", "two processes"])
+def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_unbroken_one(tiny_model, six_clips, encodings, tmp_path, command):
+    flags = {"max_train_steps": 40, "checkpointing_steps": 2, "checkpoints_total_limit": 2, "resume_from_checkpoint": "latest"}
+    flags |= {"gradient_accumulation_steps": 2, "lr_scheduler": "linear"}
+    line = words(tiny_model, six_clips, tmp_path / "killed", encodings, **flags)
+    for number in range(3):
+        run = start(command, line)
+        wait_for(lambda target=8 * (number + 1): run.poll() is not None or max(steps_of(tmp_path / "killed"), default=0) >= target)
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+    run = start(command, line)
+    output = run.communicate(timeout=150)[0]
+    assert run.returncode == 0, output[-2000:]
+    straight = start(command, words(tiny_model, six_clips, tmp_path / "straight", encodings, **flags))
+    assert straight.wait(timeout=150) == 0
+    assert same(lora_of(tmp_path / "killed"), lora_of(tmp_path / "straight"))
+    for name in ("optimizer.safetensors", "state.json"):
+        assert (tmp_path / f"killed/checkpoint-40/{name}").read_bytes() == (tmp_path / f"straight/checkpoint-40/{name}").read_bytes()
+    assert steps_of(tmp_path / "killed") == list(range(1, 41))
+
+
+def test_a_half_written_checkpoint_is_removed_and_said(train, capsys):
+    folder = train(checkpointing_steps=1)
+    shutil.copytree(folder / "checkpoint-1", folder / "checkpoint-3.partial")
+    train(output=folder, resume_from_checkpoint="latest", max_train_steps=3)
+    assert "removed checkpoint-3.partial" in capsys.readouterr().err
+    assert not (folder / "checkpoint-3.partial").exists()
+
+
+def test_saving_does_not_hold_up_training(train, monkeypatch):
+    """The second checkpoint is written slowly; the steps after it are logged before it is there."""
+    from cogvideox import checkpoint
+
+    write, seen = checkpoint.write_checkpoint, []
+
+    def slow(output_dir, step, *rest):
+        if step == 2:
+            deadline = time.monotonic() + 20
+            while len(steps_of(output_dir)) < 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            seen.append(len(steps_of(output_dir)))
+        return write(output_dir, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", slow)
+    folder = train(max_train_steps=3, checkpointing_steps=1)
+    assert seen == [3]
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+def test_a_pickle_in_a_checkpoint_is_never_run(train, tmp_path):
+    import pickle
+
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    folder = train(checkpointing_steps=1)
+    for name in ("optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.safetensors"):
+        (folder / "checkpoint-2" / name).write_bytes(pickle.dumps(Payload()))
+    train(output=folder, resume_from_checkpoint="latest", max_train_steps=3)  # falls back to checkpoint-1
+    assert not (tmp_path / "ran").exists()
