@@ -59,7 +59,18 @@ OUTPUT_ARGS=(
   --checkpointing_steps 500              # in optimizer steps, and at the end
 )
 
-exec accelerate launch --config_file "$HERE/accelerate_config_machine_single.yaml" \
+# Signals go to the launcher as SIGTERM, which it hands on; of SIGUSR1 (Slurm's warning) it would die and leave the trainer
+# behind. The trainer finishes its step, saves and ends; the launcher then gives it 30 seconds.
+trap 'kill -TERM "$launcher" 2>/dev/null' TERM INT USR1
+accelerate launch --config_file "$HERE/accelerate_config_machine_single.yaml" \
   "$HERE/train_cogvideox_lora.py" \
   "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${LORA_ARGS[@]}" "${TRAIN_ARGS[@]}" "${VALIDATION_ARGS[@]}" "${OUTPUT_ARGS[@]}" \
-  "$@"
+  "$@" &
+launcher=$!
+code=0
+wait "$launcher" || code=$?
+while kill -0 "$launcher" 2>/dev/null; do  # a signal ends the wait, not the launcher
+  code=0
+  wait "$launcher" || code=$?
+done
+exit "$code"

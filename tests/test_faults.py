@@ -35,7 +35,11 @@ def start(command, line, **variables):
 def steps_of(folder):
     """The steps that metrics.jsonl holds so far."""
     path = folder / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in path.read_text().splitlines() if '"loss"' in line and line.endswith("}")] if path.exists() else []
+    return (
+        [json.loads(line)["step"] for line in path.read_text().splitlines() if '"loss"' in line and line.endswith("}")]
+        if path.exists()
+        else []
+    )
 
 
 def wait_for(condition, seconds=90):
@@ -90,8 +94,20 @@ def test_a_signal_to_one_of_two_processes_stops_both_with_a_checkpoint(tiny_mode
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_the_shell_script_hands_signals_on(tiny_model, six_clips, tmp_path, number):
-    settings = {"MODEL_PATH": str(tiny_model), "DATASET_PATH": str(six_clips), "OUTPUT_PATH": str(tmp_path / "out"), "CACHE_PATH": str(tmp_path / "cache")}
-    flags = words("m", "d", "o", "c", max_train_steps=2000)[8:] + ["--validation_epochs", "0", "--num_inference_steps", "1", "--mixed_precision", "no"]
+    settings = {
+        "MODEL_PATH": str(tiny_model),
+        "DATASET_PATH": str(six_clips),
+        "OUTPUT_PATH": str(tmp_path / "out"),
+        "CACHE_PATH": str(tmp_path / "cache"),
+    }
+    flags = words("m", "d", "o", "c", max_train_steps=2000)[8:] + [
+        "--validation_epochs",
+        "0",
+        "--num_inference_steps",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
     run = start(["bash", "finetune_single_gpu.sh"], flags, **settings)
     wait_for(lambda: len(steps_of(tmp_path / "out")) >= 3)
     run.send_signal(number)
@@ -111,7 +127,9 @@ def test_a_signal_while_encoding_leaves_whole_entries_and_a_second_one_ends_at_o
     kept = len(list((tmp_path / "cache").glob("clips/??/*.safetensors")))
     assert 1 <= kept < 6
     code = "import sys, time, signal; sys.path.insert(0, '.'); from cogvideox import stopping; stopping.listen(); print('on', flush=True); time.sleep(60)"
-    sleeper = subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(60)"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+    sleeper = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; time.sleep(60)"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
     sleeper.stdout.readline()
     sleeper.send_signal(signal.SIGTERM)
     time.sleep(stopping.ECHO_SECONDS + 0.5)
@@ -251,7 +269,15 @@ def test_the_rehearsal_leaves_no_trace_in_training(train, monkeypatch):
 def test_a_dry_run_tells_time_memory_and_disk_and_trains_nothing(train, capsys):
     folder = train(dry_run=True, max_train_steps=1000, checkpointing_steps=100)
     told = capsys.readouterr().err
-    for word in ("seconds a step", "hours for 1000 steps", "peak", "parameters trained", "MiB a checkpoint", "for 10 of them", "nothing was trained"):
+    for word in (
+        "seconds a step",
+        "hours for 1000 steps",
+        "peak",
+        "parameters trained",
+        "MiB a checkpoint",
+        "for 10 of them",
+        "nothing was trained",
+    ):
         assert word in told
     left = {p.name for p in folder.iterdir()} - {"encoded", "dataset_report.txt"}
     assert left == set()
@@ -365,7 +391,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_unbroken_one(ti
     line = words(tiny_model, six_clips, tmp_path / "killed", encodings, **flags)
     for number in range(3):
         run = start(command, line)
-        wait_for(lambda target=8 * (number + 1): run.poll() is not None or max(steps_of(tmp_path / "killed"), default=0) >= target)
+        wait_for(lambda run=run, target=8 * (number + 1): run.poll() is not None or max(steps_of(tmp_path / "killed"), default=0) >= target)
         os.killpg(run.pid, signal.SIGKILL)
         run.communicate()
     run = start(command, line)
