@@ -1,12 +1,13 @@
 # make demo    a LoRA on 38 real clips, with a tiny model, on a CPU, from nothing
 # make test    all tests (make quick: those under three minutes)
+# make chaos   a training under random kills and full disks
 # make check   style
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_FLAGS ?=
 
-.PHONY: setup demo-model demo test quick check clean
+.PHONY: setup demo-model demo test quick chaos check clean
 
 setup: $(VENV)/installed
 
@@ -34,6 +35,10 @@ test: setup
 
 quick: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+# A real training under sixty random kills and full disks; ends with the weights of an undisturbed one.
+chaos: demo/model/model_index.json
+	$(BIN)/python -m tools.chaos
 
 check: setup
 	$(BIN)/ruff check .

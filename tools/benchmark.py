@@ -87,7 +87,7 @@ def trainer_peaks(pid):
 def measure_encode(work, model, options):
     """Peak memory by clips and processes."""
     rows = []
-    plan = [(processes, count) for processes in (1, 2) for count in options.clips]
+    plan = [(processes, count) for processes in options.processes for count in options.clips]
     for processes, count in tqdm(plan, "runs", unit="run"):
         clips = make_clips(work / f"clips-{processes}-{count}", count)
         seconds, peak = run_trainer(model, clips, work / f"out-{processes}-{count}", work / f"cache-{processes}-{count}", processes)
@@ -129,6 +129,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("encode", "start"))
     parser.add_argument("--clips", type=int, nargs="+", default=[16, 256], help="sizes of the data set")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="encode: processes of a run")
     parser.add_argument("--repeats", type=int, default=3, help="start: pairs of runs")
     parser.add_argument("--model", default=str(ROOT / "demo/model"), help="model folder (default: the demo's; make demo-model writes it)")
     parser.add_argument("--json", help="write the rows here as well")

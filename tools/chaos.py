@@ -1,0 +1,233 @@
+"""A real training under random kills and full disks: python -m tools.chaos (or make chaos).
+
+Starts the demo's training again and again, on one process and on two, and strikes at random moments of every phase
+(checking, encoding, rehearsal, training, saving, validation): kill -9, SIGTERM or SIGINT to all processes or to one of
+them. Some episodes run with almost no disk. Each start is the same command with --resume_from_checkpoint latest. At the end
+the weights, the optimizer and the logged losses have to equal, bit for bit, those of a run that nobody disturbed.
+
+Exit code 0 if they do. Prints a table of what was done, and writes it with --report.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+
+from cogvideox.checkpoint import BadCheckpoint, list_checkpoints, read_manifest
+from tools.benchmark import ROOT, TORCHRUN, make_clips
+
+SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
+
+
+def command(model, clips, output, cache, processes, steps):
+    """The trained command line; the same for every start."""
+    launcher = [*TORCHRUN, str(processes)] if processes > 1 else []
+    flags = {
+        "pretrained_model_name_or_path": model,
+        "instance_data_root": clips,
+        "output_dir": output,
+        "encoding_cache_dir": cache,
+        "height": 32,
+        "width": 48,
+        "max_num_frames": 9,
+        "rank": 4,
+        "learning_rate": 0.01,
+        "lr_scheduler": "cosine",
+        "caption_dropout": 0.1,
+        "lora_dropout": 0.1,
+        "gradient_accumulation_steps": 2 // processes,
+        "train_batch_size": 1,
+        "max_train_steps": steps,
+        "checkpointing_steps": 5,
+        "checkpoints_total_limit": 3,
+        "validation_prompt": "a rabbit",
+        "validation_steps": steps // 4,
+        "num_inference_steps": 2,
+        "fixed_loss_clips": 1,
+        "report_to": "none",
+        "resume_from_checkpoint": "latest",
+    }
+    line = [sys.executable, *launcher, str(ROOT / "train_cogvideox_lora.py")]
+    for name, value in flags.items():
+        line += [f"--{name}", str(value)]
+    return line
+
+
+def start(line, log):
+    """One start, in a process group of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(line, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def strike(process, name, one, chance):
+    """Send a signal to all processes of a run, or to a random one of the trainers."""
+    if not one:
+        os.killpg(process.pid, SIGNALS[name])
+        return
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "train_cogvideox_lora.py"], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(chance.choice(children)) if children else process.pid, SIGNALS[name])
+
+
+def ended(process, seconds):
+    """Wait for a struck run to end; a whole group that does not is killed (and that is reported as a failure)."""
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return False
+    while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
+        if (seconds := seconds - 0.1) < 0:
+            os.killpg(process.pid, signal.SIGKILL)
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def wait_for_step(process, log_path):
+    """Wait until a run shows its training bar, or has ended."""
+    while process.poll() is None and b"loss=" not in Path(log_path).read_bytes():
+        time.sleep(0.05)
+
+
+def phase_of(log_path):
+    """Where a run was, by what it had written last."""
+    text = Path(log_path).read_bytes().decode(errors="replace")
+    for words, phase in (
+        ("loss=", "training"),
+        ("rehearsal:", "before step 1"),
+        ("encodings in", "encoding, rehearsal"),
+        ("checking", "checking"),
+    ):
+        if words in text:
+            return phase
+    return "starting"
+
+
+def losses(folder):
+    """What metrics.jsonl says of each step, without the times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"], line["learning_rate"]) for line in lines if "loss" in line]
+
+
+def differences(a, b, steps):
+    """What differs between two finished runs, as sentences."""
+    found = []
+    for name in (
+        f"checkpoint-{steps}/adapter.safetensors",
+        f"checkpoint-{steps}/optimizer.safetensors",
+        "pytorch_lora_weights.safetensors",
+    ):
+        one, other = load_file(a / name), load_file(b / name)
+        wrong = [key for key in one if key not in other or not one[key].equal(other[key])]
+        found += [f"{name}: {len(wrong)} of {len(one)} tensors"] if wrong or one.keys() != other.keys() else []
+    return found + (["metrics.jsonl"] if losses(a) != losses(b) else [])
+
+
+def fill_disk(folder, leave_kib):
+    """Fill a small file system up to `leave_kib`; returns the file to remove again."""
+    free = shutil.disk_usage(folder).free
+    ballast = folder / "ballast"
+    with ballast.open("wb") as file:
+        file.write(b"\0" * max(0, free - leave_kib * 1024))
+    return ballast
+
+
+def torment(options, model, clips, work, processes, chance, counts):
+    """Disturb one training until `options.strikes` strikes have been made, then let it end. Returns its output folder."""
+    disk, output = work / f"disk-{processes}", work / f"disk-{processes}/out"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True).returncode == 0
+    counts["small disk"] = "a tmpfs of 16 MiB" if mounted else "not run: no right to mount one"
+    line = command(model, clips, output, work / f"cache-{processes}", processes, options.steps)
+    try:
+        for number in tqdm(range(options.strikes), f"{processes} processes", unit="strike"):
+            log_path = work / f"log-{processes}-{number}"
+            ballast = None
+            with log_path.open("wb") as log:
+                if mounted and number % 8 == 7:  # too little for a checkpoint, enough for a line of metrics
+                    ballast = fill_disk(disk, chance.choice([8, 64, 200]))
+                    counts["full disk"] += 1
+                process = start(line, log)
+                # Starting takes longer than the rest: six in ten strikes wait for a trained step.
+                if chance.random() < 0.6:
+                    wait_for_step(process, log_path)
+                    time.sleep(chance.uniform(0, 3))
+                else:
+                    time.sleep(chance.uniform(0.5, options.longest))
+                if process.poll() is not None:
+                    counts["it had ended by itself"] += 1
+                    if not ballast:
+                        counts["finished before the last strike"] += 1
+                        for _, path in list_checkpoints(output)[-1:]:
+                            shutil.rmtree(path)  # give the next strikes something to do
+                else:
+                    name, one = chance.choice(list(SIGNALS)), processes > 1 and chance.random() < 0.5
+                    counts[f"{name} in {phase_of(log_path)}"] += 1
+                    strike(process, name, one, chance)
+                    counts["did not end in a minute"] += not ended(process, 60)
+            if ballast:
+                ballast.unlink()
+            for _, path in list_checkpoints(output)[-1:]:
+                try:
+                    read_manifest(path)
+                except BadCheckpoint:
+                    counts["a checkpoint that was not whole"] += 1
+        with (work / f"log-{processes}-end").open("wb") as log:
+            code = start(line, log).wait()
+        if code:
+            raise SystemExit((work / f"log-{processes}-end").read_text()[-3000:])
+        return Path(shutil.copytree(output, work / f"end-{processes}"))
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", disk])
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strikes", type=int, default=30, help="strikes on each training (there are two: one process, two processes)")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the training")
+    parser.add_argument("--longest", type=float, default=14.0, help="a strike comes at most so many seconds after the start")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the strikes")
+    parser.add_argument("--model", default=str(ROOT / "demo/model"), help="model folder (make demo-model writes the demo's)")
+    parser.add_argument("--report", help="write the table here as well")
+    options = parser.parse_args()
+    work, counts, wrong = Path(tempfile.mkdtemp(prefix="chaos-")), Counter(), []
+    try:
+        clips = make_clips(work / "clips", 12)
+        for processes in (1, 2):
+            quiet = work / f"quiet-{processes}"
+            with (work / f"log-quiet-{processes}").open("wb") as log:
+                code = start(command(options.model, clips, quiet, work / f"quiet-cache-{processes}", processes, options.steps), log).wait()
+            if code:
+                raise SystemExit((work / f"log-quiet-{processes}").read_text()[-3000:])
+            disturbed = torment(options, options.model, clips, work, processes, random.Random(options.seed + processes), counts)
+            wrong += [f"{processes} processes: {sentence}" for sentence in differences(quiet, disturbed, options.steps)]
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    lines = ["| what was done | times |", "|---|---|", *[f"| {name} | {counts[name]} |" for name in sorted(counts)]]
+    verdict = "the same bits as an undisturbed run: weights, optimizer, losses" if not wrong else "DIFFERENT: " + "; ".join(wrong)
+    lines += ["", f"{2 * options.strikes} starts were struck or starved; {options.steps} steps on one process and on two; {verdict}."]
+    print("\n".join(lines))
+    if options.report:
+        Path(options.report).write_text("\n".join(lines) + "\n")
+    bad = wrong or counts["did not end in a minute"] or counts["a checkpoint that was not whole"]
+    raise SystemExit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
