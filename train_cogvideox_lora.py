@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from cogvideox.flags import add_data_flags, below, check_data_flags, not_above_zero
@@ -157,6 +158,8 @@ def check_flags(args):
             problems.append(f"--{name} {value}: at least 0 and below 1")
     if not 0 <= args.caption_dropout <= 1:
         problems.append(f"--caption_dropout {args.caption_dropout}: a share from 0 to 1")
+    if args.overwrite_output_dir and args.resume_from_checkpoint:
+        problems.append("--overwrite_output_dir and --resume_from_checkpoint: one removes what the other needs; give one of them")
     if args.use_8bit_adam and args.optimizer == "prodigy":
         problems.append("--use_8bit_adam: works with AdamW and Adam, not with Prodigy")
     if args.gradient_checkpointing not in ("all", "none") and not args.gradient_checkpointing.isdecimal():
@@ -198,6 +201,7 @@ from tqdm.auto import tqdm
 from cogvideox import checkpoint, hub, lora, metrics, rehearsal, stopping, validation
 from cogvideox.cache import known_components
 from cogvideox.data import check_data, encode_data, free
+from cogvideox.files import try_writing
 from cogvideox.folder import COGVIDEOX_2B, check_geometry, check_model_folder, find_model, load_tokenizer, read_facts, stored_dtype
 from cogvideox.launch import (
     BAD_DATA,
@@ -267,7 +271,7 @@ def choose_precision(wanted, folder, variant):
     on_gpu = torch.cuda.is_available()
     if wanted == "fp16" and not on_gpu:
         return wanted, "--mixed_precision fp16: this machine has no GPU, and CPUs have no fast fp16; use bf16 or no"
-    if wanted == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
+    if wanted == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         return wanted, f"--mixed_precision bf16: {torch.cuda.get_device_name()} has no bf16; use fp16"
     if wanted is None and folder:
         stored = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(stored_dtype(folder, "transformer", variant), "no")
@@ -281,22 +285,19 @@ def prepare_output_dir(args, accelerator):
     output_dir, lock, problem = Path(args.output_dir), None, None
     if accelerator.is_main_process:
         try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            (output_dir / ".write_test").write_text("")
-            (output_dir / ".write_test").unlink()
+            for flag in ("encoding_cache_dir", "output_dir"):
+                tried = f"--{flag} {getattr(args, flag)}"
+                try_writing(Path(getattr(args, flag)))
             lock = FolderLock(output_dir)
         except BlockingIOError:
             problem = f"--output_dir {output_dir}: another run is writing there"
         except OSError as error:
-            problem = f"--output_dir {output_dir}: cannot be written to ({error.strerror})"
+            problem = f"{tried}: cannot be written to ({error.strerror})"
         else:
-            earlier = [p for p in output_dir.iterdir() if p.name in RUN_FILES or p.name.startswith("checkpoint-")]
-            if earlier and args.overwrite_output_dir:
-                for path in earlier:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            elif earlier and not args.resume_from_checkpoint:
+            earlier = holds_earlier_run(output_dir)
+            if earlier and not (args.resume_from_checkpoint or args.overwrite_output_dir):
                 problem = (
-                    f"--output_dir {output_dir}: holds an earlier run ({earlier[0].name}); go on with it "
+                    f"--output_dir {output_dir}: holds an earlier run ({earlier}); go on with it "
                     "(--resume_from_checkpoint latest), remove it (--overwrite_output_dir), or name another folder"
                 )
     problems = [problem for problem in broadcast_object_list([problem]) if problem]
@@ -305,7 +306,17 @@ def prepare_output_dir(args, accelerator):
     return (None if problems else lock), problems
 
 
-RUN_FILES = {lora.LORA_FILE, "README.md", "metrics.jsonl", "loss.png", "flags.json", "validation", "encoded", "logs", "status.json"}
+def holds_earlier_run(output_dir):
+    """The name of something that would be lost if another run wrote into a folder; None if there is nothing."""
+    kept = [path.parent.name for path in sorted(output_dir.glob("checkpoint-*/manifest.json"))] + [lora.LORA_FILE]
+    return next((name for name in kept if (output_dir / name).exists()), None)
+
+
+def remove_earlier_run(output_dir):
+    """Delete what a run writes, and nothing else, from a folder that holds one."""
+    names = [lora.LORA_FILE, "README.md", "metrics.jsonl", "loss.png", "status.json", "validation", "encoded", "logs"]
+    for path in [*output_dir.glob("checkpoint-*"), *(output_dir / name for name in names)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def main(args):
@@ -318,6 +329,7 @@ def main(args):
         problems += check_model_folder(folder, args.variant, may_lack=known_components(folder, args.encoding_cache_dir, args.variant))
         if not problems:
             facts, tokenizer = read_facts(folder), load_tokenizer(folder)
+            problems += lora.check_targets(folder, args.target_modules)
     except ValueError as error:
         problems.append(str(error))
     args.mixed_precision, problem = choose_precision(args.mixed_precision, None if problems else folder, args.variant)
@@ -326,10 +338,9 @@ def main(args):
         for frames in args.bucket_lengths or [args.max_num_frames]:
             names = ("--bucket",) * 3 if args.bucket else ("--height", "--width", "--max_num_frames")
             problems += check_geometry(facts, height, width, frames, names)
-    args.validation_height, args.validation_width = args.validation_height or args.height, args.validation_width or args.width
-    if args.prompts:
-        shape = args.validation_height, args.validation_width, args.validation_frames or args.max_num_frames
-        problems += check_geometry(facts, *shape, names=("--validation_height", "--validation_width", "--validation_frames"))
+    step = facts.spatial_multiple  # a size that is not given is a trained one, which is legal
+    shape = args.validation_height or step, args.validation_width or step, args.validation_frames or 1 + 4 * (facts.latents_per_patch - 1)
+    problems += check_geometry(facts, *shape, names=("--validation_height", "--validation_width", "--validation_frames"))
     problems = list(dict.fromkeys(problems))  # the same size may have been asked for twice
 
     # Processes. From here on every line runs on every process; the main one prints and writes.
@@ -347,6 +358,8 @@ def main(args):
         data = check_data(args, facts, tokenizer, readers, accelerator, patient_barrier)
         if problems or data.problems:
             fail(BAD_FLAGS if problems else BAD_DATA, problems + data.problems)
+        if is_main and args.overwrite_output_dir and holds_earlier_run(output_dir):
+            remove_earlier_run(output_dir)  # not before everything that could be wrong has been found right
         encodings, prompts, negative_prompt, identities = encode_data(
             args, folder, facts, tokenizer, data, readers, accelerator, patient_barrier
         )
@@ -354,10 +367,7 @@ def main(args):
     # The transformer: frozen, in the compute dtype, with a LoRA in fp32.
     scheduler = load_scheduler(folder)
     transformer = load_transformer(folder, dtype, args.variant)
-    try:
-        parameters = lora.add_lora(transformer, args.rank, args.lora_alpha, args.lora_dropout, args.target_modules, args.seed)
-    except ValueError as error:
-        fail(BAD_FLAGS, f"--target_modules {' '.join(args.target_modules)}: {str(error).splitlines()[0]}")
+    parameters = lora.add_lora(transformer, args.rank, args.lora_alpha, args.lora_dropout, args.target_modules, args.seed)
     try:
         if args.init_lora:
             lora.load_exported(transformer, args.init_lora)
@@ -414,9 +424,6 @@ def main(args):
     # Resume. There is no random state to restore: what a position trains is a function of the seed and the position.
     run_facts = {"flags": checkpoint.public_flags(args), "clips_per_step": clips_per_step, **identities}
     first_step = checkpoint.resume(args, accelerator, transformer, optimizer, schedule, run_facts)
-    if first_step >= total_steps:
-        say(f"already complete: {output_dir} has been trained for {first_step} of {total_steps} steps")
-        return
     positions = positions_of(
         accelerator.process_index,
         accelerator.num_processes,
@@ -447,18 +454,19 @@ def main(args):
     )
 
     jobs = validation.video_jobs(args.prompts, args.num_validation_videos, args.seed)
+    (frames, height, width), _ = Counter((clip["frames"], clip["height"], clip["width"]) for clip in data.clips).most_common(1)[0]
     settings = {
-        "height": args.validation_height,
-        "width": args.validation_width,
-        "num_frames": args.validation_frames or max(clip["frames"] for clip in data.clips),
+        "height": args.validation_height or height,
+        "width": args.validation_width or width,
+        "num_frames": args.validation_frames or frames,
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
         "use_dynamic_cfg": args.use_dynamic_cfg,
     }
 
-    def look(step, videos):
+    def look(step, videos, score=True):
         """The loss on fixed noise and, where due, validation videos. Every process takes its share."""
-        if args.fixed_loss_clips:
+        if args.fixed_loss_clips and score:
             value = fixed_loss(accelerator, transformer, scheduler, encodings, args, facts.scaling_factor, rotary_of, dtype)
             log.write({"step": step, "fixed_loss": value})
             accelerator.log({"fixed_loss": value}, step=step)
@@ -473,7 +481,10 @@ def main(args):
             free(device)
             patient_barrier()  # one process may have more videos to make than another
             if is_main and shown.exists():
-                validation.write_sheet(shown, output_dir / "validation/step-000000", jobs, args.prompts, step, settings)
+                try:
+                    validation.write_sheet(shown, output_dir / "validation/step-000000", jobs, args.prompts, step, settings)
+                except Exception as error:  # Pillow and the video reader raise many kinds; no picture is worth the run
+                    say(f"warning: no contact sheet of step {step} ({type(error).__name__}: {error})")
                 metrics.track_videos(trackers, shown, jobs, args.prompts, step, args.fps)
 
     def save(step):
@@ -485,8 +496,20 @@ def main(args):
             lora_facts | {"step": str(step)},
         )
         if is_main and saver.newest is None and saver.join():
-            lora.report_export(saver.newest, transformer, scheduler, dtype)
+            lora.report_export(saver.newest, transformer, scheduler)
         patient_barrier()
+
+    result = {"clips": len(encodings), "clips_per_step": clips_per_step, "parameters": trained / 1e6, **settings}
+    if first_step >= total_steps:
+        say(f"already complete: {output_dir} has been trained for {first_step} of {total_steps} steps")
+        # A run that was killed in its last validation still lacks its videos, plot and card.
+        if jobs and not (output_dir / f"validation/step-{first_step:06d}/contact_sheet.png").exists():
+            look(first_step, videos=True, score=False)
+        if is_main:
+            checkpoint.publish(output_dir / f"checkpoint-{first_step}", output_dir)
+            finish(args, output_dir, jobs, result | {"steps": first_step}, token, push=args.push_to_hub)
+        accelerator.end_training()
+        return
 
     saver = checkpoint.Saver(output_dir, args.checkpoints_total_limit, enabled=is_main)
     if first_step == 0:
@@ -576,9 +599,8 @@ def main(args):
             break
 
     newest = saver.join()
-    result = {"steps": step, "clips": len(encodings), "clips_per_step": clips_per_step, "parameters": trained / 1e6}
     if is_main:
-        finish(args, output_dir, jobs, result | {"num_frames": settings["num_frames"]}, token, push=args.push_to_hub and not stop)
+        finish(args, output_dir, jobs, result | {"steps": step}, token, push=args.push_to_hub and not stop)
         code, reason = (128 + stop, f"stopped by {signal.Signals(stop).name}") if stop else (0, "done")
         code, reason = (BAD_OUTPUT, "the last checkpoint was not written") if saver.failed else (code, reason)
         stopping.write_status(output_dir, code, reason, step, newest)

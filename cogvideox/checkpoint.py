@@ -125,6 +125,12 @@ def write_checkpoint(output_dir, step, snapshot, facts, lora_facts):
     return final
 
 
+def publish(checkpoint, output_dir):
+    """Put a checkpoint's LoRA beside it, as the run's result so far."""
+    if (checkpoint / LORA_FILE).exists():
+        write_durably(Path(output_dir) / LORA_FILE, (checkpoint / LORA_FILE).read_bytes())
+
+
 TENSOR_FILES = ("lora", "adapter", "optimizer")
 
 
@@ -151,8 +157,7 @@ class Saver:
     def write(self, step, snapshot, facts, lora_facts):
         """In the thread: the checkpoint, then the LoRA beside it, then the old ones go."""
         path = write_checkpoint(self.output_dir, step, snapshot, facts, lora_facts)
-        shutil.copy2(path / LORA_FILE, self.output_dir / f".{LORA_FILE}.partial")
-        os.replace(self.output_dir / f".{LORA_FILE}.partial", self.output_dir / LORA_FILE)
+        publish(path, self.output_dir)
         prune_checkpoints(self.output_dir, self.limit)
         return path
 
@@ -179,6 +184,19 @@ def sync_folder(folder):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def set_aside_newer(output_dir, step):
+    """Rename checkpoints of later steps than the one resumed from: they are damaged, or of a branch that was left.
+
+    Otherwise the next "latest" would go back to them, and pruning would keep them instead of the new ones. Returns them.
+    """
+    moved = []
+    for number, path in list_checkpoints(output_dir):
+        if number > step:
+            shutil.rmtree(aside := path.with_name(path.name + ".abandoned"), ignore_errors=True)
+            moved.append(path.rename(aside))
+    return moved
 
 
 def prune_checkpoints(output_dir, limit):
@@ -317,4 +335,8 @@ def resume(args, accelerator, transformer, optimizer, schedule, facts):
     except BadCheckpoint as error:
         fail(BAD_OUTPUT, str(error))
     say(f"resume: going on from {path}, step {step}")
+    if accelerator.is_main_process:
+        for aside in set_aside_newer(args.output_dir, step):
+            say(f"resume: set aside as {aside.name}, which is of a later step")
+    accelerator.wait_for_everyone()
     return step

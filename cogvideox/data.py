@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from cogvideox import cache as store
 from cogvideox import encode
 from cogvideox.folder import count_tokens, weight_files
-from cogvideox.launch import BAD_FLAGS, fail, say
+from cogvideox.launch import BAD_DATA, BAD_FLAGS, fail, say
 from cogvideox.model import load_text_encoder, load_vae, usable_dtype
 from cogvideox.survey import clip_framing, framing_of, list_clips, remarks, remember_survey, shapes_differ, survey_clips, table_lines
 from dataset import Framing
@@ -27,7 +27,7 @@ class Data:
 
 
 def check_data(args, facts, tokenizer, readers, accelerator, barrier):
-    """List and decode every clip, print the report, and return the Data. Nothing but `dataset_report.txt` is written."""
+    """List and decode every clip, print the report, and return the Data. Of the output folder only `dataset_report.txt` is written."""
     records, problems, layout = list_clips(args)
     framing, cache = framing_of(args, facts), Path(args.encoding_cache_dir)
     rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -97,9 +97,10 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
         return load_vae(folder, device, variant, args.enable_slicing, args.enable_tiling)
 
     show = functools.partial(encode.show_encoded, args.output_dir, args.fps, [])
-    encode.fill_clips(cache, list(jobs.values()), load_encoder, readers, show, rank, world_size)
+    failures = encode.fill_clips(cache, list(jobs.values()), load_encoder, readers, show, barrier, rank, world_size)
+    if failures := gather_object(failures):
+        fail(BAD_DATA, failures)
     free(device)
-    barrier()
     prompt_keys = [keys[record.caption] for record in data.records]
     encodings = store.Encodings(cache, clip_keys[0], clip_keys[-1], prompt_keys, keys[""])
     prompts = [store.read_entry(store.entry_path(cache, "captions", keys[prompt])) for prompt in args.prompts]
@@ -139,3 +140,4 @@ def free(device):
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)  # the peaks that are logged are those of training

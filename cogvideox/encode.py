@@ -1,13 +1,14 @@
 """Filling the cache: captions in batches, clips one by one while the next are decoded, each process its share."""
 
 import ctypes
-import time
+import threading
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from cogvideox.cache import entry_path, write_entry
+from cogvideox.launch import say
 from cogvideox.model import decode_latents, encode_captions, encode_frames
 from cogvideox.stopping import leave_if_wanted
 from cogvideox.video import contact_sheet, write_video
@@ -70,15 +71,19 @@ def fill_captions(cache, captions, key, missing, load, max_text_seq_length, rank
     return len(groups)
 
 
-def fill_clips(cache, jobs, load, readers, show, rank=0, world_size=1):
+def fill_clips(cache, jobs, load, readers, show, barrier, rank=0, world_size=1):
     """Encode this process's share of the missing clips; decoding runs ahead in the readers' processes.
 
     jobs: [(key, path, framing, flipped, frames, name)], the missing ones, the same list on every process. load: () -> VAE.
-    show: called with (vae, name, frames, moments) of the first few clips of the main process.
-    Raises RuntimeError naming the clip that could not be encoded.
+    show: called with (vae, name, frames, moments) of the first few clips of the main process. barrier: waits for the others,
+    without a deadline, and fails where one of them has died. Returns this process's failures as sentences.
     """
-    mine = share([job[4] for job in jobs], rank, world_size)
+    failures, mine = [], share([job[4] for job in jobs], rank, world_size)
     bar = tqdm(total=len(jobs), desc="encoding clips", unit="clip", disable=rank != 0 or not jobs)
+    done = threading.Event()
+    watcher = threading.Thread(target=show_all_ranks, args=(bar, cache, [job[0] for job in jobs], done), daemon=True)
+    if rank == 0 and jobs:
+        watcher.start()
     if mine:
         keep_heap_flat()
         vae = load()
@@ -87,36 +92,50 @@ def fill_clips(cache, jobs, load, readers, show, rank=0, world_size=1):
             leave_if_wanted()
             key, _, _, flipped, _, name = jobs[i]
             if reason:
-                raise RuntimeError(f"{name}: decoded well before, and now: {reason}")
+                failures.append(f"{name}: decoded well before, and now: {reason}")
+                continue
             frames = np.flip(frames, axis=2) if flipped else frames
             try:
                 moments = encode_frames(vae, frames)
                 write_entry(entry_path(cache, "clips", key), moments)
-            except ValueError as error:
-                raise RuntimeError(f"{name}: {error}") from None
+            except (ValueError, OSError) as error:
+                failures.append(f"{name}: {error}")
+                continue
             if rank == 0 and number < CLIPS_SHOWN:
-                show(vae, name, frames, moments)
-            if rank == 0 and time.monotonic() - getattr(bar, "last_look", 0) > 1:
-                show_all_ranks(bar, cache, jobs)
-    while rank == 0 and bar.n < len(jobs):  # the others' share; a process that dies ends this one through the launcher
-        leave_if_wanted()
-        show_all_ranks(bar, cache, jobs)
-        time.sleep(0.2)
-    bar.close()
-    return len(mine)
+                try:
+                    show(vae, name, frames, moments)
+                except Exception as error:  # a picture for people must not cost the run
+                    say(f"warning: the clip beside its encoding was not saved ({type(error).__name__}: {error})")
+    try:
+        barrier()
+    except RuntimeError:
+        leave_if_wanted()  # the same signal came to the others, and they have ended
+        raise
+    finally:
+        done.set()
+        if watcher.ident:
+            watcher.join()
+        bar.close()
+    return failures
 
 
-def show_all_ranks(bar, cache, jobs):
-    """Move the main process's bar to the number of entries that all processes have written."""
-    bar.update(sum(entry_path(cache, "clips", job[0]).exists() for job in jobs) - bar.n)
-    bar.last_look = time.monotonic()
+def show_all_ranks(bar, cache, keys, done):
+    """In a thread of the main process: move its bar as all processes write entries, until `done` is set."""
+    pending = set(keys)
+    while pending:
+        ended = done.wait(2)
+        found = {key for key in pending if entry_path(cache, "clips", key).exists()}
+        pending -= found
+        bar.update(len(found))
+        if ended:
+            return
 
 
 def show_encoded(output_dir, fps, rows, vae, name, frames, moments):
-    """Save a clip beside what the VAE keeps of it: `encoded/NAME.mp4` (left: the frames, right: decoded again) and a sheet."""
+    """Save a clip beside what the VAE keeps of it: `encoded/00.mp4` (left: the frames, right: decoded again) and a sheet."""
     mean = moments.float().chunk(2)[0].transpose(0, 1) * vae.config.scaling_factor
     decoded = decode_latents(vae, mean)
     folder = Path(output_dir) / "encoded"
-    write_video(folder / f"{len(rows) // 2:02d}-{Path(name).stem}.mp4", np.concatenate([frames, decoded], axis=2), fps)
+    write_video(folder / f"{len(rows) // 2:02d}.mp4", np.concatenate([frames, decoded], axis=2), fps)
     rows += [(f"{name}: as it is trained on", frames), ("decoded from its latents", decoded)]
     contact_sheet(folder / "contact_sheet.png", rows, "what the VAE keeps of the clips")

@@ -32,3 +32,10 @@ def file_sha256(path):
     """Hex SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def try_writing(folder):
+    """Make a folder and write a file there. Raises OSError where that cannot be done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / ".write_test", b"")
+    (folder / ".write_test").unlink(missing_ok=True)

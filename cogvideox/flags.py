@@ -37,7 +37,10 @@ def add_data_flags(parser):
     flag("--enable_slicing", action=switch, default=True, help="VAE: encode and decode one clip at a time")
     flag("--enable_tiling", action=switch, default=True, help="VAE: large frames in tiles, a third of the memory")
     flag("--dataloader_num_workers", type=int, default=0, help="processes that read encodings in training (0: none, the fastest here)")
-    flag("--encoding_cache_dir", help="where encoded clips and captions are kept (default: encodings, below --cache_dir or ~/.cache)")
+    flag(
+        "--encoding_cache_dir",
+        help="where encoded clips and captions are kept (default: cogvideox-encodings, below --cache_dir or ~/.cache)",
+    )
     flag("--clip_timeout_seconds", type=float, default=60.0, help="how long decoding one clip may take")
 
 
@@ -75,7 +78,7 @@ def check_data_flags(args):
         problems.append("--instance_data_root and --dataset_name: give one of them")
     if args.dataset_name and importlib.util.find_spec("datasets") is None:
         problems.append("--dataset_name needs the datasets package: pip install datasets")
-    for name in ("instance_data_root", "cache_dir", "encoding_cache_dir"):
+    for name in ("instance_data_root", "dataset_name", "cache_dir", "encoding_cache_dir"):
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     args.encoding_cache_dir = args.encoding_cache_dir or os.path.join(

@@ -9,10 +9,14 @@ from cogvideox.lora import LORA_FILE
 UPLOADED = [LORA_FILE, "README.md", "metrics.jsonl", "loss.png", "validation/step-*/*.mp4", "validation/step-*/contact_sheet.png"]
 
 
+NO_FACTS = {"steps": 0, "clips": 0, "clips_per_step": 0, "parameters": 0, "num_frames": 0, "height": 0, "width": 0, "videos": []}
+
+
 def write_model_card(folder, args, facts):
     """Write README.md: what was trained on what, how to use it, and the last validation videos.
 
-    facts: steps, clips, clips_per_step, parameters (millions), and `videos`, [(prompt, relative path)].
+    facts: steps, clips, clips_per_step, parameters (millions), num_frames, height and width
+    of the videos, and `videos`, [(prompt, relative path)].
     """
     example = facts["videos"][0][0] if facts["videos"] else (f"{args.id_token} ..." if args.id_token else "...")
     base = args.pretrained_model_name_or_path
@@ -26,7 +30,8 @@ def write_model_card(folder, args, facts):
     yaml = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in header.items())
     row = [f"{args.rank}", f"{args.lora_alpha:g}", ", ".join(args.target_modules), f"{facts['parameters']:.1f} M"]
     row += [f"{args.learning_rate:g}", args.lr_scheduler, args.optimizer, args.mixed_precision, f"{args.seed}"]
-    size = f"num_frames={facts['num_frames']}, height={args.height}, width={args.width}"
+    size = f"num_frames={facts['num_frames']}, height={facts['height']}, width={facts['width']}"
+    dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(args.mixed_precision, "float32")
     gallery = "\n".join(f"- {markdown(prompt)}: [{Path(path).name}]({path})" for prompt, path in facts["videos"])
     trigger = f"\nStart prompts with `{args.id_token}`, as the training captions did.\n" if args.id_token else ""
     card = f"""---
@@ -36,7 +41,7 @@ def write_model_card(folder, args, facts):
 # {markdown(Path(args.output_dir).name)}
 
 A LoRA for `{base_name}`, trained for {facts["steps"]} optimizer steps of {facts["clips_per_step"]} clips on {facts["clips"]} clips
-({args.max_num_frames} frames at most, {args.height} x {args.width}, {args.fps:g} frames a second).
+({facts["num_frames"]} frames at most, {facts["height"]} x {facts["width"]}, {args.fps:g} frames a second).
 
 | rank | alpha | target modules | parameters | learning rate | schedule | optimizer | precision | seed |
 |---|---|---|---|---|---|---|---|---|
@@ -49,7 +54,7 @@ import torch
 from diffusers import CogVideoXPipeline
 from diffusers.utils import export_to_video
 
-pipe = CogVideoXPipeline.from_pretrained({json.dumps(base_name)}, torch_dtype=torch.float16).to("cuda")
+pipe = CogVideoXPipeline.from_pretrained({json.dumps(base_name)}, torch_dtype=torch.{dtype}).to("cuda")
 pipe.load_lora_weights("path/to/this/folder", weight_name="{LORA_FILE}", adapter_name="lora")
 video = pipe({json.dumps(example, ensure_ascii=False)}, {size}).frames[0]
 export_to_video(video, "video.mp4", fps={args.fps:g})

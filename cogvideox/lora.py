@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save
@@ -14,6 +14,19 @@ from cogvideox.files import write_durably
 from cogvideox.launch import say
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def check_targets(folder, target_modules):
+    """A sentence for each target that no linear layer of the transformer in `folder` ends in. Reads its config only."""
+    with torch.device("meta"):
+        transformer = CogVideoXTransformer3DModel.from_config(CogVideoXTransformer3DModel.load_config(folder / "transformer"))
+    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    known = sorted({name.split(".", 2)[-1].removeprefix("attn1.") for name in names if name.startswith("transformer_blocks.")})
+    return [
+        f"--target_modules {target}: the transformer has no such linear layer; its blocks have {', '.join(known)}"
+        for target in target_modules
+        if not any(name == target or name.endswith(f".{target}") for name in names)
+    ]
 
 
 def add_lora(transformer, rank, alpha, dropout, target_modules, seed):
@@ -106,8 +119,10 @@ def write_lora(folder, state, facts):
 def check_export(folder, transformer, scheduler):
     """Load the written file with the stock pipeline's loader, at weight 1, and compare it with the live model.
 
-    Returns (largest difference of the outputs, largest effect of the LoRA on them). The file is loaded as a second
-    adapter beside the live one, so this costs a LoRA's memory, not a model's. Raises ValueError if weights are left over.
+    Returns (relative error of the weight updates, largest effect of the LoRA on the outputs). The updates are compared
+    layer by layer, B A x on the same random x, so that a wrong strength shows however little the LoRA has learned yet. The
+    file is loaded as a second adapter beside the live one, which costs a LoRA's memory, not a model's. Raises ValueError if
+    weights are left over.
     """
     config, parameter = transformer.config, next(transformer.parameters())
     generator = torch.Generator().manual_seed(0)
@@ -133,8 +148,14 @@ def check_export(folder, transformer, scheduler):
             warnings.simplefilter("ignore")  # that there is an adapter already is the point
             pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="exported", local_files_only=True)
         transformer.enable_adapters()
-        transformer.set_adapter("exported")
-        exported = transformer(**inputs)[0].float()
+        error, size = 0.0, 0.0
+        for _, layer in lora_modules(transformer):
+            probe = torch.randn(layer.lora_A["default"].weight.shape[1], 8, generator=generator).to(parameter.device)
+            updates = [
+                layer.scaling[name] * (layer.lora_B[name].weight.float() @ (layer.lora_A[name].weight.float() @ probe))
+                for name in ("default", "exported")
+            ]
+            error, size = max(error, (updates[0] - updates[1]).abs().max().item()), max(size, updates[0].abs().max().item())
         loaded = get_peft_model_state_dict(transformer, adapter_name="exported")
         if len(loaded) != len(load_file(Path(folder) / LORA_FILE)):
             raise ValueError(f"{LORA_FILE}: the stock loader used {len(loaded)} of its weights")
@@ -146,16 +167,21 @@ def check_export(folder, transformer, scheduler):
         for p in trainable:
             p.requires_grad_(True)
         transformer.train(was_training)
-    return (live - exported).abs().max().item(), (live - base).abs().max().item()
+    return (error / size if size else float(error > 0)), (live - base).abs().max().item()
 
 
-def report_export(folder, transformer, scheduler, dtype):
-    """Run `check_export` and say what it found. The tolerance is the rounding of the dtype the model computes in."""
-    difference, effect = check_export(folder, transformer, scheduler)
-    tolerance = 1e-5 if dtype == torch.float32 else 0.1
-    passed = difference <= max(tolerance, tolerance * effect)
+def report_export(folder, transformer, scheduler):
+    """Run `check_export` and say what it found. The tolerance is the rounding of the dtype that the loader keeps."""
+    try:
+        error, effect = check_export(folder, transformer, scheduler)
+    except Exception as problem:  # a check must not cost the run that it checks
+        say(f"warning: {LORA_FILE} could not be checked with the stock loader: {type(problem).__name__}: {problem}")
+        return
+    half = next(transformer.parameters()).dtype != torch.float32
+    word = "PASS" if error <= (2e-2 if half else 1e-5) else "FAIL"
+    if effect == 0:
+        word = "inconclusive (the LoRA changes nothing yet)"
     say(
-        f"{LORA_FILE} loaded by the stock pipeline at weight 1.0: {'PASS' if passed else 'FAIL'} "
-        f"(it differs from the live model by at most {difference:.1e}; the LoRA changes the output by up to {effect:.1e})"
+        f"{LORA_FILE} loaded by the stock pipeline at weight 1.0: {word} "
+        f"(its updates differ from the live ones by {error:.1e} of their size; the LoRA changes the output by up to {effect:.1e})"
     )
-    return True

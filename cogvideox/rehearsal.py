@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import default_collate
 
 from cogvideox import hub, lora
@@ -28,8 +29,9 @@ def rehearse(args, accelerator, model, transformer, scheduler, clips, largest, l
     batch = {name: value.to(accelerator.device) for name, value in batch.items()}
     for _ in range(steps):
         started = time.perf_counter()
-        accelerator.backward(loss_of(batch))
-        optimizer.step()
+        loss_of(batch).backward()  # without fp16's scaler, whose first scale may be too large and is nobody's fault
+        if all(torch.isfinite(p.grad).all() for p in parameters):
+            optimizer.step()
         optimizer.zero_grad()
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize(accelerator.device)
@@ -39,23 +41,23 @@ def rehearse(args, accelerator, model, transformer, scheduler, clips, largest, l
         value.numel() * value.element_size() for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
     )
     del optimizer
-    folder = Path(args.output_dir) / ".rehearsal"
+    folder, problem = Path(args.output_dir) / ".rehearsal", None
     if accelerator.is_main_process:
         try:
             folder.mkdir(exist_ok=True)
             lora.save_lora(folder, transformer, {})
-            difference, effect = lora.check_export(folder, transformer, scheduler)
+            _, effect = lora.check_export(folder, transformer, scheduler)
             if effect == 0:
                 say("warning: an optimizer step changes no output of the model; check --learning_rate and --target_modules")
             write_video(folder / "video.mp4", np.zeros((5, 32, 32, 3), np.uint8), args.fps)
             assert len(read_video(folder / "video.mp4")) == 5
-            hub.write_model_card(
-                folder, args, {"steps": 0, "clips": 0, "clips_per_step": 0, "parameters": 0, "num_frames": 0, "videos": []}
-            )
+            hub.write_model_card(folder, args, hub.NO_FACTS)
         except (OSError, ValueError, RuntimeError) as error:
-            fail(BAD_OUTPUT, f"rehearsal in {folder}: {type(error).__name__}: {error}")
+            problem = f"rehearsal in {folder}: {type(error).__name__}: {error}"
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+    if problem := broadcast_object_list([problem])[0]:
+        fail(BAD_OUTPUT, problem)
     with torch.no_grad():
         for parameter, value in zip(parameters, before, strict=True):
             parameter.copy_(value)

@@ -23,8 +23,9 @@ received = {"signal": 0, "time": 0.0}
 
 def listen():
     """Note signals from now on instead of dying of them."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, note)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # Windows has no SIGUSR1
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), note)
 
 
 def note(number, frame):

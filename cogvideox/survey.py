@@ -5,6 +5,7 @@ ten thousand clips are decoded for this once, not at every start.
 """
 
 import hashlib
+import importlib.util
 import json
 from collections import Counter
 from dataclasses import asdict, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from cogvideox.cache import hash_file, key_of
+from cogvideox.cache import ENCODING_VERSION, hash_file, key_of
 from cogvideox.files import write_bytes
 from cogvideox.stopping import leave_if_wanted
 from dataset import Framing, Record, locate, random_crop, read_records
@@ -65,7 +66,9 @@ def read_hub_dataset(args):
     records, problems = [], []
     for number, row in enumerate(rows, 1):
         where, caption, video = f"{args.dataset_name}:{number}", " ".join(str(row[columns[0]] or "").split()), row[columns[1]]
+        name = None
         if isinstance(video, dict) and video.get("bytes"):
+            name = video.get("path") or where
             path = Path(args.encoding_cache_dir) / "unpacked" / hashlib.sha256(video["bytes"]).hexdigest()
             path = path.with_suffix(Path(video.get("path") or "clip.mp4").suffix)
             if not path.exists():
@@ -74,7 +77,7 @@ def read_hub_dataset(args):
         listed = str(video["path"] if isinstance(video, dict) else video)
         path, reason = locate(Path.cwd(), listed, allow_external_paths=True)
         if caption:
-            records.append(Record(where, listed, str(path), caption, reason))
+            records.append(Record(where, name or listed, str(path), caption, reason))
         else:
             problems.append(f"{where}: empty caption")
     return records, problems, "datasets"
@@ -85,10 +88,15 @@ def clip_framing(record, framing, seed):
     return random_crop(framing, seed, record.listed) if framing.reshape_mode == "random" else framing
 
 
+def survey_key(content, framing):
+    """The name under which it is remembered what decoding a file showed: by its content, the framing, and who decodes."""
+    return key_of(ENCODING_VERSION, content, asdict(framing), importlib.util.find_spec("decord") is not None)
+
+
 def survey_clips(records, framing, seed, cache, readers, show_progress=True):
     """Decode every record. Returns one facts dict a record, with `sha256`, and `reason` where it cannot be used.
 
-    Nothing is written here, so that a bad folder leaves no trace; `remember_survey` stores the good ones.
+    Nothing but hashes of files is remembered here; `remember_survey` stores what the good ones showed.
     """
     facts, pending = [None] * len(records), []
     for number, record in enumerate(records):
@@ -97,7 +105,7 @@ def survey_clips(records, framing, seed, cache, readers, show_progress=True):
             continue
         own = clip_framing(record, framing, seed)
         content = hash_file(record.path, cache)
-        known = cache / "surveys" / f"{key_of(content, asdict(own))}.json"
+        known = cache / "surveys" / f"{survey_key(content, own)}.json"
         try:
             facts[number] = json.loads(known.read_text())
         except (OSError, ValueError):
@@ -107,7 +115,7 @@ def survey_clips(records, framing, seed, cache, readers, show_progress=True):
     for (number, content, own), (clip, _, reason) in bar:
         leave_if_wanted()
         facts[number] = {"reason": reason} if reason else clip
-        facts[number] |= {"sha256": content, "survey": key_of(content, asdict(own)), "path": records[number].path}
+        facts[number] |= {"sha256": content, "survey": survey_key(content, own), "path": records[number].path}
     return facts
 
 

@@ -67,7 +67,7 @@ def validate(folder, jobs, rank, world_size, transformer, scheduler, embeddings,
     """Make this process's share of the videos and write them as mp4. Returns its failures as sentences.
 
     embeddings: (prompt embeddings, negative embedding), encoded before training. The VAE is loaded for the decoding
-    alone, after all latents are there, so that the peak is that of the larger of the two.
+    alone, after all latents are there; the transformer stays where it is meanwhile.
     """
     folder, failures, latents = Path(folder), [], []
     prompts, negative = embeddings
@@ -80,12 +80,12 @@ def validate(folder, jobs, rank, world_size, transformer, scheduler, embeddings,
             except Exception as error:
                 failures.append(failure(job, error))
         if latents:
-            try:
-                vae = load_vae()
-                for job, sample in latents:
+            vae = load_vae()
+            for job, sample in latents:
+                try:
                     write_video(folder / job["name"], decode_latents(vae, sample), fps)
-            except Exception as error:
-                failures.append(failure(job, error))
+                except Exception as error:
+                    failures.append(failure(job, error))
     return failures
 
 

@@ -33,16 +33,19 @@ def gif_bytes(frames, fps):
     return buffer.getvalue()
 
 
-def film_strip(frames, columns=5):
-    """`columns` frames, evenly spaced in time from the first to the last, side by side."""
+def film_strip(frames, columns=5, widest=240):
+    """`columns` frames, evenly spaced in time from the first to the last, side by side, each at most `widest` pixels wide."""
     chosen = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
-    return np.concatenate([frames[i] for i in chosen], axis=1)
+    height, width = frames.shape[1:3]
+    size = (min(width, widest), max(1, round(height * min(width, widest) / width)))
+    return np.concatenate([np.asarray(Image.fromarray(frames[i]).resize(size)) for i in chosen], axis=1)
 
 
 def contact_sheet(path, rows, title=""):
     """A PNG of labelled film strips. rows: [(label, frames or None)]; a row without frames is a heading."""
     gap, text_height = 4, 18
-    strips = [(label, film_strip(frames) if frames is not None else None) for label, frames in rows]
+    # A single frame is a strip already.
+    strips = [(label, frames if frames is None else frames[0] if len(frames) == 1 else film_strip(frames)) for label, frames in rows]
     width = max([strip.shape[1] for _, strip in strips if strip is not None] + [480]) + 2 * gap
     height = sum(text_height + (strip.shape[0] + gap if strip is not None else 0) for _, strip in strips) + text_height + gap
     sheet = Image.new("RGB", (width, height), "white")

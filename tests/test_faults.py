@@ -445,3 +445,142 @@ def test_a_pickle_in_a_checkpoint_is_never_run(train, tmp_path):
         (folder / "checkpoint-2" / name).write_bytes(pickle.dumps(Payload()))
     train(output=folder, resume_from_checkpoint="latest", max_train_steps=3)  # falls back to checkpoint-1
     assert not (tmp_path / "ran").exists()
+
+
+# -----------------------------------------------------------------------------
+# Branches, leftovers and what must not be deleted
+
+
+def test_a_branch_that_was_left_is_set_aside_and_never_wins_over_the_new_one(train, capsys):
+    folder = train(max_train_steps=4, checkpointing_steps=1)
+    damaged = folder / "checkpoint-4/optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    train(output=folder, resume_from_checkpoint="checkpoint-2", max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=1)
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-3.abandoned", "checkpoint-4.abandoned"]
+    assert "set aside as checkpoint-4.abandoned" in capsys.readouterr().err
+    train(output=folder, resume_from_checkpoint="latest", max_train_steps=5)
+    assert "checkpoint-3, step 3" in capsys.readouterr().err
+    assert same(lora_of(folder), lora_of(train(max_train_steps=5)))
+
+
+def test_overwriting_deletes_nothing_before_everything_else_is_found_right(train, clips, capsys):
+    folder = train(data=clips, checkpointing_steps=1)
+    (folder / "notes.txt").write_text("mine")
+    before = lora_of(folder)
+    (clips / "videos/05.mp4").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        train(data=clips, output=folder, overwrite_output_dir=True)
+    assert same(lora_of(folder), before)
+    assert (folder / "checkpoint-2/manifest.json").exists()
+    train(output=folder, overwrite_output_dir=True, max_train_steps=1)
+    assert not (folder / "checkpoint-2").exists()
+    assert (folder / "notes.txt").read_text() == "mine"
+    with pytest.raises(SystemExit):
+        train(output=folder, overwrite_output_dir=True, resume_from_checkpoint="latest")
+    assert "give one of them" in capsys.readouterr().err
+
+
+def test_a_run_that_only_encoded_does_not_stand_in_its_own_way(train, tmp_path):
+    (tmp_path / "out/encoded").mkdir(parents=True)
+    (tmp_path / "out/metrics.jsonl").write_text("")
+    assert len(lora_of(train(output=tmp_path / "out"))) == 16
+
+
+def test_a_run_killed_in_its_last_validation_gets_its_videos_and_card_on_the_next_start(train):
+    flags = {"validation_prompt": "a rabbit", "resume_from_checkpoint": "latest"}
+    folder = train(**flags)
+    whole = lora_of(folder)
+    shutil.rmtree(folder / "validation/step-000002")
+    for name in ("README.md", "loss.png", "pytorch_lora_weights.safetensors"):
+        (folder / name).unlink()
+    train(output=folder, **flags)
+    assert len(list((folder / "validation/step-000002").glob("*.mp4"))) == 1
+    assert (folder / "README.md").exists()
+    assert (folder / "loss.png").exists()
+    assert same(lora_of(folder), whole)
+
+
+def test_pictures_that_cannot_be_made_cost_nothing_but_themselves(train, monkeypatch, capsys, tmp_path):
+    from cogvideox import encode, validation
+
+    def broken(*args, **kwargs):
+        raise OSError("no space for a picture")
+
+    monkeypatch.setattr(validation, "contact_sheet", broken)
+    monkeypatch.setattr(encode, "contact_sheet", broken)
+    folder = train(validation_prompt="a rabbit", cache=tmp_path / "cache")
+    assert capsys.readouterr().err.count("no space for a picture") >= 3
+    assert len(lora_of(folder)) == 16
+
+
+@pytest.mark.parametrize("wrong", ["zero", "twice as strong"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_export_check_fails_for_a_wrong_file_in_every_precision(tiny_model, tmp_path, capsys, wrong, dtype):
+    from cogvideox import lora
+    from cogvideox.model import load_scheduler, load_transformer
+
+    transformer = load_transformer(tiny_model, dtype)
+    parameters = lora.add_lora(transformer, 4, 2.0, 0.0, ["to_q", "to_v"], seed=0)
+    lora.save_lora(tmp_path, transformer, {})
+    lora.report_export(tmp_path, transformer, load_scheduler(tiny_model))
+    assert "inconclusive" in capsys.readouterr().err  # nothing is learned yet
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.normal_(std=1e-2)  # a young LoRA: its effect is near the rounding of bf16
+    lora.save_lora(tmp_path, transformer, {})
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        lora.report_export(tmp_path, transformer, load_scheduler(tiny_model))
+        assert ": PASS" in capsys.readouterr().err
+        state = lora.exported_state(transformer)
+        factor = 0.0 if wrong == "zero" else 2.0
+        lora.write_lora(tmp_path, {n: t * factor if "lora_B" in n else t for n, t in state.items()}, {})
+        lora.report_export(tmp_path, transformer, load_scheduler(tiny_model))
+    assert ": FAIL" in capsys.readouterr().err
+
+
+def test_a_target_that_is_no_layer_is_told_before_anything_is_encoded(train, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        train(target_modules=["to_q", "tov"], cache=tmp_path / "cache")
+    assert stop.value.code == 2
+    assert "--target_modules tov: the transformer has no such linear layer" in capsys.readouterr().err
+    assert not (tmp_path / "cache/clips").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_told_in_a_sentence(train, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        train(cache=tmp_path / "file")
+    assert stop.value.code == 4
+    assert "--encoding_cache_dir" in capsys.readouterr().err
+
+
+def test_validation_with_buckets_takes_the_most_common_trained_shape(train):
+    folder = train(bucket=["64x48", "9"], validation_prompt="a rabbit")
+    settings = json.loads((folder / "validation/step-000000/videos.json").read_text())["settings"]
+    assert (settings["height"], settings["width"], settings["num_frames"]) == (64, 48, 9)
+    assert "height=64, width=48" in (folder / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_while_encoding_ends_the_other_machine_too(tiny_model, six_clips, tmp_path):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    settings = {
+        "MODEL_PATH": str(tiny_model),
+        "DATASET_PATH": str(six_clips),
+        "OUTPUT_PATH": str(tmp_path / "out"),
+        "CACHE_PATH": str(tmp_path / "c"),
+    }
+    settings |= {"NNODES": "2", "GPUS_PER_NODE": "1", "MASTER_PORT": port}
+    size = ["--height", "128", "--width", "192", "--max_num_frames", "17", "--mixed_precision", "no", "--report_to", "none"]
+    nodes = [start(["bash", "finetune_multi_gpus_1.sh"], size, **settings, NODE_RANK=str(rank)) for rank in range(2)]
+    wait_for(lambda: list((tmp_path / "c").rglob("clips/??/*.safetensors")))
+    os.killpg(nodes[1].pid, signal.SIGKILL)
+    began = time.monotonic()
+    nodes[0].communicate(timeout=90)
+    assert nodes[0].returncode != 0
+    assert time.monotonic() - began < 80
+    nodes[1].communicate()

@@ -14,9 +14,10 @@ from cogvideox.flags import add_data_flags, check_data_flags
 from cogvideox.folder import COGVIDEOX_2B, count_tokens, load_tokenizer
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.survey import clip_framing, framing_of, list_clips, remarks, survey_clips, table_lines
-from cogvideox.video import contact_sheet
+from cogvideox.video import contact_sheet, film_strip
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
+MOST_ON_SHEET = 100
 STATIC, ALIKE = 1.0, 4.0  # mean grey levels of 255: between frames of a clip, and between thumbnails of two clips
 
 
@@ -42,7 +43,8 @@ def look(records, clips, framing, seed, readers):
             continue
         static += [record.listed] if motion(frames) < STATIC else []
         small.append((record.listed, thumbnail(frames)))
-        rows.append((f"{record.listed}: {record.caption}", frames[np.linspace(0, len(frames) - 1, 5).round().astype(int)]))
+        if len(rows) < MOST_ON_SHEET:
+            rows.append((f"{record.listed}: {record.caption}", film_strip(frames, widest=160)[None]))
     names, pictures = [name for name, _ in small], np.stack([t.ravel() for _, t in small]) if small else np.zeros((0, 1))
     pairs = []
     for i in range(len(names)):
@@ -98,7 +100,7 @@ def main(words=None):
         print(line)
     problems += [f"{r.where}: {r.listed}: {clip['reason']}" for r, clip in zip(records, clips, strict=True) if "reason" in clip]
     if rows:
-        contact_sheet(args.sheet, rows, f"{len(rows)} clips as the model will see them")
+        contact_sheet(args.sheet, rows, f"{len(rows)} of {len(good)} clips as the model will see them")
         print(f"\nwhat the model will see: {args.sheet}")
     for problem in problems:
         print(f"ERROR[3]: {problem}", file=sys.stderr)
