@@ -109,6 +109,7 @@ def test_an_address_is_not_a_file(clips, listed):
     assert read_records(clips)[0][1].reason == "not a file name"
 
 
+@pytest.mark.slow
 def test_a_table_names_its_columns(clips, train):
     records, _, _ = read_records(clips)
     rows = [{"file": r.listed, "words": r.caption, "empty": ""} for r in records]
@@ -328,6 +329,7 @@ def test_the_report_says_what_a_user_would_want_to_know(clips, train):
     assert "2 clips share their caption with another" in report
 
 
+@pytest.mark.slow
 def test_the_time_limit_reaches_the_readers(train, monkeypatch, tmp_path, capsys):
     import sys
 

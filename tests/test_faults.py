@@ -247,6 +247,7 @@ def test_out_of_memory_is_answered_with_flags(train, monkeypatch, capsys):
 # The rehearsal
 
 
+@pytest.mark.slow
 def test_the_rehearsal_leaves_no_trace_in_training(train, monkeypatch):
     rehearsed = train(max_train_steps=3, lora_dropout=0.1)
     real = rehearsal.rehearse
@@ -308,6 +309,7 @@ def test_a_disk_too_small_for_a_checkpoint_is_told_before_the_first_step(train, 
 # Starting from a LoRA, two runs, dead processes, long validations
 
 
+@pytest.mark.slow
 def test_a_run_can_start_from_the_lora_of_another(train, tmp_path, capsys):
     first = train(max_train_steps=5, rank=4, lora_alpha=2)
     same_place = train(init_lora=str(first), learning_rate=0, rank=4, lora_alpha=8)  # another alpha: the strength stays
@@ -413,6 +415,7 @@ def test_a_half_written_checkpoint_is_removed_and_said(train, capsys):
     assert not (folder / "checkpoint-3.partial").exists()
 
 
+@pytest.mark.slow
 def test_saving_does_not_hold_up_training(train, monkeypatch):
     """The second checkpoint is written slowly; the steps after it are logged before it is there."""
     from cogvideox import checkpoint
@@ -451,6 +454,7 @@ def test_a_pickle_in_a_checkpoint_is_never_run(train, tmp_path):
 # Branches, leftovers and what must not be deleted
 
 
+@pytest.mark.slow
 def test_a_branch_that_was_left_is_set_aside_and_never_wins_over_the_new_one(train, capsys):
     folder = train(max_train_steps=4, checkpointing_steps=1)
     damaged = folder / "checkpoint-4/optimizer.safetensors"
@@ -463,6 +467,7 @@ def test_a_branch_that_was_left_is_set_aside_and_never_wins_over_the_new_one(tra
     assert same(lora_of(folder), lora_of(train(max_train_steps=5)))
 
 
+@pytest.mark.slow
 def test_overwriting_deletes_nothing_before_everything_else_is_found_right(train, clips, capsys):
     folder = train(data=clips, checkpointing_steps=1)
     (folder / "notes.txt").write_text("mine")
@@ -486,6 +491,7 @@ def test_a_run_that_only_encoded_does_not_stand_in_its_own_way(train, tmp_path):
     assert len(lora_of(train(output=tmp_path / "out"))) == 16
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_last_validation_gets_its_videos_and_card_on_the_next_start(train):
     flags = {"validation_prompt": "a rabbit", "resume_from_checkpoint": "latest"}
     folder = train(**flags)
@@ -500,6 +506,7 @@ def test_a_run_killed_in_its_last_validation_gets_its_videos_and_card_on_the_nex
     assert same(lora_of(folder), whole)
 
 
+@pytest.mark.slow
 def test_pictures_that_cannot_be_made_cost_nothing_but_themselves(train, monkeypatch, capsys, tmp_path):
     from cogvideox import encode, validation
 

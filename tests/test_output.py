@@ -81,6 +81,7 @@ def test_tensorboard_gets_the_numbers_and_the_videos_but_no_token(train, capfd):
     assert token not in "".join(capfd.readouterr())
 
 
+@pytest.mark.slow
 def test_logging_steps_average_what_lies_between(train):
     def losses(**flags):
         folder = train(max_train_steps=4, **flags)
@@ -90,6 +91,7 @@ def test_logging_steps_average_what_lies_between(train):
     assert pairs == pytest.approx([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_an_earlier_run_is_not_written_over_unasked(train, capsys):
     folder = train()
     before = lora_of(folder)
@@ -115,6 +117,7 @@ def test_an_output_folder_that_cannot_be_is_told_at_once(train, tmp_path, capsys
 # Checkpoints
 
 
+@pytest.mark.slow
 def test_old_checkpoints_go_only_after_a_new_one_is_safe(train, monkeypatch, capsys):
     folder = train(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2)
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
@@ -225,6 +228,7 @@ def test_resuming_with_flags_that_would_train_something_else_is_refused_with_the
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_resuming_on_another_base_model_is_refused(finished, train, tmp_path, tiny_model, capsys):
     from demo.make_model import make_model
 
@@ -371,6 +375,7 @@ def test_hub_flags_reach_the_hub_client(monkeypatch, tiny_model, tmp_path):
     assert not [p for p in asked["patterns"] if "bin" in p or p.endswith(".pt")]
 
 
+@pytest.mark.slow
 def test_a_variant_loads_the_files_of_that_name(tiny_model, tmp_path, train):
     folder = shutil.copytree(tiny_model, tmp_path / "variant")
     for part, stem in (("transformer", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
@@ -380,6 +385,7 @@ def test_a_variant_loads_the_files_of_that_name(tiny_model, tmp_path, train):
         train(model=folder)
 
 
+@pytest.mark.slow
 def test_tf32_is_as_asked(train):
     for asked in (True, None):
         train(allow_tf32=asked, max_train_steps=1)

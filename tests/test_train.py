@@ -141,6 +141,7 @@ def test_a_resumed_run_ends_with_the_same_bits_as_an_unbroken_one(train, stop):
     assert not same(lora_of(straight), lora_of(train(max_train_steps=6, seed=7, **settings)))
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_trains_nothing(train, capsys):
     folder = train()
     before = (folder / "pytorch_lora_weights.safetensors").read_bytes()
@@ -180,6 +181,7 @@ def test_a_failing_validation_is_told_and_training_goes_on(train, monkeypatch, c
     assert "no memory for this video" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rotary_model", "temporal_patch_model"])
 def test_rotary_and_temporal_patch_models_train_and_validate(train, request, kind):
     model = request.getfixturevalue(kind)
@@ -191,6 +193,7 @@ def test_rotary_and_temporal_patch_models_train_and_validate(train, request, kin
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_number_of_loader_workers_changes_nothing(train, workers):
     assert same(lora_of(train(max_train_steps=3)), lora_of(train(max_train_steps=3, dataloader_num_workers=workers)))
