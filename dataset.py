@@ -83,6 +83,8 @@ def read_records(root, caption_column=None, video_column=None, allow_external_pa
     `layout` is a word for the log.
     """
     root = Path(root).expanduser()
+    if root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
+        return [], [f"--instance_data_root {root}: permission denied"], "nothing"
     if not root.exists():
         return [], [f"--instance_data_root {root}: no such folder"], "nothing"
     table = root if root.is_file() else find_table(root)
@@ -130,6 +132,9 @@ def read_line_files(root, caption_file, video_file):
 def read_lines(root, name, problems):
     """The stripped lines of a UTF-8 text file (a byte order mark and CRLF are fine); appends to `problems`."""
     path = root / name
+    if not os.access(root, os.R_OK | os.X_OK) or (path.is_file() and not os.access(path, os.R_OK)):
+        problems.append(f"{path}: permission denied")
+        return []
     if not path.is_file():
         near = difflib.get_close_matches(name, [p.name for p in root.iterdir()], n=1)
         hint = f"; there is {near[0]}" if near else ""

@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -315,8 +316,9 @@ def holds_earlier_run(output_dir):
 def remove_earlier_run(output_dir):
     """Delete what a run writes, and nothing else, from a folder that holds one."""
     names = [lora.LORA_FILE, "README.md", "metrics.jsonl", "loss.png", "status.json", "validation", "encoded", "logs"]
-    for path in [*output_dir.glob("checkpoint-*"), *(output_dir / name for name in names)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    checkpoints = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+(\.partial|\.abandoned)?", path.name)]
+    for path in [*checkpoints, *(output_dir / name for name in names)]:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def main(args):
@@ -507,7 +509,10 @@ def main(args):
             look(first_step, videos=True, score=False)
         if is_main:
             checkpoint.publish(output_dir / f"checkpoint-{first_step}", output_dir)
-            finish(args, output_dir, jobs, result | {"steps": first_step}, token, push=args.push_to_hub)
+            problem = finish(args, output_dir, jobs, result | {"steps": first_step}, token, push=args.push_to_hub)
+            stopping.write_status(output_dir, 1 if problem else 0, problem or "done", first_step, output_dir / f"checkpoint-{first_step}")
+            if problem:
+                fail(1, problem)
         accelerator.end_training()
         return
 
@@ -599,9 +604,11 @@ def main(args):
             break
 
     newest = saver.join()
+    problem = None
     if is_main:
-        finish(args, output_dir, jobs, result | {"steps": step}, token, push=args.push_to_hub and not stop)
-        code, reason = (128 + stop, f"stopped by {signal.Signals(stop).name}") if stop else (0, "done")
+        problem = finish(args, output_dir, jobs, result | {"steps": step}, token, push=args.push_to_hub and not stop)
+        code, reason = (1, problem) if problem else (0, "done")
+        code, reason = (128 + stop, f"stopped by {signal.Signals(stop).name}") if stop else (code, reason)
         code, reason = (BAD_OUTPUT, "the last checkpoint was not written") if saver.failed else (code, reason)
         stopping.write_status(output_dir, code, reason, step, newest)
     accelerator.end_training()
@@ -610,6 +617,8 @@ def main(args):
         raise SystemExit(128 + stop)
     if saver.failed:
         fail(BAD_OUTPUT, f"the last checkpoint was not written; the newest is {newest}")
+    if problem:
+        fail(1, problem)
 
 
 def describe_bad_step(micro_batches, clips, records):
@@ -623,19 +632,26 @@ def describe_bad_step(micro_batches, clips, records):
 
 
 def finish(args, output_dir, jobs, facts, token, push):
-    """The plot, the model card, and the push if it was asked for; the LoRA is on disk already, and none of this can undo it."""
+    """The plot, the model card, and the push if it was asked for; the LoRA is on disk already, and none of this can undo it.
+
+    Returns what failed as a sentence, or None.
+    """
     last = f"validation/step-{facts['steps']:06d}"
     facts["videos"] = [(args.prompts[job["prompt"]], f"{last}/{job['name']}") for job in jobs if (output_dir / last / job["name"]).exists()]
-    hub.write_model_card(output_dir, args, facts)
-    metrics.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
+    try:
+        hub.write_model_card(output_dir, args, facts)
+        metrics.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
+    except OSError as error:
+        say(f"warning: the model card and the plot were not written ({error})")
     say(f"\nthe LoRA: {output_dir / lora.LORA_FILE}\nhow to use it: {output_dir / 'README.md'}\nlosses: {output_dir / 'loss.png'}")
-    if push:
-        try:
-            say(f"uploaded to {hub.push(output_dir, args, token)}")
-        except Exception as error:  # the hub client raises many kinds; the result is here whatever it says
-            fail(
-                1, f"--push_to_hub: the upload failed ({type(error).__name__}: {str(error).splitlines()[0]}); everything is in {output_dir}"
-            )
+    if not push:
+        return None
+    try:
+        say(f"uploaded to {hub.push(output_dir, args, token)}")
+    except Exception as error:  # the hub client raises many kinds; the result is here whatever it says
+        reason = hub.redacted((str(error).splitlines() or [""])[0], token)
+        return f"--push_to_hub: the upload failed ({type(error).__name__}: {reason}); everything is in {output_dir}"
+    return None
 
 
 if __name__ == "__main__":

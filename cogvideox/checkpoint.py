@@ -19,6 +19,7 @@ import peft
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from cogvideox.files import file_sha256, write_durably
@@ -103,6 +104,7 @@ def write_checkpoint(output_dir, step, snapshot, facts, lora_facts):
     final = Path(output_dir) / f"checkpoint-{step}"
     partial = final.with_name(final.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    final.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(tensor.numel() * tensor.element_size() for part in TENSOR_FILES for tensor in snapshot[part].values())
     free = shutil.disk_usage(output_dir).free
     if needed * 1.05 > free:
@@ -116,6 +118,8 @@ def write_checkpoint(output_dir, step, snapshot, facts, lora_facts):
         files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(partial.iterdir())}
         manifest = {"format": FORMAT, "step": step, "versions": VERSIONS, **facts, "files": files}
         write_durably(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
+        if final.is_symlink() or final.is_file():
+            final.unlink()
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         sync_folder(final.parent)
@@ -228,6 +232,9 @@ def read_manifest(path):
         files = manifest["files"]
         if manifest["format"] != FORMAT:
             raise BadCheckpoint(f"{path}: written in format {manifest['format']}, this script reads {FORMAT}")
+        for part in ("step", "flags", "clips", "transformer", "clips_per_step"):
+            if part not in manifest:
+                raise BadCheckpoint(f"{path}: its manifest lacks {part}")
         for name in ("adapter.safetensors", "optimizer.safetensors", "state.json", LORA_FILE):
             if name not in files:
                 raise BadCheckpoint(f"{path}: its manifest lacks {name}")
@@ -303,7 +310,7 @@ def load_checkpoint(path, transformer, optimizer, schedule, scaler):
         schedule.load_state_dict(unpack(state["schedule"], tensors))
         if scaler and (scaler_state := unpack(state["scaler"], tensors)):
             scaler.load_state_dict(scaler_state)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise BadCheckpoint(f"{path}: does not fit this run: {error}") from None
 
 

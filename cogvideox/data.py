@@ -9,9 +9,19 @@ from accelerate.utils import broadcast_object_list, gather_object
 from cogvideox import cache as store
 from cogvideox import encode
 from cogvideox.folder import count_tokens, weight_files
-from cogvideox.launch import BAD_DATA, BAD_FLAGS, fail, say
+from cogvideox.launch import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, say
 from cogvideox.model import load_text_encoder, load_vae, usable_dtype
-from cogvideox.survey import clip_framing, framing_of, list_clips, remarks, remember_survey, shapes_differ, survey_clips, table_lines
+from cogvideox.survey import (
+    clip_framing,
+    framing_of,
+    list_clips,
+    printable,
+    remarks,
+    remember_survey,
+    shapes_differ,
+    survey_clips,
+    table_lines,
+)
 from dataset import Framing
 
 
@@ -36,7 +46,7 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     numbered = gather_object(list(zip(range(rank, len(records), world_size), mine, strict=True)))
     clips = [clip for _, clip in sorted(numbered, key=lambda pair: pair[0])]
     tokens = count_tokens(tokenizer, [r.caption for r in records]) if tokenizer and records else [0] * len(records)
-    bad = [f"{r.where}: {r.listed}: {clip['reason']}" for r, clip in zip(records, clips, strict=True) if "reason" in clip]
+    bad = [f"{r.where}: {printable(r.listed)}: {clip['reason']}" for r, clip in zip(records, clips, strict=True) if "reason" in clip]
     skipped = args.bad_videos == "skip" and len(bad) <= args.max_bad_share * len(records) and len(bad) < len(records)
     problems += [] if skipped else bad
     if bad and args.bad_videos == "skip" and not skipped:
@@ -59,7 +69,7 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
         say("  " + line)
     if records:
         for record in records[:3]:
-            say(f"  {record.listed}: {record.caption[:100]!r}")
+            say(f"  {printable(record.listed)}: {record.caption[:100]!r}")
     kept = [i for i, clip in enumerate(clips) if "reason" not in clip]
     return Data([records[i] for i in kept], [clips[i] for i in kept], [tokens[i] for i in kept], problems, framing)
 
@@ -90,16 +100,16 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
     def load_text():
         return tokenizer, load_text_encoder(folder, device, variant)
 
-    encode.fill_captions(cache, captions, keys.get, missing_captions, load_text, facts.max_text_seq_length, rank, world_size)
+    failures = encode.fill_captions(cache, captions, keys.get, missing_captions, load_text, facts.max_text_seq_length, rank, world_size)
     free(device)
 
     def load_encoder():
         return load_vae(folder, device, variant, args.enable_slicing, args.enable_tiling)
 
     show = functools.partial(encode.show_encoded, args.output_dir, args.fps, [])
-    failures = encode.fill_clips(cache, list(jobs.values()), load_encoder, readers, show, barrier, rank, world_size)
+    failures += encode.fill_clips(cache, list(jobs.values()), load_encoder, readers, show, barrier, rank, world_size)
     if failures := gather_object(failures):
-        fail(BAD_DATA, failures)
+        fail(BAD_OUTPUT if any("--encoding_cache_dir" in failure for failure in failures) else BAD_DATA, list(dict.fromkeys(failures)))
     free(device)
     prompt_keys = [keys[record.caption] for record in data.records]
     encodings = store.Encodings(cache, clip_keys[0], clip_keys[-1], prompt_keys, keys[""])

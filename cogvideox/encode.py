@@ -53,22 +53,28 @@ def fill_captions(cache, captions, key, missing, load, max_text_seq_length, rank
     """Encode this process's share of the groups that hold a missing caption.
 
     key: caption -> key. load: () -> (tokenizer, text encoder), called only if there is something to do.
+    Returns its failures as sentences.
     """
     missing = set(missing)
     groups = [group for group in caption_groups(captions) if any(key(caption) in missing for caption in group)]
     groups = groups[rank::world_size]
     if not groups:
-        return 0
+        return []
     tokenizer, text_encoder = load()
     for group in tqdm(groups, "encoding captions", unit=f"x{CAPTIONS_PER_BATCH}", disable=rank != 0):
         # The last group is filled up, so that every product has the same shape.
         padded = group + [""] * (CAPTIONS_PER_BATCH - len(group))
         leave_if_wanted()
         embeddings = encode_captions(tokenizer, text_encoder, padded, max_text_seq_length)
-        for caption, embedding in zip(group, embeddings, strict=False):
-            if key(caption) in missing:
-                write_entry(entry_path(cache, "captions", key(caption)), embedding)
-    return len(groups)
+        try:
+            for caption, embedding in zip(group, embeddings, strict=False):
+                if key(caption) in missing:
+                    write_entry(entry_path(cache, "captions", key(caption)), embedding)
+        except OSError as error:
+            return [f"--encoding_cache_dir {cache}: a caption could not be stored ({error.strerror})"]
+        except ValueError as error:
+            return [f"the caption {caption[:60]!r}: {error}"]
+    return []
 
 
 def fill_clips(cache, jobs, load, readers, show, barrier, rank=0, world_size=1):
@@ -88,7 +94,7 @@ def fill_clips(cache, jobs, load, readers, show, barrier, rank=0, world_size=1):
         keep_heap_flat()
         vae = load()
         decoded = readers.read_all([(jobs[i][1], jobs[i][2]) for i in mine])
-        for number, (i, (_, frames, reason)) in enumerate(zip(mine, decoded, strict=True)):
+        for number, (i, (_, frames, reason)) in enumerate(zip(mine, decoded, strict=False)):
             leave_if_wanted()
             key, _, _, flipped, _, name = jobs[i]
             if reason:
@@ -98,9 +104,12 @@ def fill_clips(cache, jobs, load, readers, show, barrier, rank=0, world_size=1):
             try:
                 moments = encode_frames(vae, frames)
                 write_entry(entry_path(cache, "clips", key), moments)
-            except (ValueError, OSError) as error:
+            except ValueError as error:
                 failures.append(f"{name}: {error}")
                 continue
+            except OSError as error:
+                failures.append(f"--encoding_cache_dir {cache}: {name} could not be stored ({error.strerror})")
+                break  # the next one would not fit either
             if rank == 0 and number < CLIPS_SHOWN:
                 try:
                     show(vae, name, frames, moments)

@@ -1,6 +1,7 @@
 """The model card, and the upload of what belongs to the result (and nothing else)."""
 
 import json
+import re
 from pathlib import Path
 
 from cogvideox.files import write_durably
@@ -86,3 +87,9 @@ def push(folder, args, token):
     repository = api.create_repo(name, exist_ok=True, private=True)
     api.upload_folder(repo_id=repository.repo_id, folder_path=str(folder), allow_patterns=UPLOADED, commit_message="CogVideoX LoRA")
     return str(repository)
+
+
+def redacted(text, token=None):
+    """Text without hub tokens."""
+    text = text.replace(token, "hf_...") if token else text
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_...", text)

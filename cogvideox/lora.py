@@ -8,6 +8,7 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from cogvideox.files import write_durably
@@ -81,7 +82,11 @@ def load_exported(transformer, path):
         raise ValueError(f"{path}: no such file")
     scaling = {name: layer.scaling["default"] for name, layer in lora_modules(transformer)}
     state = {}
-    for name, tensor in load_file(path).items():
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+    for name, tensor in stored.items():
         name = name.removeprefix("transformer.")
         layer = name.rsplit(".lora_", 1)[0]
         state[name] = tensor / scaling.get(layer, 1) if ".lora_B." in name else tensor

@@ -26,9 +26,13 @@ class MetricsFile:
 
     def write(self, values):
         """Append one line and hand it to the operating system, so that a killed run has all it logged."""
-        if self.file:
+        if not self.file:
+            return
+        try:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
+        except OSError as error:  # a full disk; the numbers of later steps may fit again
+            say(f"warning: step {values['step']} is missing from metrics.jsonl ({error.strerror})")
 
 
 def read_metrics(path):

@@ -154,7 +154,9 @@ def torment(options, model, clips, work, processes, chance, counts):
     counts["small disk"] = "a tmpfs of 16 MiB" if mounted else "not run: no right to mount one"
     line = command(model, clips, output, work / f"cache-{processes}", processes, options.steps)
     try:
-        for number in tqdm(range(options.strikes), f"{processes} processes", unit="strike"):
+        bar, number, struck = tqdm(total=options.strikes, desc=f"{processes} processes", unit="strike"), 0, 0
+        while struck < options.strikes:
+            number += 1
             log_path = work / f"log-{processes}-{number}"
             ballast = None
             with log_path.open("wb") as log:
@@ -171,13 +173,14 @@ def torment(options, model, clips, work, processes, chance, counts):
                 if process.poll() is not None:
                     counts["it had ended by itself"] += 1
                     if not ballast:
-                        counts["finished before the last strike"] += 1
                         for _, path in list_checkpoints(output)[-1:]:
                             shutil.rmtree(path)  # give the next strikes something to do
                 else:
                     name, one = chance.choice(list(SIGNALS)), processes > 1 and chance.random() < 0.5
                     counts[f"{name} in {phase_of(log_path)}"] += 1
                     strike(process, name, one, chance)
+                    struck += 1
+                    bar.update()
                     counts["did not end in a minute"] += not ended(process, 60)
             if ballast:
                 ballast.unlink()
@@ -199,7 +202,12 @@ def torment(options, model, clips, work, processes, chance, counts):
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--strikes", type=int, default=30, help="strikes on each training (there are two: one process, two processes)")
+    parser.add_argument(
+        "--strikes",
+        type=int,
+        default=30,
+        help="strikes that hit a running process, on each training (there are two: one process, two processes)",
+    )
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the training")
     parser.add_argument("--longest", type=float, default=14.0, help="a strike comes at most so many seconds after the start")
     parser.add_argument("--seed", type=int, default=0, help="seed of the strikes")
@@ -221,7 +229,7 @@ def main():
         shutil.rmtree(work, ignore_errors=True)
     lines = ["| what was done | times |", "|---|---|", *[f"| {name} | {counts[name]} |" for name in sorted(counts)]]
     verdict = "the same bits as an undisturbed run: weights, optimizer, losses" if not wrong else "DIFFERENT: " + "; ".join(wrong)
-    lines += ["", f"{2 * options.strikes} starts were struck or starved; {options.steps} steps on one process and on two; {verdict}."]
+    lines += ["", f"{2 * options.strikes} strikes; {options.steps} steps on one process and on two; {verdict}."]
     print("\n".join(lines))
     if options.report:
         Path(options.report).write_text("\n".join(lines) + "\n")
