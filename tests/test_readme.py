@@ -34,6 +34,10 @@ def test_every_tool_and_make_target_in_the_readme_exists():
         assert (ROOT / name).exists(), name
 
 
+def test_no_placeholder_is_left_in_the_readme():
+    assert not re.search(r"\b[A-Z]+_(TABLE|REPORT)\b", TEXT)
+
+
 def test_no_line_of_the_readme_says_what_this_machine_is_called():
     tracked = subprocess.run(
         ["git", "grep", "-nIE", r"/(home|root)/[a-z]+/", "--", "*.md", "*.sh", "cogvideox", "tools"], cwd=ROOT, capture_output=True
