@@ -11,7 +11,7 @@ TEXT = (ROOT / "README.md").read_text()
 
 def test_every_flag_in_the_readme_exists():
     known = {option for action in script.build_parser()._actions for option in action.option_strings}
-    known |= {"--multi_gpu"}  # accelerate's
+    known |= {"--multi_gpu", "--strikes", "--steps", "--longest"}  # of accelerate and of tools.chaos
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_0-9]+(?:-[a-z_]+)*", TEXT)) - {"--json", "--help"}
     assert len(named) > 30
     assert named <= known, named - known
