@@ -221,6 +221,7 @@ from cogvideox.model import checkpoint_blocks, load_scheduler, load_transformer,
 from cogvideox.optimizer import make_optimizer, make_schedule
 from cogvideox.order import TrainingClips, clip_at, epoch_length, positions_of, seeded_generator
 from cogvideox.reader import Readers, decode_workers
+from cogvideox.survey import printable
 
 # -----------------------------------------------------------------------------
 # Loss
@@ -627,7 +628,7 @@ def describe_bad_step(micro_batches, clips, records):
     for loss, positions, timesteps in micro_batches:
         if not torch.isfinite(loss):
             for position, timestep in zip(positions.tolist(), timesteps.tolist(), strict=True):
-                bad.append(f"{records[clips.clip_of(position)].listed} at timestep {timestep} (loss {loss.item()})")
+                bad.append(f"{printable(records[clips.clip_of(position)].listed)} at timestep {timestep} (loss {loss.item()})")
     return gather_object(bad) or ["every loss was finite, its gradient was not"]
 
 

@@ -1,11 +1,12 @@
 """The run's numbers: metrics.jsonl always, a plot of them, and trackers where asked for."""
 
+import io
 import json
-import os
 from pathlib import Path
 
 from accelerate.tracking import filter_trackers
 
+from cogvideox.files import write_bytes
 from cogvideox.launch import say
 from cogvideox.video import gif_bytes, read_video
 
@@ -19,9 +20,7 @@ class MetricsFile:
             return
         path = Path(path)
         kept = [line for line in read_metrics(path) if line["step"] <= first_step] if path.exists() and first_step else []
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, values):
@@ -75,10 +74,10 @@ def plot_losses(metrics_path, picture_path):
     axes[2].set_ylabel("gradient norm")
     axes[2].set_xlabel("optimizer step")
     figure.tight_layout()
-    partial = Path(picture_path).with_name(f".{Path(picture_path).name}.partial")
-    figure.savefig(partial, dpi=100, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=100, format="png")
     pyplot.close(figure)
-    partial.replace(picture_path)
+    write_bytes(Path(picture_path), picture.getvalue())
 
 
 def start_trackers(args, accelerator, facts):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import CogVideoXPipeline
 
+from cogvideox.files import write_bytes
 from cogvideox.launch import say
 from cogvideox.model import decode_latents
 from cogvideox.stopping import wanted
@@ -109,7 +110,7 @@ def write_sheet(folder, first_folder, jobs, prompts, step, settings):
             rows.append((f"step {step}, seed {job['seed']}", read_video(now)))
     contact_sheet(folder / "contact_sheet.png", rows, f"validation at step {step}")
     record = [job | {"prompt": prompts[job["prompt"]]} for job in jobs]
-    (folder / "videos.json").write_text(json.dumps({"settings": settings, "videos": record}, indent=1), encoding="utf-8")
+    write_bytes(folder / "videos.json", json.dumps({"settings": settings, "videos": record}, indent=1).encode())
     say(f"step {step}: validation videos and contact_sheet.png in {folder}")
 
 

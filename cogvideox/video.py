@@ -7,6 +7,8 @@ import imageio.v2 as imageio
 import numpy as np
 from PIL import Image, ImageDraw
 
+from cogvideox.files import write_bytes
+
 
 def write_video(path, frames, fps):
     """Write uint8 frames [F, H, W, 3] as an H.264 mp4 that every player opens; whole or not at all."""
@@ -58,8 +60,6 @@ def contact_sheet(path, rows, title=""):
         if strip is not None:
             sheet.paste(Image.fromarray(strip), (gap, y))
             y += strip.shape[0] + gap
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    sheet.save(partial, "PNG")
-    partial.replace(path)
+    picture = io.BytesIO()
+    sheet.save(picture, "PNG")
+    write_bytes(Path(path), picture.getvalue())

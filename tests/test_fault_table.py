@@ -268,7 +268,7 @@ def test_strange_validation_prompts_make_files_inside_the_folder(train):
     assert all(path.name.isprintable() and len(path.name) < 100 for path in videos)
 
 
-@pytest.mark.xfail(strict=False, reason="only the length of an entry is compared with its own header")
+@pytest.mark.xfail(strict=True, reason="only the length of an entry is compared with its own header")
 def test_an_entry_of_another_shape_is_encoded_again(train, tmp_path):
     cache = tmp_path / "cache"
     right = train(cache=cache)

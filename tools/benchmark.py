@@ -38,13 +38,19 @@ def make_clips(folder, count):
     return folder
 
 
+def trainer_command(model, clips, output, cache, processes, flags):
+    """The command line of a training on one process or several."""
+    launcher = [*TORCHRUN, str(processes)] if processes > 1 else []
+    line = [sys.executable, *launcher, str(ROOT / "train_cogvideox_lora.py")]
+    paths = {"pretrained_model_name_or_path": model, "instance_data_root": clips, "output_dir": output, "encoding_cache_dir": cache}
+    for name, value in (paths | flags).items():
+        line += [f"--{name}", str(value)]
+    return line
+
+
 def run_trainer(model, clips, output, cache, processes=1, **flags):
     """One short training in a process of its own. Returns (seconds from launch to the first logged step, peak MiB of a trainer process)."""
     values = {
-        "pretrained_model_name_or_path": model,
-        "instance_data_root": clips,
-        "output_dir": output,
-        "encoding_cache_dir": cache,
         "height": 64,
         "width": 96,
         "max_num_frames": 17,
@@ -53,10 +59,7 @@ def run_trainer(model, clips, output, cache, processes=1, **flags):
         "report_to": "none",
         "fixed_loss_clips": 0,
     }
-    launcher = [*TORCHRUN, str(processes)] if processes > 1 else []
-    line = [sys.executable, *launcher, str(ROOT / "train_cogvideox_lora.py")]
-    for name, value in (values | flags).items():
-        line += [f"--{name}", str(value)]
+    line = trainer_command(model, clips, output, cache, processes, values | flags)
     started, peak, first_step = time.perf_counter(), 0, None
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(line, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})

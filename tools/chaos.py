@@ -15,7 +15,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -25,19 +24,14 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from cogvideox.checkpoint import BadCheckpoint, list_checkpoints, read_manifest
-from tools.benchmark import ROOT, TORCHRUN, make_clips
+from tools.benchmark import ROOT, make_clips, trainer_command
 
 SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 
 
 def command(model, clips, output, cache, processes, steps):
     """The trained command line; the same for every start."""
-    launcher = [*TORCHRUN, str(processes)] if processes > 1 else []
     flags = {
-        "pretrained_model_name_or_path": model,
-        "instance_data_root": clips,
-        "output_dir": output,
-        "encoding_cache_dir": cache,
         "height": 32,
         "width": 48,
         "max_num_frames": 9,
@@ -58,10 +52,7 @@ def command(model, clips, output, cache, processes, steps):
         "report_to": "none",
         "resume_from_checkpoint": "latest",
     }
-    line = [sys.executable, *launcher, str(ROOT / "train_cogvideox_lora.py")]
-    for name, value in flags.items():
-        line += [f"--{name}", str(value)]
-    return line
+    return trainer_command(model, clips, output, cache, processes, flags)
 
 
 def start(line, log):
