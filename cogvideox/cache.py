@@ -132,11 +132,11 @@ def read_entry(path):
         return file.get_tensor("encoding")
 
 
-def is_complete(path):
-    """Whether an entry is there, with as many bytes as its header announces."""
+def is_complete(path, shape):
+    """Whether an entry is there, of this shape, with as many bytes as its header announces."""
     try:
-        return "encoding" in safetensors_header(path)
-    except (OSError, ValueError):
+        return safetensors_header(path)["encoding"]["shape"] == list(shape)
+    except (OSError, ValueError, KeyError):
         return False
 
 
@@ -160,6 +160,6 @@ class Encodings:
         return read_entry(entry_path(self.cache, "captions", self.empty_key if clip is None else self.prompt_keys[clip]))
 
 
-def missing_entries(cache, kind, keys):
-    """The keys (each once, in order) that have no complete entry."""
-    return [key for key in dict.fromkeys(keys) if not is_complete(entry_path(cache, kind, key))]
+def missing_entries(cache, kind, shapes):
+    """The keys, in order, that have no complete entry. shapes: key -> the shape that its tensor has to have."""
+    return [key for key, shape in shapes.items() if not is_complete(entry_path(cache, kind, key), shape)]

@@ -8,7 +8,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from cogvideox import cache as store
 from cogvideox import encode
-from cogvideox.folder import count_tokens, weight_files
+from cogvideox.folder import count_tokens, read_json, weight_files
 from cogvideox.launch import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, say
 from cogvideox.model import load_text_encoder, load_vae, usable_dtype
 from cogvideox.survey import (
@@ -131,14 +131,23 @@ def plan_encodings(args, folder, facts, data, captions, cache, device):
     clip_keys = [
         [store.clip_key(clip, *vae, flipped) for clip in data.clips] for flipped in ((False, True) if args.random_flip else (False,))
     ]
-    missing_captions = store.missing_entries(cache, "captions", keys.values())
-    missing_clips = set(store.missing_entries(cache, "clips", sum(clip_keys, [])))
+    caption_shape = (facts.max_text_seq_length, read_json(folder / "text_encoder/config.json").get("d_model", 512))
+    clip_shapes = {key: moments_shape(clip, facts) for row in clip_keys for key, clip in zip(row, data.clips, strict=True)}
+    missing_captions = store.missing_entries(cache, "captions", dict.fromkeys(keys.values(), caption_shape))
+    missing_clips = set(store.missing_entries(cache, "clips", clip_shapes))
     problems = []
     for part, needed in (("text_encoder", missing_captions), ("vae", missing_clips or args.prompts)):
         problem = weight_files(folder / part, args.variant)[1]
         if problem and needed:
             problems.append(f"{problem}; {len(needed)} {'captions' if part == 'text_encoder' else 'clips or videos'} need them")
     return keys, clip_keys, missing_captions, missing_clips, transformer_identity, problems
+
+
+def moments_shape(clip, facts):
+    """The shape of a clip's posterior: mean and log variance of each latent channel, one latent frame for the first frame
+    and one for every `frames_per_latent` more (AutoencoderKLCogVideoX is causal in time)."""
+    frames = (clip["frames"] - 1) // facts.frames_per_latent + 1
+    return 2 * facts.latent_channels, frames, clip["height"] // facts.latent_compression, clip["width"] // facts.latent_compression
 
 
 def free(device):

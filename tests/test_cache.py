@@ -190,7 +190,7 @@ def test_an_embedding_does_not_depend_on_what_was_left_to_encode(tiny_model, tmp
         tmp_path / "in parts",
         captions,
         key,
-        store.missing_entries(tmp_path / "in parts", "captions", map(key, captions)),
+        store.missing_entries(tmp_path / "in parts", "captions", dict.fromkeys(map(key, captions), (226, encoder[1].config.d_model))),
         lambda: encoder,
         226,
     )

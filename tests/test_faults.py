@@ -14,6 +14,7 @@ import torch
 import train_cogvideox_lora as script
 from cogvideox import rehearsal, stopping
 from tests.conftest import ROOT, environment, lora_of, same, words
+from tools.chaos import family, strike
 
 ONE = [sys.executable, "train_cogvideox_lora.py"]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_cogvideox_lora.py"]
@@ -30,6 +31,11 @@ def start(command, line, **variables):
         text=True,
         start_new_session=True,
     )
+
+
+def kill_all_of(run):
+    """Kill a launcher and all trainers, which are in sessions of their own."""
+    strike(family(run.pid), signal.SIGKILL)
 
 
 def steps_of(folder):
@@ -89,6 +95,17 @@ def test_a_signal_to_one_of_two_processes_stops_both_with_a_checkpoint(tiny_mode
     assert run.returncode != 0
     assert "stopped by SIGTERM after step" in output
     assert json.loads((tmp_path / "out/status.json").read_text())["code"] == 143
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_leaves_no_trainer_behind(tiny_model, six_clips, encodings, tmp_path):
+    run = start(TWO, words(tiny_model, six_clips, tmp_path / "out", encodings, max_train_steps=20000))
+    wait_for(lambda: len(steps_of(tmp_path / "out")) >= 3)
+    assert len(family(run.pid)) == 3
+    run.kill()
+    run.communicate(timeout=60)  # ends when nobody holds the pipe any more
+    assert json.loads((tmp_path / "out/status.json").read_text())["code"] == 143
+    assert len(lora_of(tmp_path / "out")) == 16
 
 
 @pytest.mark.slow
@@ -394,7 +411,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_unbroken_one(ti
     for number in range(3):
         run = start(command, line)
         wait_for(lambda run=run, target=8 * (number + 1): run.poll() is not None or max(steps_of(tmp_path / "killed"), default=0) >= target)
-        os.killpg(run.pid, signal.SIGKILL)
+        kill_all_of(run)
         run.communicate()
     run = start(command, line)
     output = run.communicate(timeout=150)[0]
@@ -585,7 +602,7 @@ def test_a_process_that_dies_while_encoding_ends_the_other_machine_too(tiny_mode
     size = ["--height", "128", "--width", "192", "--max_num_frames", "17", "--mixed_precision", "no", "--report_to", "none"]
     nodes = [start(["bash", "finetune_multi_gpus_1.sh"], size, **settings, NODE_RANK=str(rank)) for rank in range(2)]
     wait_for(lambda: list((tmp_path / "c").rglob("clips/??/*.safetensors")))
-    os.killpg(nodes[1].pid, signal.SIGKILL)
+    kill_all_of(nodes[1])
     began = time.monotonic()
     nodes[0].communicate(timeout=90)
     assert nodes[0].returncode != 0

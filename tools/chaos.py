@@ -1,14 +1,15 @@
 """A real training under random kills and full disks: python -m tools.chaos (or make chaos).
 
 Starts the demo's training again and again, on one process and on two, and strikes at random moments of every phase
-(checking, encoding, rehearsal, training, saving, validation): kill -9, SIGTERM or SIGINT to all processes or to one of
-them. Some episodes run with almost no disk. Each start is the same command with --resume_from_checkpoint latest. At the end
+(checking, encoding, rehearsal, training, saving, validation): kill -9, SIGTERM or SIGINT to all processes, to the launcher
+or to one trainer. Some episodes run with almost no disk. Each start is the same command with --resume_from_checkpoint latest. At the end
 the weights, the optimizer and the logged losses have to equal, bit for bit, those of a run that nobody disturbed.
 
 Exit code 0 if they do. Prints a table of what was done, and writes it with --report.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
@@ -61,31 +63,36 @@ def start(line, log):
     return subprocess.Popen(line, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
-def strike(process, name, one, chance):
-    """Send a signal to all processes of a run, or to a random one of the trainers."""
-    if not one:
-        os.killpg(process.pid, SIGNALS[name])
-        return
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid), "-f", "train_cogvideox_lora.py"], capture_output=True, text=True
-    ).stdout.split()
-    os.kill(int(chance.choice(children)) if children else process.pid, SIGNALS[name])
-
-
-def ended(process, seconds):
-    """Wait for a struck run to end; a whole group that does not is killed (and that is reported as a failure)."""
+def family(pid):
+    """A process and all that it has started. torchrun gives each trainer a session of its own: no group holds them all."""
     try:
-        process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return False
-    while subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout:
-        if (seconds := seconds - 0.1) < 0:
-            os.killpg(process.pid, signal.SIGKILL)
-            return False
-        time.sleep(0.1)
-    return True
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def strike(processes, number):
+    """Send a signal to each of these processes that is still there."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def targets(process, chance):
+    """Whom to strike, as words and processes: the whole run, only who started it, or one trainer of several."""
+    everyone = family(process.pid)
+    trainers = [one for one in everyone[1:] if any("train_cogvideox_lora.py" in word for word in one.cmdline()[:4])]
+    choices = [("all", everyone), ("the launcher", everyone[:1]), ("one trainer", [chance.choice(trainers or everyone)])]
+    return chance.choice(choices if len(trainers) > 1 else choices[:1])
+
+
+def wait_for_end(processes, seconds):
+    """Wait until all of these have ended; kills those that have not. Returns whether they ended by themselves."""
+    alive = psutil.wait_procs(processes, timeout=seconds)[1]
+    strike(alive, signal.SIGKILL)
+    psutil.wait_procs(alive, timeout=10)
+    return not alive
 
 
 def wait_for_step(process, log_path):
@@ -167,12 +174,14 @@ def torment(options, model, clips, work, processes, chance, counts):
                         for _, path in list_checkpoints(output)[-1:]:
                             shutil.rmtree(path)  # give the next strikes something to do
                 else:
-                    name, one = chance.choice(list(SIGNALS)), processes > 1 and chance.random() < 0.5
-                    counts[f"{name} in {phase_of(log_path)}"] += 1
-                    strike(process, name, one, chance)
+                    everyone = family(process.pid)
+                    name, (whom, struck_ones) = chance.choice(list(SIGNALS)), targets(process, chance)
+                    counts[f"{name} to {whom} in {phase_of(log_path)}"] += 1
+                    strike(struck_ones, SIGNALS[name])
                     struck += 1
                     bar.update()
-                    counts["did not end in a minute"] += not ended(process, 60)
+                    counts["did not end in a minute"] += not wait_for_end(everyone, 60)
+                    process.wait()
             if ballast:
                 ballast.unlink()
             for _, path in list_checkpoints(output)[-1:]:
