@@ -42,7 +42,7 @@ TRAIN_ARGS=(
   --train_batch_size 1                   # clips per process and batch
   --num_train_epochs 10                  # passes over the clips
   --gradient_accumulation_steps 1        # batches per optimizer step
-  --gradient_checkpointing               # recompute activations: slower, a third of the memory
+  --gradient_checkpointing auto          # recompute activations as far as the memory asks for it; all: least memory
   --learning_rate 1e-4
   --optimizer AdamW
   --adam_beta1 0.9

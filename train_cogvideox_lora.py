@@ -28,8 +28,9 @@ from cogvideox.flags import add_data_flags, below, check_data_flags, not_above_z
 # -----------------------------------------------------------------------------
 # Flags. Nothing heavy is imported before them, so that a wrong one is told in a second.
 
-OPTIMIZER_NAMES = ("adamw", "adam", "prodigy")
+OPTIMIZER_NAMES = ("adamw", "adam", "prodigy", "adamw8bit", "adam8bit")
 SCHEDULE_NAMES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+BASE_PRECISIONS = ("stored", "fp8", "int8", "nf4")
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -69,15 +70,20 @@ def build_parser():
     flag("--num_train_epochs", type=int, default=10, help="passes over the clips, unless --max_train_steps is given")
     flag("--max_train_steps", type=int, help="optimizer steps (default: from --num_train_epochs)")
     flag("--gradient_accumulation_steps", type=int, default=1, help="batches summed into one optimizer step")
-    flag("--gradient_checkpointing", nargs="?", const="all", default="all", help="recompute blocks to save memory: all, none, or how many")
     flag("--learning_rate", type=float, default=1e-4, help="peak learning rate (Prodigy: near 1)")
     flag("--scale_lr", action="store_true", help="multiply the learning rate by clips a step")
     flag("--lr_scheduler", choices=SCHEDULE_NAMES, default="constant", help="shape of the learning rate over optimizer steps")
     flag("--lr_warmup_steps", type=int, default=0, help="optimizer steps of warm-up (0: off)")
     flag("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts")
     flag("--lr_power", type=float, default=1.0, help="power of polynomial")
-    flag("--optimizer", type=str.lower, choices=OPTIMIZER_NAMES, default="adamw", help="AdamW, Adam or Prodigy, in any case")
-    flag("--use_8bit_adam", action="store_true", help="Adam states in 8 bits (needs bitsandbytes)")
+    flag(
+        "--optimizer",
+        type=str.lower,
+        choices=OPTIMIZER_NAMES,
+        default="adamw",
+        help="AdamW, Adam, Prodigy, AdamW8bit or Adam8bit, in any case",
+    )
+    flag("--use_8bit_adam", action="store_true", help="the same as --optimizer AdamW8bit, or Adam8bit (needs bitsandbytes)")
     flag("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
     flag("--adam_beta2", type=float, default=0.95, help="decay of the second moment")
     flag("--adam_weight_decay", type=float, default=1e-4, help="weight decay (0: off)")
@@ -90,6 +96,23 @@ def build_parser():
     flag("--allow_tf32", action="store_true", help="TF32 products on Ampere and later GPUs")
     flag("--max_skipped_steps", type=int, default=10, help="end the run after so many steps in a row whose gradient was not finite")
     flag("--process_timeout_minutes", type=float, default=30.0, help="how long a collective of the training loop may take")
+
+    flag = parser.add_argument_group("memory and speed").add_argument
+    flag(
+        "--gradient_checkpointing",
+        nargs="?",
+        const="all",
+        default="auto",
+        help="recompute activations: auto (as few as fit), none, all, attention (all but attention's), or a number of blocks so",
+    )
+    flag(
+        "--base_precision",
+        choices=BASE_PRECISIONS,
+        default="stored",
+        help="hold the frozen weights as they are stored, or in fp8, int8 or nf4",
+    )
+    flag("--offload", action="store_true", help="keep the frozen weights of the blocks in host memory and copy each for its product")
+    flag("--compile", action="store_true", help="compile the transformer's blocks (torch.compile; the first step takes minutes)")
 
     flag = parser.add_argument_group("validation").add_argument
     flag("--validation_prompt", help="prompts to make videos of, joined by the separator (default: no videos)")
@@ -163,11 +186,17 @@ def check_flags(args):
         problems.append("--overwrite_output_dir and --resume_from_checkpoint: one removes what the other needs; give one of them")
     if args.use_8bit_adam and args.optimizer == "prodigy":
         problems.append("--use_8bit_adam: works with AdamW and Adam, not with Prodigy")
-    if args.gradient_checkpointing not in ("all", "none") and not args.gradient_checkpointing.isdecimal():
-        problems.append(f"--gradient_checkpointing {args.gradient_checkpointing}: all, none, or a number of blocks")
-    package = {"prodigy": "prodigyopt"}.get(args.optimizer, "bitsandbytes" if args.use_8bit_adam else None)
-    if package and importlib.util.find_spec(package) is None:
-        problems.append(f"--{'use_8bit_adam' if package == 'bitsandbytes' else 'optimizer prodigy'} needs {package}: pip install {package}")
+    elif args.use_8bit_adam:
+        args.optimizer = args.optimizer.removesuffix("8bit") + "8bit"
+    if args.gradient_checkpointing not in ("auto", "all", "attention", "none") and not args.gradient_checkpointing.isdecimal():
+        problems.append(f"--gradient_checkpointing {args.gradient_checkpointing}: auto, all, attention, none, or a number of blocks")
+    needs = {"prodigy": "prodigyopt", "adamw8bit": "bitsandbytes", "adam8bit": "bitsandbytes"}
+    for words, package in (
+        (f"--optimizer {args.optimizer}", needs.get(args.optimizer)),
+        (f"--base_precision {args.base_precision}", "bitsandbytes" if args.base_precision == "nf4" else None),
+    ):
+        if package and importlib.util.find_spec(package) is None:
+            problems.append(f"{words} needs {package}: pip install {package}")
     if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:
         problems.append(f"--report_to {args.report_to} needs a package: pip install {args.report_to}, or --report_to none")
 
@@ -217,7 +246,16 @@ from cogvideox.launch import (
     say,
     start_processes,
 )
-from cogvideox.model import checkpoint_blocks, load_scheduler, load_transformer, load_vae, rotary_tables
+from cogvideox.linear import hold_linears
+from cogvideox.model import (
+    blocks_to_recompute,
+    checkpoint_blocks,
+    compile_blocks,
+    load_scheduler,
+    load_transformer,
+    load_vae,
+    rotary_tables,
+)
 from cogvideox.optimizer import make_optimizer, make_schedule
 from cogvideox.order import TrainingClips, clip_at, epoch_length, positions_of, seeded_generator
 from cogvideox.reader import Readers, decode_workers
@@ -376,9 +414,15 @@ def main(args):
             lora.load_exported(transformer, args.init_lora)
     except ValueError as error:
         fail(BAD_FLAGS, f"--init_lora {args.init_lora}: {error}")
-    checkpoint_blocks(transformer, args.gradient_checkpointing)
+    trained, total = sum(p.numel() for p in parameters), sum(p.numel() for p in transformer.parameters())
     if dtype != torch.float32:
         lora.leave_casts_to_autocast(transformer)
+    hold_linears(transformer, args.base_precision, args.offload, device)
+    # With auto the rehearsal starts with every block recomputed, and takes back what fits.
+    wanted = "all" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
+    checkpoint_blocks(transformer, *blocks_to_recompute(wanted, len(transformer.transformer_blocks)))
+    if args.compile:
+        compile_blocks(transformer, device)
     transformer.to(device).train()
     rotary_of = rotary_tables(transformer, device)
 
@@ -405,7 +449,6 @@ def main(args):
         args.caption_dropout,
         args.random_flip,
     )
-    trained, total = sum(p.numel() for p in parameters), sum(p.numel() for p in transformer.parameters())
 
     # The rehearsal: what would have failed after ten hours fails in the first minute.
     memory_explained = functools.partial(

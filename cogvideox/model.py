@@ -1,13 +1,16 @@
 """Loading the models of a CogVideoX folder, and how text and video become what the transformer sees."""
 
 import functools
+import importlib
 
 import torch
 import torch.utils.checkpoint
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import T5EncoderModel
 
 from cogvideox.folder import read_json, stored_dtype
+from cogvideox.launch import say
 
 
 def usable_dtype(stored, device):
@@ -115,17 +118,52 @@ def rotary_tables(transformer, device):
     return lambda batch: tables(batch["latents"].shape[1], *batch["latents"].shape[3:])
 
 
-def checkpoint_blocks(transformer, wanted):
-    """Recompute the first blocks in the backward pass instead of keeping their activations: "all", "none" or how many."""
-    blocks = len(transformer.transformer_blocks)
-    count = {"all": blocks, "none": 0}.get(wanted) if not wanted.isdecimal() else min(int(wanted), blocks)
-    if count == 0:
+def blocks_to_recompute(wanted, blocks):
+    """(number of blocks, whether their attention is kept) of a --gradient_checkpointing value other than auto."""
+    if wanted.isdecimal():
+        return min(int(wanted), blocks), True
+    return {"all": (blocks, False), "attention": (blocks, True), "none": (0, True)}[wanted]
+
+
+def checkpoint_blocks(transformer, recomputed, keep_attention):
+    """Recompute the activations of the first `recomputed` blocks in the backward pass instead of keeping them.
+
+    keep_attention: keep what their attention gave, a fortieth of a block's activations. Attention is quadratic in the
+    tokens: at 49 x 480 x 720 it is six tenths of the forward pass that is otherwise done twice.
+    """
+    if recomputed == 0:
+        transformer.disable_gradient_checkpointing()
         return
-    recomputed = set(map(id, transformer.transformer_blocks[:count]))
+    chosen = set(map(id, transformer.transformer_blocks[:recomputed]))
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy_fn_or_list=keep_attention_outputs)
+    settings = {"context_fn": contexts} if keep_attention else {}
 
     def run(block, *inputs):
-        if id(block) not in recomputed:
+        if id(block) not in chosen:
             return block(*inputs)
-        return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, **settings)
 
     transformer.enable_gradient_checkpointing(gradient_checkpointing_func=run)
+
+
+def keep_attention_outputs(context, operation, *args, **kwargs):
+    """The policy of selective checkpointing: scaled dot product attention is kept, whatever its backend, all else done again."""
+    is_attention = "_scaled_dot_product" in str(operation)
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def compile_blocks(transformer, device):
+    """Compile the repeated blocks in place (regional compilation: one block's graph serves them all), where a compiler is found.
+
+    Only training steps run compiled; validation and the checks have other shapes and adapters, and would compile again.
+    """
+    try:
+        if device.type == "cuda":
+            importlib.import_module("triton")
+        else:
+            importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler()
+    except Exception as error:  # torch's own kinds for a missing compiler
+        say(f"warning: --compile: no compiler was found ({str(error).splitlines()[0][:100]}); training goes on without it")
+        return
+    for block in transformer.transformer_blocks:
+        block.compile()

@@ -28,9 +28,9 @@ def make_optimizer(args, parameters, learning_rate):
             safeguard_warmup=args.prodigy_safeguard_warmup,
             **common,
         )
-    if args.use_8bit_adam:
+    if name.endswith("8bit"):
         library = importlib.import_module("bitsandbytes").optim
-        return (library.AdamW8bit if name == "adamw" else library.Adam8bit)(parameters, **common)
+        return (library.AdamW8bit if name == "adamw8bit" else library.Adam8bit)(parameters, **common)
     kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
     return kind(parameters, fused=True, **common)
 

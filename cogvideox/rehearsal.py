@@ -5,12 +5,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
 
 from cogvideox import hub, lora
 from cogvideox.launch import BAD_OUTPUT, fail, peak_memory_gib, say
+from cogvideox.model import checkpoint_blocks
 from cogvideox.optimizer import make_optimizer
 from cogvideox.video import read_video, write_video
 
@@ -24,9 +27,14 @@ def rehearse(args, accelerator, model, transformer, scheduler, clips, largest, l
     """
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     before = [p.detach().clone() for p in parameters]
-    optimizer = make_optimizer(args, parameters, max(args.learning_rate, 1e-4))
     batch = default_collate([clips.item(largest, position) for position in range(args.train_batch_size)])
     batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+    if args.gradient_checkpointing == "auto":
+        with accelerator.no_sync(model):
+            fit_checkpointing(accelerator, transformer, lambda: loss_of(batch).backward())
+        for parameter in parameters:
+            parameter.grad = None
+    optimizer = make_optimizer(args, parameters, max(args.learning_rate, 1e-4))
     for _ in range(steps):
         started = time.perf_counter()
         loss_of(batch).backward()  # without fp16's scaler, whose first scale may be too large and is nobody's fault
@@ -63,6 +71,85 @@ def rehearse(args, accelerator, model, transformer, scheduler, clips, largest, l
             parameter.copy_(value)
             parameter.grad = None
     return seconds, peak, checkpoint_bytes / 2**20
+
+
+@torch.compiler.set_stance("force_eager")  # what is measured here is not to be compiled for it
+def fit_checkpointing(accelerator, transformer, step):
+    """Recompute no more blocks than the free memory asks for. step: runs a forward and a backward pass at the largest shape.
+
+    The step is run with every block recomputed, which needs the least, and what it leaves free is measured; so is what one
+    block would keep. A share of the room is left alone: memory breaks into pieces, and other programs come and go. Every
+    process calls it, and all do as the one with the least room.
+    """
+    blocks, inputs = transformer.transformer_blocks, []
+    handle = blocks[-1].register_forward_pre_hook(lambda block, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True)
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
+    step()
+    handle.remove()
+    room = free_bytes(accelerator.device)
+    with accelerator.autocast():
+        kept, attention = kept_bytes(blocks[-1], *inputs[0])
+    inputs.clear()
+    if accelerator.device.type == "cpu":  # what the step itself takes is free again, and was not counted
+        room = room / max(1, accelerator.num_processes) - 2 * kept
+    plan = max(gather_object([fewest_recomputed(len(blocks), kept, attention, 0.85 * room)]), key=lambda plan: (plan[0], not plan[1]))
+    checkpoint_blocks(transformer, *plan)
+    recomputed, keep_attention = plan
+    how = "" if recomputed == 0 else ", their attention kept" if keep_attention else ", their attention too"
+    say(
+        f"gradient checkpointing: {recomputed} of {len(blocks)} blocks are recomputed{how} "
+        f"(a block keeps {kept / 2**20:.0f} MiB; {room / 2**30:.1f} GiB were free)"
+    )
+
+
+def fewest_recomputed(blocks, kept, attention, room):
+    """(how many blocks to recompute, whether to keep what their attention gave), the least work that fits.
+
+    kept, attention: bytes that one block keeps for the backward pass, and that its attention alone gives. room: bytes free
+    while every block is recomputed in full.
+    """
+    for recomputed in range(blocks + 1):
+        if (blocks - recomputed) * kept + recomputed * attention <= room:
+            return recomputed, True
+    return blocks, False
+
+
+def kept_bytes(block, args, kwargs):
+    """(bytes that a block keeps for its backward pass, bytes of them that attention gave), by running it once."""
+    tensors, attention = {}, []
+
+    def keep(tensor):
+        tensors[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            result = operation(*args, **(kwargs or {}))
+            if "_scaled_dot_product" in str(operation):
+                attention.extend(one.untyped_storage().nbytes() for one in result if torch.is_tensor(one))
+            return result
+
+    args = [one.detach().requires_grad_(one.is_floating_point()) if torch.is_tensor(one) else one for one in args]
+    for weight in block.parameters():
+        tensors[weight.untyped_storage().data_ptr()] = 0
+    weights = set(tensors)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Watch():
+        outputs = block(*args, **kwargs)
+    del outputs
+    return sum(size for pointer, size in tensors.items() if pointer not in weights), sum(attention)
+
+
+def free_bytes(device):
+    """Bytes that are free on a GPU beside the peak since it was reset, or in this machine (or container)."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+    available = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and limit.read_text().strip().isdecimal():
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available
 
 
 def report(args, seconds, peak, checkpoint_mib, total_steps, device, trained):

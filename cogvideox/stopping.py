@@ -74,6 +74,7 @@ def write_status(output_dir, code, reason, step, checkpoint=None):
 
 OUT_OF_MEMORY = """out of memory ({where}). In the order of what they save:
   --gradient_checkpointing all        activations of one block instead of all {blocks}
+  --base_precision int8               half of the frozen weights; nf4 a quarter; --offload all but what one layer needs
   --train_batch_size 1                and --gradient_accumulation_steps for the same clips a step
   --max_num_frames, --height, --width activations grow with frames x height x width, attention with its square
   --use_8bit_adam                     a quarter of the optimizer's state

@@ -20,11 +20,11 @@ from cogvideox.video import contact_sheet, read_video, write_video
 
 @contextlib.contextmanager
 def undisturbed(transformer):
-    """Evaluation mode, and every random state and mode put back afterwards, whatever happens inside."""
+    """Evaluation mode, and every random state and mode put back afterwards, whatever happens inside. Nothing is compiled."""
     was_training = transformer.training
     transformer.eval()
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         transformer.train(was_training)

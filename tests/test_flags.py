@@ -111,6 +111,7 @@ CHANGES_THE_LORA = [
     ("optimizer", "Adam", {"adam_weight_decay": 0.5}),
     ("optimizer", "Prodigy", {"max_train_steps": 3}),
     ("use_8bit_adam", True, {"rank": 128, "max_train_steps": 3}),
+    ("base_precision", "int8", {}),
     ("adam_beta1", 0.5, {}),
     ("adam_beta2", 0.5, {}),
     ("adam_weight_decay", 0.9, {}),
@@ -142,6 +143,8 @@ SEEN_BY = {
     "encoding_cache_dir": "test_a_full_cache_needs_neither_t5_nor_the_vae",
     "clip_timeout_seconds": "test_the_time_limit_reaches_the_readers",
     "gradient_checkpointing": "test_gradient_checkpointing_recomputes_as_many_blocks_as_asked_and_changes_no_gradient",
+    "offload": "test_offloaded_weights_stay_when_the_model_moves",
+    "compile": "test_compiled_blocks_train_the_same_to_rounding_and_are_compiled_once",
     "allow_tf32": "test_tf32_is_as_asked",
     "process_timeout_minutes": "test_the_process_timeout_reaches_the_process_group",
     "validation_prompt": "test_validation_flags_change_the_videos",
@@ -270,5 +273,5 @@ def test_a_tilde_expands_in_every_path_and_names_ignore_case(monkeypatch):
 
 def test_defaults_are_the_practice_that_is_known_to_work():
     args = script.parse_args(["--pretrained_model_name_or_path", "m", "--instance_data_root", "d"])
-    assert (args.rank, args.lora_alpha, args.optimizer, args.seed, args.gradient_checkpointing) == (128, 128, "adamw", 42, "all")
+    assert (args.rank, args.lora_alpha, args.optimizer, args.seed, args.gradient_checkpointing) == (128, 128, "adamw", 42, "auto")
     assert (args.report_to, args.mixed_precision, args.enable_tiling, args.enable_slicing) == ("tensorboard", None, True, True)

@@ -10,8 +10,9 @@ from diffusers import CogVideoXPipeline
 
 import train_cogvideox_lora as script
 from cogvideox import folder as folder_of
-from cogvideox import model
+from cogvideox import model, rehearsal
 from demo.make_model import make_model
+from tests.conftest import lora_of, same
 
 
 @pytest.fixture(scope="module")
@@ -183,13 +184,13 @@ def test_a_model_in_the_hubs_cache_is_found_without_a_network(tiny_model, tmp_pa
     assert folder_of.find_model("someone/tiny", cache_dir=tmp_path) == snapshot
 
 
-@pytest.mark.parametrize(("wanted", "count"), [("all", 2), ("none", 0), ("1", 1), ("9", 2)])
+@pytest.mark.parametrize(("wanted", "count"), [("all", 2), ("none", 0), ("1", 1), ("9", 2), ("attention", 2)])
 def test_gradient_checkpointing_recomputes_as_many_blocks_as_asked_and_changes_no_gradient(tiny_model, wanted, count):
     gradients, calls = [], []
     for setting in ("none", wanted):
         transformer = model.load_transformer(tiny_model, torch.float32)
         parameters = script.lora.add_lora(transformer, 4, 4.0, 0.0, ["to_q"], seed=0)
-        model.checkpoint_blocks(transformer, setting)
+        model.checkpoint_blocks(transformer, *model.blocks_to_recompute(setting, 2))
         runs = []
         for block in transformer.transformer_blocks:
             block.register_forward_pre_hook(lambda *args, runs=runs: runs.append(1))  # recomputing stops before the end
@@ -200,3 +201,74 @@ def test_gradient_checkpointing_recomputes_as_many_blocks_as_asked_and_changes_n
     assert calls == [2, 2 + count]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert max(g.abs().max() for g in gradients[0]) > 0
+
+
+@pytest.mark.parametrize(("wanted", "attentions"), [("none", 2), ("all", 4), ("attention", 2), ("1", 2)])
+def test_attention_is_done_twice_only_where_everything_is(tiny_model, wanted, attentions):
+    transformer = model.load_transformer(tiny_model, torch.float32)
+    script.lora.add_lora(transformer, 4, 4.0, 0.0, ["to_q"], seed=0)
+    model.checkpoint_blocks(transformer, *model.blocks_to_recompute(wanted, 2))
+    seen = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            seen.append(str(operation))
+            return operation(*args, **(kwargs or {}))
+
+    with Count():
+        inputs = torch.randn(1, 2, 16, 4, 4), torch.ones(1, 226, 32), torch.tensor([10])
+        transformer.train()(*inputs, return_dict=False)[0].square().sum().backward()
+    assert sum("scaled_dot_product" in name and "backward" not in name for name in seen) == attentions
+
+
+def test_blocks_are_compiled_only_where_there_is_a_compiler(tiny_model, monkeypatch, capsys):
+    transformer = model.load_transformer(tiny_model, torch.float32)
+    from torch._inductor import cpp_builder
+
+    def none_found():
+        raise RuntimeError("no g++, clang or icx")
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none_found)
+    model.compile_blocks(transformer, torch.device("cpu"))
+    assert "no compiler was found (no g++" in capsys.readouterr().err
+    assert not any(block._compiled_call_impl for block in transformer.transformer_blocks)
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "g++")
+    model.compile_blocks(transformer, torch.device("cpu"))
+    assert all(block._compiled_call_impl for block in transformer.transformer_blocks)
+
+
+def test_the_fewest_blocks_that_fit_are_recomputed_and_attention_is_given_up_last():
+    plans = [rehearsal.fewest_recomputed(4, 100, 10, room) for room in (1000, 400, 399, 310, 309, 40, 39, -5)]
+    assert plans == [(0, True), (0, True), (1, True), (1, True), (2, True), (4, True), (4, False), (4, False)]
+
+
+def test_what_a_block_keeps_is_measured(tiny_model):
+    transformer = model.load_transformer(tiny_model, torch.float32)
+    script.lora.add_lora(transformer, 4, 4.0, 0.0, ["to_q"], seed=0)
+    sizes = []
+    for tokens in (24, 48):
+        inputs = torch.randn(1, tokens, 32), torch.randn(1, 226, 32), torch.randn(1, 64)
+        sizes.append(rehearsal.kept_bytes(transformer.transformer_blocks[0], inputs, {}))
+    (kept, attention), (longer_kept, longer_attention) = sizes
+    bytes_a_token = (longer_kept - kept) / 24
+    assert longer_attention - attention == 24 * (32 + 2) * 4  # its output, and one logarithm a head
+    assert 10 * 32 * 4 < bytes_a_token < 40 * 32 * 4  # some multiples of the width: norms, q, k, v, attention, 4 x width twice
+    assert 250 * bytes_a_token == pytest.approx(kept, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("room", "words"),
+    [
+        (1e12, "0 of 2 blocks"),
+        (370, "1 of 2 blocks are recomputed, their attention kept"),
+        (0, "2 of 2 blocks are recomputed, their attention too"),
+    ],
+)
+def test_auto_takes_what_fits_and_trains_the_same_bits(train, monkeypatch, capsys, room, words):
+    straight = lora_of(train(gradient_checkpointing="none"))
+    capsys.readouterr()
+    monkeypatch.setattr(rehearsal, "free_bytes", lambda device: room)
+    monkeypatch.setattr(rehearsal, "kept_bytes", lambda block, args, kwargs: (100, 10))
+    fitted = lora_of(train())
+    assert f"gradient checkpointing: {words}" in capsys.readouterr().err
+    assert same(straight, fitted)

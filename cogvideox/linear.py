@@ -1,0 +1,134 @@
+"""The frozen linear layers of the base model: stored small, multiplied in the shapes that the machine likes, kept where there is room.
+
+A frozen weight takes part in two products a step, x W^T forward and g W backward, and has no gradient of its own. Between
+them nothing has to stay but the stored weight: it is turned into the compute dtype for one product at a time, and again
+for the backward one. (diffusers' layerwise casting swaps a module's weights after its forward, where autograd still
+expects the old ones in the backward; its group offloading does the same: both serve inference.)
+"""
+
+import torch
+
+BASE_PRECISIONS = ("stored", "fp8", "int8", "nf4")
+# oneDNN's bf16 product loses a fifth of its speed at row counts such as 874 or 2146, and has its best at this many.
+CPU_ROWS = 256
+
+
+class HeldLinear(torch.nn.Module):
+    """A frozen linear layer [in] -> [out] that holds its weight in `precision`.
+
+    stored: the dtype it came in. fp8: float8_e4m3fn, int8: 8-bit integers, each with one fp32 scale an output (the row's
+    largest value maps to the largest number). nf4: bitsandbytes' 4-bit normal floats (Dettmers et al., 2023, "QLoRA") in
+    blocks of 64. resident: whether the weight moves to the GPU with the model, or stays in host memory and is copied for
+    each product. What is held is no parameter: DDP need not broadcast it, nor an optimizer look at it.
+    """
+
+    def __init__(self, linear, precision="stored", resident=True):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype, self.resident, self.bias = linear.weight.dtype, resident, linear.bias
+        self.precision, self.held = precision, held_tensors(linear.weight.detach(), precision)
+
+    def _apply(self, function, recurse=True):
+        if self.resident:
+            self.held = [function(tensor) for tensor in self.held]
+        elif torch.cuda.is_available():  # pinned memory is copied without the CPU waiting for it
+            self.held = [tensor.pin_memory() for tensor in self.held]
+        return super()._apply(function, recurse)
+
+    @property
+    def weight(self):
+        """The weight [out, in] in the dtype it came in, where it is held. peft asks it for a dtype and a device."""
+        return self.dense(self.held[0].device, self.dtype)
+
+    def dense(self, device, dtype):
+        """The weight [out, in] for one product."""
+        held = [tensor.to(device, non_blocking=True) for tensor in self.held]
+        if self.precision == "stored":
+            return held[0].to(dtype)
+        if self.precision == "nf4":
+            return dequantize_nf4(held, (self.out_features, self.in_features), dtype)
+        numbers, scale = held
+        return (numbers.float() * scale).to(dtype)
+
+    def forward(self, inputs):
+        """[..., in] -> [..., out], in the autocast dtype where there is autocast, as torch.nn.Linear does."""
+        kind = inputs.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
+        return HeldProduct.apply(inputs.to(dtype), self)
+
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}, precision={self.precision}, resident={self.resident}"
+
+
+class HeldProduct(torch.autograd.Function):
+    """x W^T + b and its gradient g W. The layer is remembered, not a tensor of it."""
+
+    @staticmethod
+    def forward(ctx, inputs, layer):
+        ctx.layer = layer
+        weight = layer.dense(inputs.device, inputs.dtype)
+        bias = None if layer.bias is None else layer.bias.to(inputs.dtype)
+        return product(inputs, weight.t(), bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return product(gradient, ctx.layer.dense(gradient.device, gradient.dtype), None), None
+
+
+def product(rows, matrix, bias):
+    """rows [..., K] times matrix [K, N], plus bias [N]; on a CPU in bf16 a block of rows at a time."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    if rows.device.type != "cpu" or rows.dtype != torch.bfloat16 or len(flat) <= 2 * CPU_ROWS or torch.compiler.is_compiling():
+        result = torch.mm(flat, matrix) if bias is None else torch.addmm(bias, flat, matrix)
+        return result.reshape(*rows.shape[:-1], -1)
+    result = flat.new_empty(len(flat), matrix.shape[1])
+    for part, out in zip(flat.split(CPU_ROWS), result.split(CPU_ROWS), strict=True):
+        if bias is None:
+            torch.mm(part, matrix, out=out)
+        else:
+            torch.addmm(bias, part, matrix, out=out)
+    return result.reshape(*rows.shape[:-1], -1)
+
+
+def held_tensors(weight, precision):
+    """The tensors that stand for a weight [out, in]."""
+    if precision == "stored":
+        return [weight]
+    if precision == "nf4":
+        from bitsandbytes.functional import quantize_4bit
+
+        packed, state = quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4")
+        return [packed, state.absmax, state.code]
+    largest = {"fp8": 448.0, "int8": 127.0}[precision]
+    scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / largest
+    numbers = weight.float() / scale
+    return [numbers.to(torch.float8_e4m3fn) if precision == "fp8" else numbers.round().to(torch.int8), scale]
+
+
+def dequantize_nf4(held, shape, dtype):
+    """The weight of `held_tensors(..., "nf4")`."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    packed, absmax, code = held
+    state = QuantState(absmax=absmax, shape=torch.Size(shape), code=code, blocksize=64, quant_type="nf4", dtype=dtype)
+    return dequantize_4bit(packed, state)
+
+
+def hold_linears(transformer, base_precision="stored", offload=False, device=None):
+    """Replace the frozen linear layers of the blocks, those inside LoRA layers too, by HeldLinear. Call it after `add_lora`.
+
+    Not those of the norms: they are an eighth of the weights, see one row a clip, and what they scale is sensitive. On a
+    GPU with nothing to be gained (stored precision, no offload) nothing is replaced. device: where to quantize (a GPU is
+    faster at it); the result is moved with the model.
+    """
+    device = torch.device(device or "cpu")
+    if base_precision == "stored" and not offload and device.type != "cpu":
+        return
+    for name, module in list(transformer.transformer_blocks.named_modules()):
+        for child_name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Linear) and not child.weight.requires_grad and "norm" not in f"{name}.{child_name}":
+                if base_precision != "stored":
+                    child.to(device)
+                setattr(module, child_name, HeldLinear(child, base_precision, resident=not offload).requires_grad_(False))
+                if offload:
+                    getattr(module, child_name).held = [tensor.cpu() for tensor in getattr(module, child_name).held]
