@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 
 import train_cogvideox_lora as script
 from cogvideox import folder as folder_of
@@ -272,3 +272,13 @@ def test_auto_takes_what_fits_and_trains_the_same_bits(train, monkeypatch, capsy
     fitted = lora_of(train())
     assert f"gradient checkpointing: {words}" in capsys.readouterr().err
     assert same(straight, fitted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_position_tables_are_made_once_a_size_and_change_no_bit(tiny_model, dtype):
+    ours = model.load_transformer(tiny_model, dtype)
+    stock = CogVideoXTransformer3DModel.from_pretrained(tiny_model / "transformer", torch_dtype=dtype)
+    for height in (4, 6, 4, 4):
+        inputs = torch.randn(1, 2, 16, height, 4).to(dtype), torch.ones(1, 226, 32, dtype=dtype), torch.tensor([10])
+        assert torch.equal(ours(*inputs, return_dict=False)[0], stock(*inputs, return_dict=False)[0])
+    assert ours.patch_embed._get_positional_embeddings.cache_info()[:2] == (2, 2)  # found, made
