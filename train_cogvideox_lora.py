@@ -200,6 +200,9 @@ def check_flags(args):
     if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:
         problems.append(f"--report_to {args.report_to} needs a package: pip install {args.report_to}, or --report_to none")
 
+    if Path(args.logging_dir).name != args.logging_dir or args.logging_dir in ("", "..", "validation", "encoded"):
+        problems.append(f"--logging_dir {args.logging_dir}: the name of a folder inside --output_dir, without slashes")
+
     for name in ("output_dir", "resume_from_checkpoint", "init_lora"):
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
@@ -352,9 +355,9 @@ def holds_earlier_run(output_dir):
     return next((name for name in kept if (output_dir / name).exists()), None)
 
 
-def remove_earlier_run(output_dir):
+def remove_earlier_run(output_dir, logging_dir):
     """Delete what a run writes, and nothing else, from a folder that holds one."""
-    names = [lora.LORA_FILE, "README.md", "metrics.jsonl", "loss.png", "status.json", "validation", "encoded", "logs"]
+    names = [lora.LORA_FILE, "README.md", "metrics.jsonl", "loss.png", "status.json", "validation", "encoded", logging_dir]
     checkpoints = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+(\.partial|\.abandoned)?", path.name)]
     for path in [*checkpoints, *(output_dir / name for name in names)]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
@@ -400,7 +403,7 @@ def main(args):
         if problems or data.problems:
             fail(BAD_FLAGS if problems else BAD_DATA, problems + data.problems)
         if is_main and args.overwrite_output_dir and holds_earlier_run(output_dir):
-            remove_earlier_run(output_dir)  # not before everything that could be wrong has been found right
+            remove_earlier_run(output_dir, args.logging_dir)  # not before everything that could be wrong has been found right
         encodings, prompts, negative_prompt, identities = encode_data(
             args, folder, facts, tokenizer, data, readers, accelerator, patient_barrier
         )
