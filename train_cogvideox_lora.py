@@ -24,6 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 from cogvideox.flags import add_data_flags, below, check_data_flags, not_above_zero
+from cogvideox.launcher import end_with_launcher
 
 # -----------------------------------------------------------------------------
 # Flags. Nothing heavy is imported before them, so that a wrong one is told in a second.
@@ -223,7 +224,9 @@ def parse_args(words=None):
     return args
 
 
-ARGS = parse_args() if __name__ == "__main__" else None
+if __name__ == "__main__":
+    end_with_launcher()
+    ARGS = parse_args()
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -389,6 +392,8 @@ def main(args):
 
     # Processes. From here on every line runs on every process; the main one prints and writes.
     accelerator = start_processes(args.mixed_precision, args.gradient_accumulation_steps, args.process_timeout_minutes)
+    if __name__ == "__main__":  # from here on a signal is noted, and the run ends where nothing is lost
+        stopping.listen()
     patient_barrier = patient_barrier_maker()
     device, is_main, output_dir = accelerator.device, accelerator.is_main_process, Path(args.output_dir)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
@@ -702,5 +707,4 @@ def finish(args, output_dir, jobs, facts, token, push):
 
 
 if __name__ == "__main__":
-    stopping.listen()
     record(main)(ARGS)  # a process that fails tells the launcher its traceback

@@ -5,7 +5,6 @@ processes agree, a checkpoint is written, and the exit code is 128 + the signal'
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -23,12 +22,7 @@ received = {"signal": 0, "time": 0.0}
 
 
 def listen():
-    """Note signals from now on instead of dying of them, and the death of the launcher as one of them."""
-    if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
-        # A launcher that is killed would leave its processes behind, each in a session of its own, with the GPU and the
-        # folder still taken. A run that was started from a shell has to survive the shell and is left alone.
-        with contextlib.suppress(OSError, AttributeError):  # Linux only
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    """Note signals from now on instead of dying of them. Before there is something to lose, they end the process at once."""
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # Windows has no SIGUSR1
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), note)

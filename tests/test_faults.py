@@ -14,7 +14,7 @@ import torch
 import train_cogvideox_lora as script
 from cogvideox import rehearsal, stopping
 from tests.conftest import ROOT, environment, lora_of, same, words
-from tools.chaos import family, strike
+from tools.chaos import family, strike, wait_for_end
 
 ONE = [sys.executable, "train_cogvideox_lora.py"]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_cogvideox_lora.py"]
@@ -106,6 +106,18 @@ def test_a_killed_launcher_leaves_no_trainer_behind(tiny_model, six_clips, encod
     run.communicate(timeout=60)  # ends when nobody holds the pipe any more
     assert json.loads((tmp_path / "out/status.json").read_text())["code"] == 143
     assert len(lora_of(tmp_path / "out")) == 16
+
+
+@pytest.mark.slow
+def test_trainers_that_still_start_end_with_their_launcher_too(tiny_model, six_clips, encodings, tmp_path):
+    run = start(TWO, words(tiny_model, six_clips, tmp_path / "out", encodings))
+    wait_for(lambda: len(family(run.pid)) == 3)
+    time.sleep(0.5)  # they import, and then wait for each other in C code, where Python's signal handlers do not run
+    everyone = family(run.pid)
+    run.kill()
+    assert wait_for_end(everyone[1:], 20)
+    run.communicate()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

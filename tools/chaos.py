@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from cogvideox.checkpoint import BadCheckpoint, list_checkpoints, read_manifest
 from tools.benchmark import ROOT, make_clips, trainer_command
 
+LATE = "did not end in a minute"
 SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 
 
@@ -176,11 +177,13 @@ def torment(options, model, clips, work, processes, chance, counts):
                 else:
                     everyone = family(process.pid)
                     name, (whom, struck_ones) = chance.choice(list(SIGNALS)), targets(process, chance)
-                    counts[f"{name} to {whom} in {phase_of(log_path)}"] += 1
+                    what = f"{name} to {whom} in {phase_of(log_path)}"
+                    counts[what] += 1
                     strike(struck_ones, SIGNALS[name])
                     struck += 1
                     bar.update()
-                    counts["did not end in a minute"] += not wait_for_end(everyone, 60)
+                    if not wait_for_end(everyone, 60):
+                        counts[f"{LATE}: {what}"] += 1
                     process.wait()
             if ballast:
                 ballast.unlink()
@@ -233,7 +236,7 @@ def main():
     print("\n".join(lines))
     if options.report:
         Path(options.report).write_text("\n".join(lines) + "\n")
-    bad = wrong or counts["did not end in a minute"] or counts["a checkpoint that was not whole"]
+    bad = wrong or any(name.startswith(LATE) for name in counts) or counts["a checkpoint that was not whole"]
     raise SystemExit(1 if bad else 0)
 
 
