@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXD
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import T5EncoderModel
 
-from cogvideox.folder import read_json, stored_dtype
+from cogvideox.folder import read_json, stored_dtype, weight_files
 from cogvideox.launch import say
 
 
@@ -19,12 +19,27 @@ def usable_dtype(stored, device):
 
 
 def load_text_encoder(folder, device, variant=None):
-    """The T5 encoder in its stored dtype, frozen. transformers keeps T5's `wo` in fp32 when it loads fp16."""
+    """The T5 encoder in its stored dtype, frozen. transformers keeps T5's `wo` in fp32 when it loads fp16.
+
+    On a GPU that it does not fit into, accelerate keeps what is too much in host memory and brings each layer when it is used.
+    """
     dtype = usable_dtype(stored_dtype(folder, "text_encoder", variant), device)
+    weights = sum(file.stat().st_size for file in weight_files(folder / "text_encoder", variant)[0])
+    placed = placement(weights, torch.cuda.mem_get_info(device)[0], device.index or 0) if device.type == "cuda" else {}
     model = T5EncoderModel.from_pretrained(
-        folder / "text_encoder", dtype=dtype, variant=variant, local_files_only=True, use_safetensors=True
+        folder / "text_encoder", dtype=dtype, variant=variant, local_files_only=True, use_safetensors=True, **placed
     )
-    return model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval()
+    return model if placed else model.to(device)
+
+
+def placement(weights, free, gpu):
+    """How to load `weights` bytes with `free` bytes on a GPU: nothing to say, or the arguments that split a model between it and
+    the host. A group of captions takes a sixth of T5's weights beside them (cogvideox.memory)."""
+    if weights * 7 / 6 < 0.95 * free:
+        return {}
+    say("T5 does not fit into the GPU's free memory: a part of it stays in host memory, which is slower")
+    return {"device_map": "auto", "max_memory": {gpu: int(0.95 * free - weights / 6), "cpu": 2**50}}
 
 
 def load_vae(folder, device, variant=None, slicing=False, tiling=False):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from transformers import T5EncoderModel
 
 import train_cogvideox_lora as script
 from cogvideox import folder as folder_of
@@ -282,3 +283,18 @@ def test_position_tables_are_made_once_a_size_and_change_no_bit(tiny_model, dtyp
         inputs = torch.randn(1, 2, 16, height, 4).to(dtype), torch.ones(1, 226, 32, dtype=dtype), torch.tensor([10])
         assert torch.equal(ours(*inputs, return_dict=False)[0], stock(*inputs, return_dict=False)[0])
     assert ours.patch_embed._get_positional_embeddings.cache_info()[:2] == (2, 2)  # found, made
+
+
+def test_a_t5_that_does_not_fit_is_split_between_gpu_and_host(tiny_model, monkeypatch, capsys):
+    gib = 2**30
+    assert model.placement(10 * gib, 24 * gib, 0) == {}
+    assert capsys.readouterr().err == ""
+    placed = model.placement(12 * gib, 10 * gib, 1)
+    assert placed["device_map"] == "auto"
+    assert placed["max_memory"] == {1: int(7.5 * gib), "cpu": 2**50}
+    assert "T5 does not fit" in capsys.readouterr().err
+    # accelerate's split itself, where this machine can have one: all of it in host memory.
+    whole = model.load_text_encoder(tiny_model, torch.device("cpu"))
+    split = T5EncoderModel.from_pretrained(tiny_model / "text_encoder", device_map="auto", max_memory={"cpu": 2**50})
+    ids = torch.arange(226)[None]
+    assert torch.equal(whole(ids)[0], split(ids)[0])
