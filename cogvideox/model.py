@@ -67,7 +67,7 @@ def load_transformer(folder, dtype, variant=None):
 def keep_position_tables(patch_embed, shapes=8):
     """Compute the sincos table of a size once: diffusers does it in each forward pass, in float64, for all but the default size.
 
-    At 49 x 480 x 640 that is more than half a second of a CPU core. The function's own name in diffusers is private: without it nothing changes.
+    At 49 x 480 x 640 that is more than half a second of a CPU core. The name of its function is private: without it nothing changes.
     """
     if make := getattr(patch_embed, "_get_positional_embeddings", None):
         dtype = patch_embed.proj.weight.dtype  # what the table is rounded to when it is added

@@ -296,5 +296,5 @@ def test_a_t5_that_does_not_fit_is_split_between_gpu_and_host(tiny_model, monkey
     # accelerate's split itself, where this machine can have one: all of it in host memory.
     whole = model.load_text_encoder(tiny_model, torch.device("cpu"))
     split = T5EncoderModel.from_pretrained(tiny_model / "text_encoder", device_map="auto", max_memory={"cpu": 2**50})
-    ids = torch.arange(226)[None]
-    assert torch.equal(whole(ids)[0], split(ids)[0])
+    with torch.no_grad():
+        assert torch.equal(whole(torch.arange(226)[None])[0], split(torch.arange(226)[None])[0])
