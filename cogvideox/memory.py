@@ -12,27 +12,29 @@ import argparse
 import contextlib
 import functools
 import gc
+import itertools
 import math
 import weakref
 
+import numpy as np
 import torch
 from accelerate.utils.operations import ConvertOutputsToFp32
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from transformers import T5Config, T5EncoderModel
 
-from cogvideox import lora
+from cogvideox import linear, lora
 from cogvideox.encode import CAPTIONS_PER_BATCH
 from cogvideox.folder import read_json, stored_dtype
-from cogvideox.linear import HeldLinear, hold_linears
-from cogvideox.model import blocks_to_recompute, checkpoint_blocks, decode_latents, rotary_tables
+from cogvideox.model import blocks_to_recompute, checkpoint_blocks, decode_latents, encode_frames, keep_position_tables, rotary_tables
 
-GIB = 2**30
+# bitsandbytes keeps the states of smaller parameters in fp32.
+SMALLEST_8BIT = 4096
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Blocks of one kind in the run that is measured: the first and the last are special, and the one in the middle is repeated.
-RUN_BLOCKS = 3
+# Blocks of one kind in the run that is counted: the first two and the last are special, the last but one is repeated.
+RUN_BLOCKS = 4
 # What differs from the defaults of the diffusers classes, which are the 2B's; and the dtype that the weights are stored in.
 T5_XXL = {
     "vocab_size": 32128,
@@ -44,19 +46,26 @@ T5_XXL = {
     "feed_forward_proj": "gated-gelu",
     "tie_word_embeddings": False,
 }
+PARTS = ("transformer", "vae", "text_encoder")
 FIVE_B = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
 PRESETS = {
-    "2b": {"transformer": {}, "vae": {}, "text_encoder": T5_XXL, "dtypes": dict.fromkeys(("transformer", "vae", "text_encoder"), "fp16")},
-    "5b": {"transformer": FIVE_B, "vae": {}, "text_encoder": T5_XXL, "dtypes": dict.fromkeys(("transformer", "vae", "text_encoder"), "bf16")},
+    "2b": {"transformer": {}, "vae": {}, "text_encoder": T5_XXL, "dtypes": dict.fromkeys(PARTS, "fp16")},
+    "5b": {"transformer": FIVE_B, "vae": {}, "text_encoder": T5_XXL, "dtypes": dict.fromkeys(PARTS, "bf16")},
 }
 
 
 def read_configs(folder, variant=None):
     """The configs of a model folder as PRESETS has them: component -> config, and `dtypes`: component -> no, fp16 or bf16."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    parts = ("transformer", "vae", "text_encoder")
-    configs = {part: read_json(folder / part / "config.json") for part in parts}
-    return configs | {"dtypes": {part: names.get(stored_dtype(folder, part, variant), "no") for part in parts}}
+    configs = {part: read_json(folder / part / "config.json") for part in PARTS}
+    return configs | {"dtypes": {part: names.get(stored_dtype(folder, part, variant), "no") for part in PARTS}}
+
+
+def on_device(configs, device):
+    """The configs with the dtypes that a device runs T5 and the VAE in: a CPU runs fp16 weights in fp32, as `usable_dtype` has it."""
+    if device != "cpu":
+        return configs
+    return configs | {"dtypes": {part: "no" if dtype == "fp16" else dtype for part, dtype in configs["dtypes"].items()}}
 
 
 # -----------------------------------------------------------------------------
@@ -97,32 +106,31 @@ class Ledger(TorchDispatchMode):
     def remove(self, key):
         self.live -= self.sizes.pop(key)[0]
 
-    def forget(self, tensor):
-        """Leave a tensor out of the count: it is not on the device."""
-        key = tensor.untyped_storage()._cdata
-        if key in self.sizes:
-            self.remove(key)
-
     def mark(self, name):
         """End the piece that is running and begin one of this name. A piece: its name, what it left, its highest point."""
         self.pieces.append({"name": self.name, "left": self.live - self.start, "high": self.high - self.start})
         self.name, self.start, self.high = name, self.live, self.live
 
-    def peak(self):
-        """The highest point since the last mark, in bytes of everything that lives."""
-        return self.high
+    def height_of(self, work):
+        """How far above its start a call `work()` takes the count, in bytes, and what it returns."""
+        before, start = self.high, self.live
+        self.high = start
+        result = work()
+        height, self.high = self.high - start, max(before, self.high)
+        return height, result
 
 
 @contextlib.contextmanager
 def counting(attention_extra=False):
     """A Ledger that counts what is made inside, where no tensor has data."""
-    enabled = gc.isenabled()
-    gc.collect()  # a cycle that is collected in the middle would be counted as freed there
-    gc.disable()
+    enabled, rows = gc.isenabled(), linear.CPU_ROWS
+    gc.disable()  # a cycle that is collected in the middle would be counted as freed there
+    linear.CPU_ROWS = 2**60  # all rows in one piece: the same bytes in fewer calls
     try:
         with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), Ledger(attention_extra) as ledger:
             yield ledger
     finally:
+        linear.CPU_ROWS = rows
         if enabled:
             gc.enable()
 
@@ -132,50 +140,75 @@ def counting(attention_extra=False):
 
 
 class HostTensor:
-    """Stands for a weight in host memory: each copy to the device is a new one."""
+    """Stands for a weight in host memory, which is not counted; each copy to the device is a new tensor there."""
 
-    def __init__(self, tensor):
-        self.tensor, self.device, self.dtype = tensor, tensor.device, tensor.dtype
+    def __init__(self, shape, dtype):
+        self.shape, self.dtype, self.device = shape, dtype, torch.device("cpu")
 
     def to(self, *args, **kwargs):
-        return self.tensor.clone()
+        return torch.empty(self.shape, dtype=self.dtype)
 
 
 @contextlib.contextmanager
-def made_in(dtype):
-    """Parameters are made in this dtype inside, as from_pretrained makes them (tables that a model computes have their own)."""
+def without_data(dtype):
+    """Modules are made on the meta device inside, with parameters of this dtype, as from_pretrained makes them."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        yield
+        with torch.device("meta"):
+            yield
     finally:
         torch.set_default_dtype(before)
 
 
-def build_transformer(ledger, configs, args, device, layers):
-    """A transformer of `layers` blocks without data, with its LoRA, as the trainer makes it. Returns (model, LoRA parameters)."""
-    dtype = DTYPES[args.mixed_precision]
+def bring_to_device(model, in_host=False):
+    """Replace what a model has on the meta device by tensors of the fake device, which are counted.
+
+    in_host: but for the weights that HeldLinear holds.
+    """
+    brought = {}  # a parameter that two modules share stays one
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter not in brought:
+                fresh = torch.empty(parameter.shape, dtype=parameter.dtype)
+                brought[parameter] = torch.nn.Parameter(fresh, requires_grad=parameter.requires_grad)
+            module._parameters[name] = brought.get(parameter)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        if isinstance(module, linear.HeldLinear):
+            make = HostTensor if in_host else torch.empty
+            module.held = [make(tensor.shape, dtype=tensor.dtype) for tensor in module.held]
+
+
+def define_transformer(configs, args, device, layers):
+    """A transformer of `layers` blocks with its LoRA on the meta device, its frozen layers held as the trainer holds them."""
     config = {name: value for name, value in configs["transformer"].items() if not name.startswith("_")}
-    with made_in(dtype):
+    dtype = DTYPES[args.mixed_precision]
+    with without_data(dtype):
         transformer = CogVideoXTransformer3DModel(**(config | {"num_layers": layers})).requires_grad_(False)
-    parameters = lora.add_lora(transformer, args.rank, args.lora_alpha or float(args.rank), args.lora_dropout, args.target_modules, args.seed)
+        alpha = args.lora_alpha or float(args.rank)
+        lora.add_lora(transformer, args.rank, alpha, args.lora_dropout, args.target_modules, args.seed)
     if dtype != torch.float32:
         lora.leave_casts_to_autocast(transformer)
-    offload = args.offload and device == "cuda"
-    if device == "cpu" or offload or args.base_precision != "stored":
-        hold_linears(transformer, args.base_precision, args.offload, torch.device("cpu"))
-    if offload:
-        for module in transformer.modules():
-            if isinstance(module, HeldLinear) and not module.resident:
-                for tensor in module.held:
-                    ledger.forget(tensor)
-                module.held = [HostTensor(tensor) for tensor in module.held]
+    if device == "cpu" or args.offload or args.base_precision != "stored":
+        # On a meta device nothing is replaced where nothing is gained, as on a GPU; on a CPU there is.
+        where = "cpu" if args.base_precision == "stored" else "meta"
+        linear.hold_linears(transformer, args.base_precision, device=torch.device(where))
+    return transformer
+
+
+def prepare_transformer(transformer, args, device):
+    """Bring a transformer to the fake device as the trainer prepares it for `device`, "cuda" or "cpu"."""
+    dtype = DTYPES[args.mixed_precision]
+    bring_to_device(transformer, in_host=args.offload and device == "cuda")
+    keep_position_tables(transformer.patch_embed)
     if dtype != torch.float32:
         if device == "cuda":
             normalise_in_fp32(transformer)
         # As accelerate's `prepare` does it.
         transformer.forward = ConvertOutputsToFp32(torch.autocast("cpu", dtype)(transformer.forward))
-    return transformer.train(), parameters
+    transformer.train()
 
 
 def normalise_in_fp32(transformer):
@@ -217,13 +250,14 @@ def step_pieces(configs, args, loss_of, shape, recomputed, keep_attention, devic
     """The course of a forward and backward pass, as pieces {name, left, high, gradients} in bytes relative to their start.
 
     recomputed, keep_attention: as `checkpoint_blocks` takes them. layers: run so many blocks (default: all of them).
-    Returns (pieces, bytes at the start: {"base", "adapters", "other"}).
+    Returns (pieces, bytes at the start: base, adapters, states (of the optimizer), batch; the first three of one block too).
     """
     layers = layers or configs["transformer"].get("num_layers", 30)
+    transformer = define_transformer(configs, args, device, layers)
     with counting(attention_extra=device == "cuda") as ledger:
-        transformer, parameters = build_transformer(ledger, configs, args, device, layers)
+        prepare_transformer(transformer, args, device)
+        parameters = [p for p in transformer.parameters() if p.requires_grad]
         adapters = sum(p.numel() * p.element_size() for p in parameters)
-        gc.collect()
         base = ledger.live - adapters
         checkpoint_blocks(transformer, recomputed, keep_attention)
         batch = make_batch(configs, args, shape)
@@ -253,7 +287,14 @@ def step_pieces(configs, args, loss_of, shape, recomputed, keep_attention, devic
         for number, block in enumerate(transformer.transformer_blocks):
             block.register_forward_pre_hook(functools.partial(before_block, number=number))
             block.register_forward_hook(functools.partial(after_block, number=number))
-        inputs = ledger.live - base - adapters
+        start = {"base": base, "adapters": adapters, "batch": ledger.live - base - adapters}
+        inner = transformer.transformer_blocks[min(1, layers - 1)]
+        start["adapters_of_block"] = sum(size_of(p) for p in inner.parameters() if p.requires_grad)
+        start["base_of_block"] = sum(size_of(t) for t in frozen_tensors(inner))
+        start["states"] = optimizer_bytes(args, parameters)
+        start["states_of_block"] = optimizer_bytes(args, [p for p in inner.parameters() if p.requires_grad])
+        if args.gradient_accumulation_steps > 1:
+            start["batch"] -= adapters
         mark("inputs")
         loss = loss_of(transformer, CogVideoXDDIMScheduler(), batch, rotary, DTYPES[args.mixed_precision]).mean()
         in_backward.append(True)
@@ -261,6 +302,252 @@ def step_pieces(configs, args, loss_of, shape, recomputed, keep_attention, devic
         del loss
         mark("end")
         pieces = ledger.pieces[1:]
-        for piece, before, after in zip(pieces, at_mark, at_mark[1:], strict=True):
+        for piece, (before, after) in zip(pieces, itertools.pairwise(at_mark), strict=True):
             piece["gradients"] = after - before
-        return pieces, {"base": base, "adapters": adapters, "other": inputs}
+        return pieces, start
+
+
+def size_of(tensor):
+    """Bytes of a tensor."""
+    return tensor.numel() * tensor.element_size()
+
+
+def frozen_tensors(module):
+    """What of a block does not train and lies on the device."""
+    for part in module.modules():
+        yield from (p for p in [*part.parameters(recurse=False), *part.buffers(recurse=False)] if not p.requires_grad)
+        if isinstance(part, linear.HeldLinear):
+            yield from (tensor for tensor in part.held if not isinstance(tensor, HostTensor))
+
+
+def training_course(configs, args, loss_of, shape, recomputed, keep_attention, device="cuda"):
+    """As `step_pieces`, for all blocks, from a run with a few of each kind. Returns (pieces, start)."""
+    layers = configs["transformer"].get("num_layers", 30)
+    kinds = [(0, min(recomputed, layers)), (min(recomputed, RUN_BLOCKS), layers - min(recomputed, layers))]
+    run = [min(blocks, RUN_BLOCKS) for _, blocks in kinds]
+    times = {first + RUN_BLOCKS - 2: 1 + blocks - RUN_BLOCKS for first, blocks in kinds if blocks > RUN_BLOCKS}
+    pieces, start = step_pieces(configs, args, loss_of, shape, run[0], keep_attention, device, sum(run))
+    for name in ("base", "adapters", "states"):
+        start[name] += (layers - sum(run)) * start[f"{name}_of_block"]
+    # autocast keeps its casts of the LoRA until the forward pass ends; only blocks that are not recomputed keep them longer.
+    casts = 0 if args.mixed_precision == "no" else start["adapters_of_block"] // 2
+    next(piece for piece in pieces if piece["name"] == "loss")["left"] -= (kinds[0][1] - run[0]) * casts
+    words = [piece["name"].split() for piece in pieces]
+    repeats = [times.get(int(word[1]), 1) if len(word) == 2 else 1 for word in words]
+    return [piece for piece, repeat in zip(pieces, repeats, strict=True) for _ in range(repeat)], start
+
+
+def optimizer_bytes(args, parameters):
+    """Bytes of the states that an optimizer keeps for parameters (fp32 tensors, on any device)."""
+    name = args.optimizer.lower()
+    if args.use_8bit_adam and not name.endswith("8bit"):
+        name += "8bit"
+    total = 0
+    for parameter in parameters:
+        numbers = parameter.numel()
+        if name == "prodigy":  # two moments, the first weights, and the sum for the step estimate
+            total += (4 if args.adam_beta1 > 0 else 3) * 4 * numbers
+        elif name.endswith("8bit") and numbers >= SMALLEST_8BIT:
+            total += 2 * (numbers + 4 * math.ceil(numbers / 256))  # bytes, and a scale for each block of 256
+        else:
+            total += 8 * numbers + (0 if name.endswith("8bit") else 4)  # two moments; torch keeps the step as a tensor
+    return total
+
+
+def training_parts(configs, args, loss_of, shape, recomputed, keep_attention, device="cuda"):
+    """The parts of the highest point of a training step, in bytes; their sum is `training`.
+
+    base_weights, adapters, optimizer_state, batch: there all the time. gradients, activations, working_set: at the highest
+    point; activations are what the forward pass left for the backward one, working_set what one block needs beside them.
+    """
+    pieces, start = training_course(configs, args, loss_of, shape, recomputed, keep_attention, device)
+    accumulated = start["adapters"] if args.gradient_accumulation_steps > 1 else 0
+    above, gradients, best = accumulated, accumulated, None
+    for piece in [*pieces, {"name": "optimizer step", "left": 0, "high": 0, "gradients": 0}]:
+        if best is None or above + piece["high"] > best["above"]:
+            best = {
+                "above": above + piece["high"],
+                "gradients": gradients,
+                "kept": above - gradients,
+                "working": piece["high"],
+                "at": piece["name"].split()[0],
+            }
+        above, gradients = above + piece["left"], gradients + piece["gradients"]
+    parts = {
+        "base_weights": start["base"],
+        "adapters": start["adapters"],
+        "optimizer_state": start["states"],
+        "batch": start["batch"],
+        "gradients": best["gradients"],
+        "activations": best["kept"],
+        "working_set": best["working"],
+    }
+    return parts | {"training": sum(parts.values()), "training_peak_at": best["at"]}
+
+
+def block_bytes(configs, args, loss_of, shape, device="cuda"):
+    """What one inner block leaves for the backward pass, in bytes: {"kept", "attention", "full"} by how it is checkpointed."""
+    found = {}
+    for name, recomputed, keep_attention in (("kept", 0, True), ("attention", 3, True), ("full", 3, False)):
+        pieces, _ = step_pieces(configs, args, loss_of, shape, recomputed, keep_attention, device, layers=3)
+        found[name] = next(piece["left"] for piece in pieces if piece["name"] == "forward 1")
+    return found
+
+
+def fewest_recomputed(blocks, kept, attention, room):
+    """The least recomputation that fits: (number of blocks, whether their attention is kept), as `checkpoint_blocks` takes it.
+
+    kept, attention: bytes that one block leaves for the backward pass where it is not recomputed, and where its attention is
+    kept. room: bytes for all blocks together. All in full where nothing fits. What a block leaves in full recomputation may
+    be counted in all three or in none.
+    """
+    for recomputed in range(blocks + 1):
+        if (blocks - recomputed) * kept + recomputed * attention <= room:
+            return recomputed, True
+    return blocks, False
+
+
+# -----------------------------------------------------------------------------
+# The other phases
+
+
+def captions_bytes(configs):
+    """(weights, working set) of T5 on one group of captions, in bytes."""
+    dtype = DTYPES[configs["dtypes"]["text_encoder"]]
+    config = T5Config(**{name: value for name, value in configs["text_encoder"].items() if name not in ("dtype", "torch_dtype")})
+    with without_data(dtype):
+        encoder = T5EncoderModel(config)
+    if dtype == torch.float16:
+        for name, module in encoder.named_modules():
+            if name.endswith(".wo"):
+                module.to(torch.float32)  # transformers keeps these in fp32 where it loads fp16
+    tokens = configs["transformer"].get("max_text_seq_length", 226)
+    with counting() as ledger, torch.no_grad():
+        bring_to_device(encoder.requires_grad_(False).eval())
+        weights = ledger.live
+        return weights, ledger.height_of(lambda: encoder(torch.zeros(CAPTIONS_PER_BATCH, tokens, dtype=torch.int64)))[0]
+
+
+def vae_bytes(configs, what, shape, slicing=True, tiling=True):
+    """(weights, working set) of encoding or decoding one clip with the VAE, in bytes. what: "encode" or "decode".
+
+    shape: (frames, height, width) of the clip.
+    """
+    config = {name: value for name, value in configs["vae"].items() if not name.startswith("_")}
+    with without_data(DTYPES[configs["dtypes"]["vae"]]):
+        vae = AutoencoderKLCogVideoX(**config)
+    if slicing:
+        vae.enable_slicing()
+    if tiling:
+        vae.enable_tiling()
+    vae.blend_v = vae.blend_h = lambda before, tile, extent: tile  # works in place, row by row: thousands of calls for no byte
+
+    def work(ledger):
+        remember_runs(vae.encoder, ledger)
+        remember_runs(vae.decoder, ledger)
+        if what == "encode":
+            return encode_frames(vae, np.zeros((*shape, 3), np.uint8))
+        try:
+            return decode_latents(vae, torch.empty(latent_shape(configs, *shape), device="meta"))
+        except NotImplementedError:  # its last step, to the host, for which there would have to be numbers
+            return None
+
+    # On the meta device alone, which is quicker: a VAE has no attention whose kernel would have to be the right one.
+    vae.requires_grad_(False)
+    with Ledger() as ledger:
+        for tensor in [*vae.parameters(), *vae.buffers()]:
+            ledger.add(tensor)
+        return ledger.live, ledger.height_of(lambda: work(ledger))[0]
+
+
+def remember_runs(module, ledger):
+    """Run a module once for each shape of its inputs; after that only its result is made, and its highest point noted."""
+    seen, forward = {}, module.forward
+
+    def run(*inputs, **settings):
+        leaves, layout = tree_flatten((inputs, settings))
+        key = (str(layout), *(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves))
+        if key not in seen:
+            height, result = ledger.height_of(lambda: forward(*inputs, **settings))
+            made, layout = tree_flatten(result)
+            seen[key] = height, [(tuple(t.shape), t.dtype) for t in made], layout
+            return result
+        height, made, layout = seen[key]
+        ledger.high = max(ledger.high, ledger.live + height)
+        return tree_unflatten([torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in made], layout)
+
+    module.forward = run
+
+
+def sampling_bytes(configs, args, shape, device="cuda"):
+    """The working set of one denoising step of validation, in bytes, beside weights and optimizer. shape: (frames, height, width)."""
+    clips = 2 if args.guidance_scale > 1 else 1
+    transformer = define_transformer(configs, args, device, layers=2)
+    with counting() as ledger, torch.no_grad():
+        prepare_transformer(transformer, args, device)
+        transformer.eval()
+        before = ledger.live
+        batch = make_batch(configs, argparse.Namespace(train_batch_size=clips), latent_shape(configs, *shape))
+        rotary = rotary_tables(transformer, torch.device("cpu"))(batch)
+        dtype = DTYPES[args.mixed_precision]
+        ledger.mark("sampling")
+        transformer(
+            hidden_states=batch["latents"].to(dtype),
+            encoder_hidden_states=batch["prompt"].to(dtype),
+            timestep=batch["timestep"],
+            image_rotary_emb=rotary,
+            return_dict=False,
+        )
+        return ledger.high - before
+
+
+# -----------------------------------------------------------------------------
+# The run
+
+
+def largest_shape(args):
+    """(frames, height, width) of the largest clip that the flags allow."""
+    sizes = getattr(args, "bucket_sizes", None) or [(args.height, args.width)]
+    frames = max(getattr(args, "bucket_lengths", None) or [args.max_num_frames])
+    return (frames, *max(sizes, key=math.prod))
+
+
+def phase_parts(configs, args, device="cuda"):
+    """What the phases before and beside training need, in bytes, without the transformer and the optimizer:
+    captions, clips, sampling, decoding (0 where there are no validation prompts)."""
+    clip = largest_shape(args)
+    settings = {"slicing": args.enable_slicing, "tiling": args.enable_tiling}
+    shown = (args.validation_frames or clip[0], args.validation_height or clip[1], args.validation_width or clip[2])
+    decoded = sum(vae_bytes(configs, "decode", clip, **settings))
+    again = decoded if shown == clip else sum(vae_bytes(configs, "decode", shown, **settings))
+    return {
+        "captions": sum(captions_bytes(configs)),
+        "clips_encode": sum(vae_bytes(configs, "encode", clip, **settings)),
+        "clips_decode": decoded,  # the first clips are decoded again to be looked at
+        "sampling": sampling_bytes(configs, args, shown, device) if args.validation_prompt else 0,
+        "decoding": again if args.validation_prompt else 0,
+    }
+
+
+def predict(configs, args, loss_of, device="cuda", recomputation=None, phases=None):
+    """The peak of each phase of a run and the parts of training's, a flat dict of bytes (and `training_peak_at`: its place).
+
+    configs: from `read_configs` or PRESETS. args: the trainer's flags, with mixed_precision chosen. loss_of: the trainer's
+    velocity_loss. device: "cuda" or "cpu", whose autocast and kept weights differ. recomputation: (blocks, keep_attention),
+    default: of --gradient_checkpointing, where auto stands for all. phases: from `phase_parts`, if it is known already.
+    """
+    layers = configs["transformer"].get("num_layers", 30)
+    wanted = "all" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
+    recomputation = recomputation or blocks_to_recompute(wanted, layers)
+    shape = latent_shape(configs, *largest_shape(args))
+    parts = training_parts(configs, args, loss_of, shape, *recomputation, device)
+    phases = phases or phase_parts(configs, args, device)
+    resident = parts["base_weights"] + parts["adapters"] + parts["optimizer_state"]
+    beside = max(phases["sampling"], phases["decoding"])
+    peaks = {
+        "captions": phases["captions"],
+        "clips": max(phases["clips_encode"], phases["clips_decode"]),
+        "training": parts["training"],
+        "validation": resident + beside if beside else 0,
+    }
+    return parts | peaks | {"run": max(peaks.values())}

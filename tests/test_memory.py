@@ -1,0 +1,300 @@
+"""The memory model: its bytes against those that a real step allocates, and against arithmetic."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+import train_cogvideox_lora as script
+from cogvideox import linear, lora, memory, model
+from tools import estimate
+
+MID = {"num_layers": 2}  # the 2B's blocks: all else is its default
+TINY = {"num_attention_heads": 2, "attention_head_dim": 32, "text_embed_dim": 32, "time_embed_dim": 64, "num_layers": 3}
+
+
+def flags(**changed):
+    """The trainer's flags with changes."""
+    words = ["--pretrained_model_name_or_path", "none", "--mixed_precision", "bf16", "--rank", "16"]
+    args = script.build_parser().parse_args(words)
+    return argparse.Namespace(**vars(args) | changed)
+
+
+def configs_of(**transformer):
+    return {**memory.PRESETS["2b"], "transformer": transformer}
+
+
+def measured_peak(work):
+    """The highest sum of allocations above the start, in bytes, that the CPU allocator reports to the profiler during `work()`."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    found, waiting = [], list(profiler.profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.typed[1].alloc_size))
+    total = peak = 0
+    for _, size in sorted(found, key=lambda pair: pair[0]):
+        total += size
+        peak = max(peak, total)
+    return peak
+
+
+def real_transformer(config, args):
+    """A model as the trainer prepares it on a CPU, with zeros for weights. Returns (model, LoRA parameters)."""
+    dtype = memory.DTYPES[args.mixed_precision]
+    with memory.without_data(dtype):
+        transformer = CogVideoXTransformer3DModel(**config)
+    transformer = transformer.to_empty(device="cpu").requires_grad_(False)
+    for tensor in [*transformer.parameters(), *transformer.buffers()]:
+        tensor.zero_()
+    model.keep_position_tables(transformer.patch_embed)
+    parameters = lora.add_lora(transformer, args.rank, float(args.rank), 0.0, args.target_modules, seed=0)
+    if dtype != torch.float32:
+        lora.leave_casts_to_autocast(transformer)
+    linear.hold_linears(transformer, args.base_precision, args.offload, torch.device("cpu"))
+    layers = len(transformer.transformer_blocks)
+    model.checkpoint_blocks(transformer, *model.blocks_to_recompute(args.gradient_checkpointing, layers))
+    return Accelerator(cpu=True, mixed_precision=args.mixed_precision).prepare(transformer).train(), parameters
+
+
+def measured_step(config, args, shape):
+    """Bytes above the start at the highest point of a real forward and backward pass, the same with zeros for inputs."""
+    transformer, _ = real_transformer(config, args)
+    batch = memory.make_batch(configs_of(**config), args, shape)
+    batch = {name: torch.zeros_like(tensor) for name, tensor in batch.items()}
+    rotary = model.rotary_tables(transformer, torch.device("cpu"))(batch)
+    dtype, scheduler = memory.DTYPES[args.mixed_precision], CogVideoXDDIMScheduler()
+    return measured_peak(lambda: script.velocity_loss(transformer, scheduler, batch, rotary, dtype).mean().backward())
+
+
+def predicted_step(config, args, shape, device="cpu"):
+    recomputation = model.blocks_to_recompute(args.gradient_checkpointing, config["num_layers"])
+    parts = memory.training_parts(configs_of(**config), args, script.velocity_loss, shape, *recomputation, device)
+    return parts["gradients"] + parts["activations"] + parts["working_set"]
+
+
+def agree(predicted, measured, within=0.03):
+    """Whether two numbers of bytes agree, to a share of the measured one."""
+    return abs(predicted - measured) <= within * measured
+
+
+# -----------------------------------------------------------------------------
+# A training step
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "attention", "all", "1"])
+def test_a_step_of_a_small_model_takes_what_is_predicted(checkpointing):
+    args = flags(mixed_precision="no", gradient_checkpointing=checkpointing)
+    for shape in ((2, 16, 8, 8), (3, 16, 12, 20)):
+        assert agree(predicted_step(TINY, args, shape), measured_step(TINY, args, shape))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"base_precision": "fp8"}, {"base_precision": "int8"}, {"base_precision": "nf4"}, {"train_batch_size": 3}]
+)
+def test_fewer_bits_and_more_clips_are_predicted(changed):
+    args = flags(mixed_precision="no", gradient_checkpointing="all", **changed)
+    assert agree(predicted_step(TINY, args, (3, 16, 12, 20)), measured_step(TINY, args, (3, 16, 12, 20)))
+
+
+@pytest.mark.parametrize("family", [{"use_rotary_positional_embeddings": True}, {"patch_size_t": 2, "patch_bias": False}])
+def test_other_families_are_predicted(family):
+    config, args = TINY | {"use_rotary_positional_embeddings": True} | family, flags(mixed_precision="no", gradient_checkpointing="none")
+    assert agree(predicted_step(config, args, (4, 16, 12, 20)), measured_step(config, args, (4, 16, 12, 20)))
+
+
+@pytest.mark.slow
+def test_a_prediction_for_other_flags_would_have_been_found_wrong():
+    args = flags(mixed_precision="no", gradient_checkpointing="none")
+    right = predicted_step(TINY, args, (3, 16, 12, 20))
+    for other in ({"mixed_precision": "bf16"}, {"gradient_checkpointing": "all"}, {"train_batch_size": 2}, {"rank": 128}):
+        assert not agree(predicted_step(TINY, flags(**{**vars(args), **other}), (3, 16, 12, 20)), right, within=0.1)
+    assert not agree(predicted_step(TINY, args, (3, 16, 16, 20)), right, within=0.1)
+
+
+@pytest.mark.parametrize(
+    "plan", [(7, True), *(pytest.param(plan, marks=pytest.mark.slow) for plan in [(0, True), (7, False), (1, True), (4, True), (6, True)])]
+)
+def test_a_few_blocks_tell_of_all(plan, monkeypatch):
+    config, args = configs_of(**TINY | {"num_layers": 7}), flags()
+    few = memory.training_parts(config, args, script.velocity_loss, (3, 16, 12, 20), *plan)
+    monkeypatch.setattr(memory, "RUN_BLOCKS", 99)
+    assert few == memory.training_parts(config, args, script.velocity_loss, (3, 16, 12, 20), *plan)
+
+
+def test_gradients_of_earlier_batches_are_there_from_the_start():
+    config, plan = configs_of(**TINY), (0, True)
+    one = memory.training_parts(config, flags(), script.velocity_loss, (3, 16, 12, 20), *plan)
+    two = memory.training_parts(config, flags(gradient_accumulation_steps=2), script.velocity_loss, (3, 16, 12, 20), *plan)
+    assert two["training"] == one["training"] + one["adapters"]
+    assert one["batch"] == two["batch"]
+
+
+def test_weights_are_those_of_the_loaded_model(tiny_model):
+    args, configs = flags(mixed_precision="bf16", rank=4), memory.read_configs(tiny_model)
+    parts = memory.training_parts(configs, args, script.velocity_loss, (2, 16, 8, 8), 0, True, "cpu")
+    transformer = model.load_transformer(tiny_model, torch.bfloat16)
+    assert parts["base_weights"] == sum(memory.size_of(t) for t in [*transformer.parameters(), *transformer.buffers()])
+    parameters = lora.add_lora(transformer, 4, 4.0, 0.0, args.target_modules, seed=0)
+    assert parts["adapters"] == sum(memory.size_of(p) for p in parameters)
+
+
+@pytest.mark.parametrize("name", script.OPTIMIZER_NAMES)
+def test_optimizer_states_are_counted(name):
+    args = flags(optimizer=name)
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((64, 100), (16, 8), (1000, 9))]
+    optimizer = script.make_optimizer(args, parameters, 1e-3)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for key, value in state.items() if torch.is_tensor(value) and "qmap" not in key]
+    assert memory.optimizer_bytes(args, parameters) == sum(map(memory.size_of, states))
+
+
+@pytest.mark.slow
+def test_what_a_gpu_does_otherwise():
+    """Layer norms in fp32 under autocast, weights left in host memory, nothing replaced where nothing is gained."""
+    config, shape, plan = configs_of(**TINY), (3, 16, 12, 20), (0, True)
+
+    def parts(device, **changed):
+        return memory.training_parts(config, flags(**changed), script.velocity_loss, shape, *plan, device)
+
+    assert parts("cuda")["activations"] > 1.2 * parts("cpu")["activations"]
+    assert parts("cuda", mixed_precision="no")["activations"] == parts("cpu", mixed_precision="no")["activations"]
+    stored, offloaded = parts("cuda")["base_weights"], parts("cuda", offload=True)["base_weights"]
+    inside = TINY["num_layers"] * 12 * 64 * 64 * 2  # to_q, to_k, to_v, to_out, ff.net.0, ff.net.2 of width 64, in bf16
+    assert offloaded == stored - inside
+    assert parts("cpu", offload=True)["base_weights"] == parts("cpu")["base_weights"]
+
+
+def test_layer_norms_in_fp32_take_what_is_predicted(monkeypatch):
+    """What a GPU's autocast does, done to a real model on this machine."""
+    args = flags(gradient_checkpointing="none")
+    prepare = real_transformer
+
+    def with_norms(*given):
+        transformer, parameters = prepare(*given)
+        memory.normalise_in_fp32(transformer)
+        return transformer, parameters
+
+    monkeypatch.setitem(globals(), "real_transformer", with_norms)
+    measured = measured_step(TINY, args, (3, 16, 24, 36))
+    # The CPU's attention kernel keeps half a MiB to itself in bf16.
+    assert agree(predicted_step(TINY, args, (3, 16, 24, 36), "cuda"), measured, within=0.06)
+    assert not agree(predicted_step(TINY, args, (3, 16, 24, 36), "cpu"), measured, within=0.1)
+
+
+@pytest.mark.parametrize(
+    ("room", "plan"),
+    [(300, (0, True)), (299, (1, True)), (219, (9, True)), (210, (9, True)), (209, (10, True)), (200, (10, True)), (199, (10, False))],
+)
+def test_no_more_is_recomputed_than_has_to_be(room, plan):
+    assert memory.fewest_recomputed(10, 30, 20, room) == plan
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "checkpointing"),
+    [((2, 16, 8, 8), "none"), ((2, 16, 8, 8), "attention"), ((3, 16, 12, 12), "all"), ((3, 16, 24, 24), "none"), ((3, 16, 24, 24), "all")],
+)
+def test_blocks_of_the_2b_take_what_is_predicted(shape, checkpointing):
+    args = flags(mixed_precision="no", gradient_checkpointing=checkpointing)
+    assert agree(predicted_step(MID, args, shape), measured_step(MID, args, shape), within=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["stored", "fp8", "int8", "nf4"])
+def test_blocks_of_the_2b_with_fewer_bits_take_what_is_predicted(precision, monkeypatch):
+    """In bf16, whose products take minutes on a CPU without instructions for it: they are left out, and their results made."""
+    args = flags(base_precision=precision, gradient_checkpointing="all")
+    monkeypatch.setattr(linear, "product", lambda rows, matrix, bias: rows.new_empty(*rows.shape[:-1], matrix.shape[1]))
+    assert agree(predicted_step(MID, args, (2, 16, 8, 8)), measured_step(MID, args, (2, 16, 8, 8)), within=0.02)
+
+
+# -----------------------------------------------------------------------------
+# The other phases, and the tool
+
+
+def result_only(self, inputs, weight, bias):
+    """A convolution that only makes its result. The kernels of a CPU reorder inputs and outputs into scratch of the same size."""
+    settings = zip(inputs.shape[2:], self.padding, self.kernel_size, self.stride, strict=True)
+    return inputs.new_zeros(
+        len(inputs), self.out_channels, *[(size + 2 * pad - kernel) // stride + 1 for size, pad, kernel, stride in settings]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiling", [False, True])
+def test_the_vae_takes_what_is_predicted_beside_its_convolutions(tiny_model, tiling, monkeypatch):
+    configs, shape = memory.read_configs(tiny_model), (17, 288, 432)
+    vae = model.load_vae(tiny_model, torch.device("cpu"), tiling=tiling)
+    frames = np.zeros((*shape, 3), np.uint8)
+    latents = torch.zeros(memory.latent_shape(configs, *shape))
+    weights, encode = memory.vae_bytes(configs, "encode", shape, tiling=tiling)
+    _, decode = memory.vae_bytes(configs, "decode", shape, tiling=tiling)
+    assert weights == sum(memory.size_of(t) for t in [*vae.parameters(), *vae.buffers()])
+    monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", result_only)
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", result_only)
+    assert agree(encode, measured_peak(lambda: model.encode_frames(vae, frames)), within=0.1)
+    assert agree(decode, measured_peak(lambda: model.decode_latents(vae, latents)), within=0.1)
+
+
+def test_t5_takes_what_is_predicted(tiny_model):
+    encoder = model.load_text_encoder(tiny_model, torch.device("cpu"))
+    weights, height = memory.captions_bytes(memory.read_configs(tiny_model))
+    ids = torch.zeros(memory.CAPTIONS_PER_BATCH, 226, dtype=torch.int64)
+    with torch.no_grad():
+        assert agree(height, measured_peak(lambda: encoder(ids)), within=0.1)
+    assert weights == sum(memory.size_of(p) for p in encoder.parameters())
+
+
+def test_a_cpu_runs_fp16_weights_in_fp32():
+    configs = memory.PRESETS["2b"]
+    assert memory.on_device(configs, "cuda") == configs
+    assert set(memory.on_device(configs, "cpu")["dtypes"].values()) == {"no"}
+    assert memory.on_device(memory.PRESETS["5b"], "cpu") == memory.PRESETS["5b"]
+
+
+def test_the_highest_phase_is_the_run(tiny_model):
+    args = flags(height=64, width=96, max_num_frames=9, rank=4, validation_prompt="a dog")
+    parts = memory.predict(memory.read_configs(tiny_model), args, script.velocity_loss)
+    assert parts["run"] == max(parts[phase] for phase in ("captions", "clips", "training", "validation"))
+    assert parts["training"] == sum(
+        parts[part] for part in ("base_weights", "adapters", "optimizer_state", "batch", "gradients", "activations", "working_set")
+    )
+    silent = memory.predict(memory.read_configs(tiny_model), flags(**{**vars(args), "validation_prompt": None}), script.velocity_loss)
+    assert silent["validation"] == 0
+
+
+def test_the_tool_prints_the_parts_and_fits_a_card(tiny_model, tmp_path, capsys):
+    words = ["--model", str(tiny_model), "--height", "64", "--width", "96", "--max_num_frames", "9", "--rank", "4"]
+    estimate.main([*words, "--card", "2", "--json", str(tmp_path / "bytes.json")])
+    text, found = capsys.readouterr().out, json.loads((tmp_path / "bytes.json").read_text())
+    assert "blocks recomputed: none" in text
+    assert "does not fit" not in text
+    assert f"| TRAINING | {found['training'] / 2**30:.2f} |" in text
+    with pytest.raises(SystemExit) as stop:
+        estimate.main([*words, "--width", "90", "--rank", "0"])
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert "--width 90" in told
+    assert "--rank 0" in told
+
+
+@pytest.mark.slow
+def test_auto_of_the_tool_recomputes_no_more_than_has_to_be():
+    configs, args = configs_of(**TINY | {"num_layers": 6}), flags(height=96, width=160, max_num_frames=9)
+    phases = dict.fromkeys(("captions", "clips_encode", "clips_decode", "sampling", "decoding"), 0)
+    peaks = [memory.predict(configs, args, script.velocity_loss, "cuda", (n, True), phases)["training"] for n in (0, 2, 3)]
+    for room, wanted in ((peaks[0], (0, True)), (peaks[1] - 1, (3, True)), (1, (6, False))):
+        plan, parts = estimate.chosen_recomputation(memory, configs, args, script.velocity_loss, room, "cuda", phases)
+        assert plan == wanted
+        assert room == 1 or parts["training"] <= room

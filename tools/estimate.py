@@ -1,0 +1,171 @@
+"""Predict what a run will need of the device's memory, before any weight is loaded: python -m tools.estimate [flags].
+
+    python -m tools.estimate --preset 2b --rank 64 --card 24          the 2B with these flags, on a card of 24 GB
+    python -m tools.estimate --model FOLDER --height 256 --width 384   another model: its configs are read, not its weights
+    python -m tools.estimate --presets                                the 2B on cards of 8 to 80 GB, and the flags for each
+
+All flags of the trainer are taken; those that matter are sizes, batch, rank, targets, precision, optimizer, checkpointing,
+offload, tiling and validation. Bytes are those of tensors: a GPU's context, its libraries and what breaks into pieces come
+on top, for which a card is asked to have a tenth of itself and at least 1 GiB more.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+
+CARDS = (8, 12, 16, 24, 80)
+# From the least costly. Offload computes the same numbers as none; weights of 8 bits do not.
+SAVINGS = (
+    {},
+    {"offload": True},
+    {"offload": True, "optimizer": "adamw8bit"},
+    {"offload": True, "base_precision": "int8", "optimizer": "adamw8bit"},
+)
+NAMES = {
+    "base_weights": "base weights",
+    "adapters": "LoRA (fp32)",
+    "optimizer_state": "optimizer states",
+    "batch": "batch",
+    "gradients": "gradients at the peak",
+    "activations": "activations at the peak",
+    "working_set": "working set at the peak",
+    "training": "TRAINING",
+    "captions": "captions: T5",
+    "clips": "clips: VAE, encode and decode",
+    "validation": "validation: sampling, VAE",
+    "run": "THE RUN, its highest phase",
+}
+
+
+def usable(card):
+    """Bytes of tensors that a card of so many GB should be trusted with."""
+    return int((card - max(1, 0.1 * card)) * 2**30)
+
+
+def parse(words):
+    """(this tool's options, the trainer's flags, configs). Ends with exit code 2 and all problems where flags are wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--preset", choices=("2b", "5b"), default="2b", help="a model whose configs are known here")
+    parser.add_argument("--model", help="folder of a model, whose configs are read")
+    parser.add_argument("--card", type=float, help="memory of the card, GB: auto recomputes only what does not fit")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where the run will be")
+    parser.add_argument("--presets", action="store_true", help="a table of cards, and the flags for each")
+    parser.add_argument("--json", help="write the bytes here as well")
+    options, rest = parser.parse_known_args(words)
+
+    import train_cogvideox_lora as trainer
+    from cogvideox import memory
+    from cogvideox.folder import COGVIDEOX_2B, check_geometry, read_facts
+
+    args = trainer.build_parser().parse_args(["--pretrained_model_name_or_path", options.model or options.preset, *rest])
+    args.instance_data_root = args.instance_data_root or (None if args.dataset_name else ".")
+    # Packages that are missing here may be there where the run will be.
+    problems = [problem for problem in trainer.check_flags(args) if " needs " not in problem]
+    configs = memory.read_configs(Path(options.model), args.variant) if options.model else memory.PRESETS[options.preset]
+    configs = memory.on_device(configs, options.device)
+    args.mixed_precision = args.mixed_precision or configs["dtypes"]["transformer"]
+    facts = read_facts(Path(options.model)) if options.model else COGVIDEOX_2B
+    frames, height, width = memory.largest_shape(args)
+    problems += check_geometry(facts, height, width, frames)
+    if problems:
+        parser.exit(2, "".join(f"ERROR[2]: {problem}\n" for problem in problems))
+    return options, args, configs
+
+
+def chosen_recomputation(memory, configs, args, loss_of, room, device, phases):
+    """The least recomputation whose predicted peak is within `room` bytes, and its prediction: (plan, prediction)."""
+    layers = configs["transformer"].get("num_layers", 30)
+    shape = memory.latent_shape(configs, *memory.largest_shape(args))
+    look = functools.partial(memory.predict, configs, args, loss_of, device, phases=phases)
+    none = look(recomputation=(0, True))
+    if none["training"] <= room:
+        return (0, True), none
+    blocks = memory.block_bytes(configs, args, loss_of, shape, device)
+    plan, _ = memory.fewest_recomputed(layers, blocks["kept"], blocks["attention"], room - none["training"] + layers * blocks["kept"])
+    for recomputed in range(plan, layers + 1):  # the estimate by blocks is a block off at most
+        found = look(recomputation=(recomputed, True))
+        if found["training"] <= room:
+            return (recomputed, True), found
+    return (layers, False), look(recomputation=(layers, False))
+
+
+def words_of(plan, layers):
+    """A recomputation in words."""
+    recomputed, keep_attention = plan
+    if recomputed == 0:
+        return "none"
+    return f"{recomputed} of {layers}" + ("" if keep_attention else ", attention too")
+
+
+def print_parts(memory, options, args, configs, loss_of):
+    """The parts of one set of flags. Returns them."""
+    phases = memory.phase_parts(configs, args, options.device)
+    layers = configs["transformer"].get("num_layers", 30)
+    if options.card and args.gradient_checkpointing == "auto":
+        plan, parts = chosen_recomputation(memory, configs, args, loss_of, usable(options.card), options.device, phases)
+    else:
+        wanted = "all" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
+        plan = memory.blocks_to_recompute(wanted, layers)
+        parts = memory.predict(configs, args, loss_of, options.device, plan, phases)
+    clip = memory.largest_shape(args)
+    blocks = memory.block_bytes(configs, args, loss_of, memory.latent_shape(configs, *clip), options.device)
+    model, size = options.model or options.preset, "x".join(map(str, clip))
+    print(f"{model} on {options.device}, {size}, batch {args.train_batch_size}, rank {args.rank}, {args.mixed_precision};")
+    print(f"blocks recomputed: {words_of(plan, layers)}; the peak of training is in the {parts['training_peak_at']} pass\n")
+    print("| part | GiB |\n| --- | ---: |")
+    for name, words in NAMES.items():
+        print(f"| {words} | {parts[name] / 2**30:.2f} |")
+    for name, words in (("kept", "not recomputed"), ("attention", "recomputed but for its attention"), ("full", "recomputed")):
+        print(f"| a block's activations, {words} | {blocks[name] / 2**30:.3f} |")
+    if options.card:
+        fits = "fits" if parts["run"] <= usable(options.card) else "does not fit"
+        print(f"\n{fits} a card of {options.card:g} GB, of which {usable(options.card) / 2**30:.1f} GiB are counted on")
+    return parts | {f"block_{name}": size for name, size in blocks.items()}
+
+
+def print_presets(memory, options, args, configs, loss_of):
+    """For each card the first of SAVINGS that fits it. Returns the rows."""
+    layers, rows = configs["transformer"].get("num_layers", 30), []
+    args.validation_prompt = args.validation_prompt or "x"  # a run that validates needs more
+    phases = memory.phase_parts(configs, args, options.device)
+    for card in CARDS:
+        for saving in SAVINGS:
+            changed = argparse.Namespace(**vars(args) | saving)
+            room = usable(card)
+            plan, parts = chosen_recomputation(memory, configs, changed, loss_of, room, options.device, phases)
+            if max(parts["training"], parts["validation"], parts["clips"]) <= room:
+                break
+        flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in saving.items())
+        rows.append({"card_gb": card, "flags": flags, "recomputed": words_of(plan, layers), "room": room} | parts)
+    print("| card, GB | flags beside the defaults | blocks recomputed by auto | training | validation | clips | captions (T5) | fits |")
+    print("| ---: | --- | --- | ---: | ---: | ---: | ---: | --- |")
+    for row in rows:
+        peaks = {name: row[name] for name in ("training", "validation", "clips", "captions")}
+        above = [name for name, size in peaks.items() if size > row["room"]]
+        sizes = " | ".join(f"{size / 2**30:.1f}" for size in peaks.values())
+        fits = f"all but {', '.join(above)}" if above else "yes"
+        print(f"| {row['card_gb']} | {row['flags'] or '-'} | {row['recomputed']} | {sizes} | {fits} |")
+    print("\nGiB of tensors at the peak of each phase; a card is trusted with nine tenths of itself, and 1 GiB less at least.\n")
+    for row in rows:
+        print(f"# {row['card_gb']} GB")
+        print("python train_cogvideox_lora.py --pretrained_model_name_or_path THUDM/CogVideoX-" + options.preset, end=" ")
+        print(f"--instance_data_root DATA --output_dir OUT {row['flags']}".rstrip())
+    return rows
+
+
+def main(words=None):
+    """The command line."""
+    options, args, configs = parse(words)
+    import train_cogvideox_lora as trainer
+    from cogvideox import memory
+
+    show = print_presets if options.presets else print_parts
+    result = show(memory, options, args, configs, trainer.velocity_loss)
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
