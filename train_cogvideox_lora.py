@@ -234,7 +234,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
-from cogvideox import checkpoint, hub, lora, metrics, rehearsal, stopping, validation
+from cogvideox import checkpoint, hub, lora, memory, metrics, rehearsal, stopping, validation
 from cogvideox.cache import known_components
 from cogvideox.data import check_data, encode_data, free
 from cogvideox.files import try_writing
@@ -409,6 +409,10 @@ def main(args):
             fail(BAD_FLAGS if problems else BAD_DATA, problems + data.problems)
         if is_main and args.overwrite_output_dir and holds_earlier_run(output_dir):
             remove_earlier_run(output_dir, args.logging_dir)  # not before everything that could be wrong has been found right
+        if args.dry_run and is_main:
+            configs = memory.on_device(memory.read_configs(folder, args.variant), device.type)
+            say("\npredicted, with every block recomputed where the flag is auto:")
+            say("\n".join(memory.table(memory.predict(configs, args, velocity_loss, device.type))))
         encodings, prompts, negative_prompt, identities = encode_data(
             args, folder, facts, tokenizer, data, readers, accelerator, patient_barrier
         )
@@ -425,6 +429,7 @@ def main(args):
     trained, total = sum(p.numel() for p in parameters), sum(p.numel() for p in transformer.parameters())
     if dtype != torch.float32:
         lora.leave_casts_to_autocast(transformer)
+        lora.keep_norms_out_of_autocast(transformer, dtype)
     hold_linears(transformer, args.base_precision, args.offload, device)
     # With auto the rehearsal starts with every block recomputed, and takes back what fits.
     wanted = "all" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing

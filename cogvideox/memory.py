@@ -35,6 +35,20 @@ SMALLEST_8BIT = 4096
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Blocks of one kind in the run that is counted: the first two and the last are special, the last but one is repeated.
 RUN_BLOCKS = 4
+NAMES = {
+    "base_weights": "base weights",
+    "adapters": "LoRA (fp32)",
+    "optimizer_state": "optimizer states",
+    "batch": "batch",
+    "gradients": "gradients at the peak",
+    "activations": "activations at the peak",
+    "working_set": "working set at the peak",
+    "training": "TRAINING",
+    "captions": "captions: T5",
+    "clips": "clips: VAE, encode and decode",
+    "validation": "validation: sampling, VAE",
+    "run": "THE RUN, its highest phase",
+}
 # What differs from the defaults of the diffusers classes, which are the 2B's; and the dtype that the weights are stored in.
 T5_XXL = {
     "vocab_size": 32128,
@@ -204,24 +218,10 @@ def prepare_transformer(transformer, args, device):
     bring_to_device(transformer, in_host=args.offload and device == "cuda")
     keep_position_tables(transformer.patch_embed)
     if dtype != torch.float32:
-        if device == "cuda":
-            normalise_in_fp32(transformer)
+        lora.keep_norms_out_of_autocast(transformer, dtype)
         # As accelerate's `prepare` does it.
         transformer.forward = ConvertOutputsToFp32(torch.autocast("cpu", dtype)(transformer.forward))
     transformer.train()
-
-
-def normalise_in_fp32(transformer):
-    """On a GPU autocast runs layer norms in fp32, from an fp32 copy of their input, which stays for the backward pass; on a
-    CPU it does not."""
-    for module in transformer.modules():
-        if isinstance(module, torch.nn.LayerNorm):
-            module.forward = functools.partial(fp32_layer_norm, module)
-
-
-def fp32_layer_norm(module, inputs):
-    weight, bias = (None if p is None else p.float() for p in (module.weight, module.bias))
-    return torch.nn.functional.layer_norm(inputs.float(), module.normalized_shape, weight, bias, module.eps)
 
 
 def latent_shape(configs, frames, height, width):
@@ -394,19 +394,6 @@ def block_bytes(configs, args, loss_of, shape, device="cuda"):
     return found
 
 
-def fewest_recomputed(blocks, kept, attention, room):
-    """The least recomputation that fits: (number of blocks, whether their attention is kept), as `checkpoint_blocks` takes it.
-
-    kept, attention: bytes that one block leaves for the backward pass where it is not recomputed, and where its attention is
-    kept. room: bytes for all blocks together. All in full where nothing fits. What a block leaves in full recomputation may
-    be counted in all three or in none.
-    """
-    for recomputed in range(blocks + 1):
-        if (blocks - recomputed) * kept + recomputed * attention <= room:
-            return recomputed, True
-    return blocks, False
-
-
 # -----------------------------------------------------------------------------
 # The other phases
 
@@ -551,3 +538,8 @@ def predict(configs, args, loss_of, device="cuda", recomputation=None, phases=No
         "validation": resident + beside if beside else 0,
     }
     return parts | peaks | {"run": max(peaks.values())}
+
+
+def table(parts):
+    """The lines of a table of what `predict` gave, in GiB."""
+    return ["| part | GiB |", "| --- | ---: |", *(f"| {words} | {parts[name] / 2**30:.2f} |" for name, words in NAMES.items())]

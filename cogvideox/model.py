@@ -71,6 +71,8 @@ def keep_position_tables(patch_embed, shapes=8):
     """
     if make := getattr(patch_embed, "_get_positional_embeddings", None):
         dtype = patch_embed.proj.weight.dtype  # what the table is rounded to when it is added
+        if hasattr(patch_embed, "pos_embedding"):  # the default size's: 273 MB in float64
+            patch_embed.pos_embedding = patch_embed.pos_embedding.to(dtype)
         patch_embed._get_positional_embeddings = functools.lru_cache(shapes)(lambda *args, **kwargs: make(*args, **kwargs).to(dtype))
 
 

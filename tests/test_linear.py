@@ -94,6 +94,34 @@ def test_on_a_gpu_nothing_is_replaced_where_nothing_is_gained(tiny_model):
     assert not any(isinstance(module, linear.HeldLinear) for module in transformer.modules())
 
 
+@pytest.mark.parametrize("kept_out", [True, False])
+def test_in_half_precision_the_base_computes_what_the_stock_pipeline_does(tiny_model, kept_out, monkeypatch):
+    inputs = torch.randn(1, 2, 16, 4, 4).bfloat16(), torch.randn(1, 226, 32).bfloat16(), torch.tensor([10])
+    stock = model.load_transformer(tiny_model, torch.bfloat16)(*inputs, return_dict=False)[0]
+    transformer = model.load_transformer(tiny_model, torch.bfloat16)
+    lora.add_lora(transformer, 4, 4.0, 0.0, ["to_q"], seed=0)
+    lora.leave_casts_to_autocast(transformer)
+    if kept_out:
+        lora.keep_norms_out_of_autocast(transformer, torch.bfloat16)
+    norm, seen = torch.nn.functional.layer_norm, []
+
+    def layer_norm(inputs, *rest):
+        seen.append((torch.is_autocast_enabled("cpu"), inputs.dtype))
+        # As a GPU's autocast does it.
+        return (
+            norm(inputs.float(), rest[0], *[p if p is None else p.float() for p in rest[1:3]], rest[3])
+            if seen[-1][0]
+            else norm(inputs, *rest)
+        )
+
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", layer_norm)
+    with torch.autocast("cpu", torch.bfloat16):
+        live = transformer(*inputs, return_dict=False)[0]
+    assert len(seen) > 8
+    assert set(seen) == {(False, torch.bfloat16)} if kept_out else (True, torch.bfloat16) in seen
+    assert torch.equal(live, stock) == kept_out
+
+
 @pytest.mark.slow
 def test_held_layers_train_the_same_lora_bit_for_bit(train, monkeypatch):
     settings = {"mixed_precision": "bf16", "target_modules": ["to_q", "ff.net.0.proj"], "height": 96, "width": 144, "max_num_frames": 17}

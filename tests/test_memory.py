@@ -59,6 +59,7 @@ def real_transformer(config, args):
     parameters = lora.add_lora(transformer, args.rank, float(args.rank), 0.0, args.target_modules, seed=0)
     if dtype != torch.float32:
         lora.leave_casts_to_autocast(transformer)
+        lora.keep_norms_out_of_autocast(transformer, dtype)
     linear.hold_linears(transformer, args.base_precision, args.offload, torch.device("cpu"))
     layers = len(transformer.transformer_blocks)
     model.checkpoint_blocks(transformer, *model.blocks_to_recompute(args.gradient_checkpointing, layers))
@@ -161,43 +162,17 @@ def test_optimizer_states_are_counted(name):
 
 @pytest.mark.slow
 def test_what_a_gpu_does_otherwise():
-    """Layer norms in fp32 under autocast, weights left in host memory, nothing replaced where nothing is gained."""
+    """Weights are left in host memory, and nothing else."""
     config, shape, plan = configs_of(**TINY), (3, 16, 12, 20), (0, True)
 
     def parts(device, **changed):
         return memory.training_parts(config, flags(**changed), script.velocity_loss, shape, *plan, device)
 
-    assert parts("cuda")["activations"] > 1.2 * parts("cpu")["activations"]
-    assert parts("cuda", mixed_precision="no")["activations"] == parts("cpu", mixed_precision="no")["activations"]
+    assert parts("cuda")["activations"] == parts("cpu")["activations"]
     stored, offloaded = parts("cuda")["base_weights"], parts("cuda", offload=True)["base_weights"]
     inside = TINY["num_layers"] * 12 * 64 * 64 * 2  # to_q, to_k, to_v, to_out, ff.net.0, ff.net.2 of width 64, in bf16
     assert offloaded == stored - inside
     assert parts("cpu", offload=True)["base_weights"] == parts("cpu")["base_weights"]
-
-
-def test_layer_norms_in_fp32_take_what_is_predicted(monkeypatch):
-    """What a GPU's autocast does, done to a real model on this machine."""
-    args = flags(gradient_checkpointing="none")
-    prepare = real_transformer
-
-    def with_norms(*given):
-        transformer, parameters = prepare(*given)
-        memory.normalise_in_fp32(transformer)
-        return transformer, parameters
-
-    monkeypatch.setitem(globals(), "real_transformer", with_norms)
-    measured = measured_step(TINY, args, (3, 16, 24, 36))
-    # The CPU's attention kernel keeps half a MiB to itself in bf16.
-    assert agree(predicted_step(TINY, args, (3, 16, 24, 36), "cuda"), measured, within=0.06)
-    assert not agree(predicted_step(TINY, args, (3, 16, 24, 36), "cpu"), measured, within=0.1)
-
-
-@pytest.mark.parametrize(
-    ("room", "plan"),
-    [(300, (0, True)), (299, (1, True)), (219, (9, True)), (210, (9, True)), (209, (10, True)), (200, (10, True)), (199, (10, False))],
-)
-def test_no_more_is_recomputed_than_has_to_be(room, plan):
-    assert memory.fewest_recomputed(10, 30, 20, room) == plan
 
 
 @pytest.mark.slow

@@ -23,20 +23,6 @@ SAVINGS = (
     {"offload": True, "optimizer": "adamw8bit"},
     {"offload": True, "base_precision": "int8", "optimizer": "adamw8bit"},
 )
-NAMES = {
-    "base_weights": "base weights",
-    "adapters": "LoRA (fp32)",
-    "optimizer_state": "optimizer states",
-    "batch": "batch",
-    "gradients": "gradients at the peak",
-    "activations": "activations at the peak",
-    "working_set": "working set at the peak",
-    "training": "TRAINING",
-    "captions": "captions: T5",
-    "clips": "clips: VAE, encode and decode",
-    "validation": "validation: sampling, VAE",
-    "run": "THE RUN, its highest phase",
-}
 
 
 def usable(card):
@@ -76,6 +62,8 @@ def parse(words):
 
 def chosen_recomputation(memory, configs, args, loss_of, room, device, phases):
     """The least recomputation whose predicted peak is within `room` bytes, and its prediction: (plan, prediction)."""
+    from cogvideox import rehearsal
+
     layers = configs["transformer"].get("num_layers", 30)
     shape = memory.latent_shape(configs, *memory.largest_shape(args))
     look = functools.partial(memory.predict, configs, args, loss_of, device, phases=phases)
@@ -83,7 +71,7 @@ def chosen_recomputation(memory, configs, args, loss_of, room, device, phases):
     if none["training"] <= room:
         return (0, True), none
     blocks = memory.block_bytes(configs, args, loss_of, shape, device)
-    plan, _ = memory.fewest_recomputed(layers, blocks["kept"], blocks["attention"], room - none["training"] + layers * blocks["kept"])
+    plan, _ = rehearsal.fewest_recomputed(layers, blocks["kept"], blocks["attention"], room - none["training"] + layers * blocks["kept"])
     for recomputed in range(plan, layers + 1):  # the estimate by blocks is a block off at most
         found = look(recomputation=(recomputed, True))
         if found["training"] <= room:
@@ -114,9 +102,7 @@ def print_parts(memory, options, args, configs, loss_of):
     model, size = options.model or options.preset, "x".join(map(str, clip))
     print(f"{model} on {options.device}, {size}, batch {args.train_batch_size}, rank {args.rank}, {args.mixed_precision};")
     print(f"blocks recomputed: {words_of(plan, layers)}; the peak of training is in the {parts['training_peak_at']} pass\n")
-    print("| part | GiB |\n| --- | ---: |")
-    for name, words in NAMES.items():
-        print(f"| {words} | {parts[name] / 2**30:.2f} |")
+    print("\n".join(memory.table(parts)))
     for name, words in (("kept", "not recomputed"), ("attention", "recomputed but for its attention"), ("full", "recomputed")):
         print(f"| a block's activations, {words} | {blocks[name] / 2**30:.3f} |")
     if options.card:

@@ -1,0 +1,236 @@
+"""The benchmark measures what it says: FLOPs by hand, the baseline's loss against ours, every table. No timing is asserted."""
+
+import functools
+import json
+import sys
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from cogvideox import lora
+from tools import benchmark, reference
+from train_cogvideox_lora import velocity_loss
+
+SHAPE = [9, 64, 96]
+STEP = {
+    "job": "step",
+    "size": "tiny",
+    "precision": "no",
+    "gradient_checkpointing": "none",
+    "steps": 1,
+    "warmup": 1,
+    "clock": "wall",
+    "rank": 4,
+}
+
+
+def in_this_process(job, threads):
+    """As `run_worker`, without a process; what is passed and returned goes through JSON as there."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    job = json.loads(json.dumps(job))
+    return json.loads(json.dumps(benchmark.JOBS[job["job"]](job)))
+
+
+quick_peak = functools.partial(benchmark.matmul_peak, tries=1, budget=0)
+
+
+@pytest.fixture
+def report(monkeypatch, capsys, tmp_path):
+    """Run a subcommand; returns the rows of its printed tables as lists of cells, and its JSON."""
+
+    def run(*words, workers=in_this_process):
+        if workers:
+            monkeypatch.setattr(benchmark, "run_worker", workers)
+            monkeypatch.setattr(benchmark, "matmul_peak", quick_peak)
+        benchmark.main([*words, "--repeats", "1", "--json", str(tmp_path / "out.json")])
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        return [line.strip("| ").split(" | ") for line in lines], json.loads((tmp_path / "out.json").read_text())
+
+    return run
+
+
+def batch_of(seed):
+    """Latents, noise, timesteps and prompts of two clips, at timesteps where neither form of the loss cancels digits."""
+    generator = torch.Generator().manual_seed(seed)
+    latents, noise = torch.randn(2, 2, 3, 16, 8, 12, generator=generator)
+    prompt = torch.randn(2, 226, 32, generator=generator)
+    return {"latents": latents, "noise": noise, "timestep": torch.tensor([300, 900]), "prompt": prompt}
+
+
+def test_the_baselines_loss_is_ours():
+    transformer, scheduler = benchmark.make_transformer("tiny", torch.float32), benchmark.make_scheduler()
+    for parameter in lora.add_lora(transformer, 4, 4, 0.0, reference.TARGETS, seed=0):
+        torch.nn.init.normal_(parameter, std=0.1)
+
+    def both(batch):
+        ours = velocity_loss(transformer, scheduler, batch, None, torch.float32).mean().item()
+        names = "latents", "noise", "timestep", "prompt"
+        return ours, reference.weighted_x0_loss(transformer, scheduler, *(batch[name] for name in names)).item()
+
+    (ours, theirs), (others, _) = both(batch_of(0)), both(batch_of(1))
+    assert theirs == pytest.approx(ours, rel=1e-5)
+    assert abs(others - ours) > 1e-3 * ours
+
+
+@pytest.mark.parametrize("variant", ["ours", "ours, plain linears"])
+def test_flops_are_those_counted_by_hand(variant, tmp_path):
+    step, _ = benchmark.our_step(STEP | {"shape": SHAPE, "variant": variant}, tmp_path)
+    counted = benchmark.count_flops(step)
+
+    layers, width, rank, text = 2, 64, 4, 226
+    video = 3 * 4 * 6  # latent frames x patches
+    tokens = text + video
+    assert tokens == benchmark.tokens_of(SHAPE)
+    frozen = 2 * tokens * 12 * width**2  # q, k, v, out: one square each; the feed-forward: two of four
+    adapters = 4 * 2 * 2 * tokens * width * rank
+    attention = 2 * 2 * tokens**2 * width
+    # Backward: frozen layers have no gradient of their weights, adapters have; attention makes five products of two.
+    blocks = layers * (2 * frozen + 3 * adapters + 3.5 * attention)
+    # What enters the first block needs no gradient, so its q, k and v pass none on.
+    blocks -= 3 * 2 * tokens * width * (width + rank)
+    ends = 2 * width * (text * 32 + video * 64 + 2 * video * 64)
+    assert counted == pytest.approx(blocks + ends, rel=0.03)
+
+
+def test_attention_is_counted():
+    """Without the mapping torch counts none of it on a CPU."""
+    query = torch.randn(1, 2, 50, 32, requires_grad=True)
+
+    def attend():
+        torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
+
+    assert benchmark.count_flops(attend) == 3.5 * (2 * 2 * 2 * 50 * 50 * 32)
+
+
+def test_random_models_are_tied_finite_and_frozen():
+    model = benchmark.make_text_encoder("tiny", torch.bfloat16)
+    assert model.shared.weight is model.encoder.embed_tokens.weight
+    assert all(not p.requires_grad and p.device.type == "cpu" and torch.isfinite(p).all() for p in model.parameters())
+    output = model(torch.arange(10)[None])[0]
+    assert torch.isfinite(output).all()
+    assert output.float().std() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["step", "--shape", "9x96"], "FRAMESxHEIGHTxWIDTH"),
+        (["step", "--shape", "8x96x96"], "4k + 1"),
+        (["step", "--repeats", "0"], "at least 1"),
+        (["start", "--model", "/no/such/folder"], "no such folder"),
+        (["decode", "--json", "/no/such/folder/out.json"], "is not there"),
+        (["decode", "--shape", "9x64x48"], "decord"),
+        (["walk"], "invalid choice"),
+    ],
+)
+def test_a_mistake_is_one_sentence(words, sentence, capsys):
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(words)
+    message = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert sentence in message
+    assert len(message.strip().splitlines()) == 1
+
+
+def test_step_prints_its_table(report):
+    rows, written = report("step", "--size", "tiny", "--precision", "bf16", "--shape", "9x32x48", "--steps", "2", "--plain_linears")
+    assert rows[0] == "shape tokens variant seconds least most ratio,useful GFLOP,GFLOP/s,peak GFLOP/s,of peak,others".replace(
+        " ", ",", 6
+    ).split(",")
+    assert [row[2] for row in rows[2:]] == ["reference", "ours", "ours, plain linears"]
+    assert rows[2][6] == "1.0"
+    assert [row["variant"] for row in written["rows"]] == [row[2] for row in rows[2:]]
+    assert all(len(sample["seconds"]) == 2 and sample["matmul_peak"] > 0 for sample in written["samples"])
+    ours, plain = [sample for sample in written["samples"] if sample["flops"]]
+    assert ours["flops"] == plain["flops"]
+    assert written["machine"]
+
+
+def test_checkpointed_steps_count_no_recomputation(report):
+    words = "step", "--size", "tiny", "--precision", "no", "--shape", "9x32x48", "--steps", "1", "--gradient_checkpointing"
+    (_, none), (_, every) = report(*words, "none"), report(*words, "all")
+    assert none["rows"][0]["useful_GFLOP"] == every["rows"][0]["useful_GFLOP"] > 0
+    assert none["samples"][1]["flops"] == every["samples"][1]["flops"]
+    assert none["samples"][1]["losses"] == pytest.approx(every["samples"][1]["losses"], rel=1e-4)
+
+
+def test_encode_prints_its_table(report):
+    words = "--source", "17x96x160", "--clips", "1", "--steps", "1"
+    rows, written = report("encode", "--size", "tiny", "--precision", "no", "--shape", "9x32x96", *words)
+    assert rows[0] == ["part", "clips a second", "GFLOP a clip", "limit", "of limit", "others"]
+    assert [row[0] for row in rows[2:]] == ["decode (1 process)", "VAE encode", "T5"]
+    assert all(row["clips_a_second"] > 0 for row in written["rows"])
+    assert all(sample["flops"] > 0 for sample in written["samples"] if sample["job"] == "encode")
+
+
+@pytest.mark.slow
+def test_decode_prints_its_table(report):
+    words = "--source", "17x96x160", "--clips", "2", "--steps", "1"
+    rows, written = report("decode", "--shape", "9x64x96", *words)
+    assert rows[0] == ["variant", "clips a second", "ratio", "mib a clip", "others"]
+    assert [row[0] for row in rows[2:]] == ["full size", "reference", "ours", "ours, in reader processes", "decoder alone"]
+    taken = {sample["variant"]: sample["bytes"] for sample in written["samples"]}
+    assert taken["ours"] == taken["ours, in reader processes"] == 9 * 64 * 96 * 3
+    assert taken["reference"] == taken["full size"] == 4 * taken["ours"]
+
+
+def seen_from_outside(monkeypatch):
+    """Replace runs of whole programs; returns the list of their command lines."""
+    lines = []
+
+    def run(line, output, threads):
+        lines.append(line)
+        theirs = "tools.reference" in line
+        seconds, peak, helpers = (40.0, 4000.0, 0.0) if theirs else (8.0, 1500.0, 100.0)
+        return {"seconds_to_first_step": seconds, "wall_seconds": 50.0, "peak_mib": peak, "helpers_mib": helpers, "others": 0.2}
+
+    monkeypatch.setattr(benchmark, "run_program", run)
+    return lines
+
+
+def test_memory_compares_runs_and_sizes(report, monkeypatch, tiny_model):
+    lines = seen_from_outside(monkeypatch)
+    rows, written = report("memory", "--model", str(tiny_model), "--clips", "2", "3", "--precision", "bf16")
+    assert rows[0] == ["variant", "clips", "peak mib", "helpers mib", "share", "share with helpers", "seconds", "others"]
+    assert rows[3] == ["ours", "2", "1500", "100", "38 %", "40 %", "50.0", "20 % (disturbed)"]
+    assert rows[4] == ["processes", "clips", "peak mib of a process", "ratio", "others"]
+    assert [(row["processes"], row["clips"]) for row in written["growth"]] == [(1, 2), (1, 3), (2, 2), (2, 3)]
+    for line in lines[:2]:
+        assert line[line.index("--mixed_precision") + 1] == "bf16"
+        assert line[line.index("--num_inference_steps") + 1] == "2"
+    assert "torch.distributed.run" in lines[-1]
+    assert "--gradient_checkpointing" not in lines[0]
+
+
+def test_start_reuses_the_cache_of_its_turn_only(monkeypatch, capsys, tiny_model):
+    lines = seen_from_outside(monkeypatch)
+    benchmark.main(["start", "--model", str(tiny_model), "--clips", "2", "--repeats", "2"])
+    caches = [line[line.index("--encoding_cache_dir") + 1] for line in lines if "--encoding_cache_dir" in line]
+    assert len(lines) == 6
+    assert caches[0] == caches[1] != caches[2] == caches[3]
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows[0] == ["clips", "variant", "seconds to first step", "least", "most", "ratio", "others"]
+    assert [row[5] for row in rows[2:]] == ["1.0", "5.0", "5.0"]
+
+
+@pytest.mark.slow
+def test_whole_programs_are_seen_from_outside(tiny_model, tmp_path):
+    """The baseline and ours, each to its end, in the smallest run there is."""
+    options = benchmark.build_parser().parse_args(["start", "--size", "tiny", "--precision", "no"])
+    flags = benchmark.run_flags(options, SHAPE, 1)
+    seen = [
+        benchmark.program_of(tmp_path, tiny_model, options, flags, {"variant": variant, "clips": 2, "cache": "cache"}, 1)
+        for variant in ("reference", "ours")
+    ]
+    assert all(0 < run["seconds_to_first_step"] < run["wall_seconds"] for run in seen)
+    assert all(run["peak_mib"] > 100 for run in seen)
+    assert seen[1]["helpers_mib"] > 0  # the readers
+    assert list((tmp_path / "cache/clips").rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_failing_program_says_why(tmp_path):
+    with pytest.raises(SystemExit, match="no such folder"):
+        benchmark.run_program([sys.executable, "-c", "raise SystemExit('no such folder')"], tmp_path, 1)
