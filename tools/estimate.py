@@ -106,7 +106,8 @@ def print_parts(memory, options, args, configs, loss_of):
     for name, words in (("kept", "not recomputed"), ("attention", "recomputed but for its attention"), ("full", "recomputed")):
         print(f"| a block's activations, {words} | {blocks[name] / 2**30:.3f} |")
     if options.card:
-        fits = "fits" if parts["run"] <= usable(options.card) else "does not fit"
+        # T5 is split between the card and the host where it has to be.
+        fits = "fits" if max(parts["training"], parts["validation"], parts["clips"]) <= usable(options.card) else "does not fit"
         print(f"\n{fits} a card of {options.card:g} GB, of which {usable(options.card) / 2**30:.1f} GiB are counted on")
     return parts | {f"block_{name}": size for name, size in blocks.items()}
 
@@ -131,7 +132,7 @@ def print_presets(memory, options, args, configs, loss_of):
         peaks = {name: row[name] for name in ("training", "validation", "clips", "captions")}
         above = [name for name, size in peaks.items() if size > row["room"]]
         sizes = " | ".join(f"{size / 2**30:.1f}" for size in peaks.values())
-        fits = f"all but {', '.join(above)}" if above else "yes"
+        fits = "yes, T5 partly in host memory" if above == ["captions"] else f"all but {', '.join(above)}" if above else "yes"
         print(f"| {row['card_gb']} | {row['flags'] or '-'} | {row['recomputed']} | {sizes} | {fits} |")
     print("\nGiB of tensors at the peak of each phase; a card is trusted with nine tenths of itself, and 1 GiB less at least.\n")
     for row in rows:
