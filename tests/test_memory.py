@@ -273,3 +273,36 @@ def test_auto_of_the_tool_recomputes_no_more_than_has_to_be():
         plan, parts = estimate.chosen_recomputation(memory, configs, args, script.velocity_loss, room, "cuda", phases)
         assert plan == wanted
         assert room == 1 or parts["training"] <= room
+
+
+@pytest.mark.slow
+def test_a_step_of_the_whole_2b_runs_and_takes_what_is_predicted():
+    """All 30 blocks in fp32, random weights, few latents: most of the time goes into the 226 text tokens."""
+    config, shape = {"num_layers": 30}, (2, 16, 8, 8)
+    args = flags(mixed_precision="no", gradient_checkpointing="all", rank=128)
+    transformer, parameters = real_transformer(config, args)
+    assert sum(p.numel() for p in parameters) == 30 * 4 * 2 * 1920 * 128  # 59.0 M, as the guide's rank has it
+    generator = torch.Generator().manual_seed(0)
+    for module in transformer.modules():
+        if isinstance(module, linear.HeldLinear):
+            module.held[0].uniform_(-0.03, 0.03, generator=generator)
+    for name, tensor in transformer.named_parameters():
+        if "lora_" not in name:
+            tensor.data.uniform_(-0.03, 0.03, generator=generator)
+    batch = {
+        name: torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else torch.full_like(tensor, 500)
+        for name, tensor in memory.make_batch(configs_of(**config), args, shape).items()
+    }
+    losses, scheduler = [], CogVideoXDDIMScheduler()
+
+    def step():
+        loss = script.velocity_loss(transformer, scheduler, batch, None, torch.float32).mean()
+        losses.append(loss.item())
+        loss.backward()
+
+    assert agree(predicted_step(config, args, shape), measured_peak(step))
+    assert 0.5 < losses[0] < 10
+    ups = [p for name, p in transformer.named_parameters() if "lora_B" in name]
+    assert len(ups) == 120
+    assert all(p.grad.abs().max() > 0 for p in ups)
+    assert not any(p.grad.any() for name, p in transformer.named_parameters() if "lora_A" in name)  # B is still zero
