@@ -541,5 +541,6 @@ def predict(configs, args, loss_of, device="cuda", recomputation=None, phases=No
 
 
 def table(parts):
-    """The lines of a table of what `predict` gave, in GiB."""
-    return ["| part | GiB |", "| --- | ---: |", *(f"| {words} | {parts[name] / 2**30:.2f} |" for name, words in NAMES.items())]
+    """The lines of a table of what `predict` gave, in GiB, or in MiB for a run that takes less than one."""
+    unit, word = (2**30, "GiB") if parts["run"] >= 2**30 else (2**20, "MiB")
+    return [f"| part | {word} |", "| --- | ---: |", *(f"| {words} | {parts[name] / unit:.2f} |" for name, words in NAMES.items())]
