@@ -306,6 +306,7 @@ def test_a_dry_run_tells_time_memory_and_disk_and_trains_nothing(train, capsys):
         "parameters trained",
         "MiB a checkpoint",
         "for 10 of them",
+        "| TRAINING |",
         "nothing was trained",
     ):
         assert word in told
