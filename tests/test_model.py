@@ -266,11 +266,11 @@ def test_what_a_block_keeps_is_measured(tiny_model):
     ],
 )
 def test_auto_takes_what_fits_and_trains_the_same_bits(train, monkeypatch, capsys, room, words):
-    straight = lora_of(train(gradient_checkpointing="none"))
+    straight = lora_of(train())
     capsys.readouterr()
     monkeypatch.setattr(rehearsal, "free_bytes", lambda device: room)
     monkeypatch.setattr(rehearsal, "kept_bytes", lambda block, args, kwargs: (100, 10))
-    fitted = lora_of(train())
+    fitted = lora_of(train(gradient_checkpointing="auto"))
     assert f"gradient checkpointing: {words}" in capsys.readouterr().err
     assert same(straight, fitted)
 

@@ -54,6 +54,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(train):
 
 def test_the_base_model_is_unchanged_and_every_lora_weight_moved(train, tiny_model, monkeypatch):
     import train_cogvideox_lora as script
+    from cogvideox.linear import HeldLinear
 
     kept = {}
     load = script.load_transformer
@@ -65,7 +66,9 @@ def test_the_base_model_is_unchanged_and_every_lora_weight_moved(train, tiny_mod
 
     monkeypatch.setattr(script, "load_transformer", remember)
     train(max_train_steps=3)
-    after = {name.replace(".base_layer", ""): p for name, p in kept["model"].state_dict().items()}
+    after = dict(kept["model"].state_dict())
+    after |= {f"{name}.weight": module.weight for name, module in kept["model"].named_modules() if isinstance(module, HeldLinear)}
+    after = {name.replace(".base_layer", ""): p for name, p in after.items()}
     assert all(torch.equal(kept["before"][name], after[name]) for name in kept["before"])
     lora = {name: p for name, p in after.items() if ".lora_" in name}
     assert len(lora) == 2 * 4 * 2  # A and B, four targets, two blocks
