@@ -2,8 +2,8 @@
 
 A frozen weight takes part in two products a step, x W^T forward and g W backward, and has no gradient of its own. Between
 them nothing has to stay but the stored weight: it is turned into the compute dtype for one product at a time, and again
-for the backward one. (diffusers' layerwise casting swaps a module's weights after its forward, where autograd still
-expects the old ones in the backward; its group offloading does the same: both serve inference.)
+for the backward one. (diffusers' layerwise casting and group offloading bring a module's weights for its forward
+pass and take them away after it: both are made for inference.)
 """
 
 import torch
