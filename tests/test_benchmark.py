@@ -134,6 +134,7 @@ def test_a_mistake_is_one_sentence(words, sentence, capsys):
     assert len(message.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_step_prints_its_table(report):
     rows, written = report("step", "--size", "tiny", "--precision", "bf16", "--shape", "9x32x48", "--steps", "2", "--plain_linears")
     assert rows[0] == "shape tokens variant seconds least most ratio,useful GFLOP,GFLOP/s,peak GFLOP/s,of peak,others".replace(

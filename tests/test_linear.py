@@ -147,6 +147,7 @@ def test_a_lora_trains_on_a_base_of_fewer_bits_and_goes_on_with_the_same_bits(tr
     assert same(straight, lora_of(stopped))
 
 
+@pytest.mark.slow
 def test_another_base_precision_is_another_run(train, tmp_path, capsys):
     train(output=tmp_path / "out")
     with pytest.raises(SystemExit) as stop:
@@ -155,6 +156,7 @@ def test_another_base_precision_is_another_run(train, tmp_path, capsys):
     assert "--base_precision was 'stored' and is 'int8'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_offloading_changes_no_bit(train):
     assert same(lora_of(train()), lora_of(train(offload=True)))
 

@@ -98,6 +98,7 @@ def test_a_step_of_a_small_model_takes_what_is_predicted(checkpointing):
         assert agree(predicted_step(TINY, args, shape), measured_step(TINY, args, shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed", [{"base_precision": "fp8"}, {"base_precision": "int8"}, {"base_precision": "nf4"}, {"train_batch_size": 3}]
 )
@@ -106,6 +107,7 @@ def test_fewer_bits_and_more_clips_are_predicted(changed):
     assert agree(predicted_step(TINY, args, (3, 16, 12, 20)), measured_step(TINY, args, (3, 16, 12, 20)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [{"use_rotary_positional_embeddings": True}, {"patch_size_t": 2, "patch_bias": False}])
 def test_other_families_are_predicted(family):
     config, args = TINY | {"use_rotary_positional_embeddings": True} | family, flags(mixed_precision="no", gradient_checkpointing="none")

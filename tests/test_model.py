@@ -257,6 +257,7 @@ def test_what_a_block_keeps_is_measured(tiny_model):
     assert 250 * bytes_a_token == pytest.approx(kept, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("room", "words"),
     [
