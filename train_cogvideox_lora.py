@@ -238,7 +238,16 @@ from cogvideox import checkpoint, hub, lora, memory, metrics, rehearsal, stoppin
 from cogvideox.cache import known_components
 from cogvideox.data import check_data, encode_data, free
 from cogvideox.files import try_writing
-from cogvideox.folder import COGVIDEOX_2B, check_geometry, check_model_folder, find_model, load_tokenizer, read_facts, stored_dtype
+from cogvideox.folder import (
+    COGVIDEOX_2B,
+    PRECISIONS,
+    check_geometry,
+    check_model_folder,
+    find_model,
+    load_tokenizer,
+    read_facts,
+    stored_precision,
+)
 from cogvideox.launch import (
     BAD_DATA,
     BAD_FLAGS,
@@ -320,7 +329,7 @@ def choose_precision(wanted, folder, variant):
     if wanted == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         return wanted, f"--mixed_precision bf16: {torch.cuda.get_device_name()} has no bf16; use fp16"
     if wanted is None and folder:
-        stored = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(stored_dtype(folder, "transformer", variant), "no")
+        stored = stored_precision(folder, "transformer", variant)
         return ("no" if stored == "fp16" and not on_gpu else stored), None
     return wanted or "no", None
 
@@ -396,7 +405,7 @@ def main(args):
         stopping.listen()
     patient_barrier = patient_barrier_maker()
     device, is_main, output_dir = accelerator.device, accelerator.is_main_process, Path(args.output_dir)
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    dtype = PRECISIONS[args.mixed_precision]
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     lock, output_problems = prepare_output_dir(args, accelerator)
     if output_problems:
@@ -427,13 +436,10 @@ def main(args):
     except ValueError as error:
         fail(BAD_FLAGS, f"--init_lora {args.init_lora}: {error}")
     trained, total = sum(p.numel() for p in parameters), sum(p.numel() for p in transformer.parameters())
-    if dtype != torch.float32:
-        lora.leave_casts_to_autocast(transformer)
-        lora.keep_norms_out_of_autocast(transformer, dtype)
+    lora.fit_to_autocast(transformer, dtype)
     hold_linears(transformer, args.base_precision, args.offload, device)
     # With auto the rehearsal starts with every block recomputed, and takes back what fits.
-    wanted = "all" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
-    checkpoint_blocks(transformer, *blocks_to_recompute(wanted, len(transformer.transformer_blocks)))
+    checkpoint_blocks(transformer, *blocks_to_recompute(args.gradient_checkpointing, len(transformer.transformer_blocks)))
     if args.compile:
         compile_blocks(transformer, device)
     transformer.to(device).train()

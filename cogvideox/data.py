@@ -8,7 +8,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from cogvideox import cache as store
 from cogvideox import encode
-from cogvideox.folder import count_tokens, read_json, weight_files
+from cogvideox.folder import count_tokens, latent_shape, read_json, weight_files
 from cogvideox.launch import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, say
 from cogvideox.model import load_text_encoder, load_vae, usable_dtype
 from cogvideox.survey import (
@@ -144,10 +144,9 @@ def plan_encodings(args, folder, facts, data, captions, cache, device):
 
 
 def moments_shape(clip, facts):
-    """The shape of a clip's posterior: mean and log variance of each latent channel, one latent frame for the first frame
-    and one for every `frames_per_latent` more (AutoencoderKLCogVideoX is causal in time)."""
-    frames = (clip["frames"] - 1) // facts.frames_per_latent + 1
-    return 2 * facts.latent_channels, frames, clip["height"] // facts.latent_compression, clip["width"] // facts.latent_compression
+    """[2C, F', H', W'] of a clip's posterior: mean and log-variance of each latent channel."""
+    frames, channels, height, width = latent_shape(facts, clip["frames"], clip["height"], clip["width"])
+    return 2 * channels, frames, height, width
 
 
 def free(device):

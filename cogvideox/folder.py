@@ -11,6 +11,7 @@ import torch
 from dataset import longest_legal_length
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -131,6 +132,11 @@ def stored_dtype(folder, part, variant=None):
     return TORCH_DTYPES.get(sizes.most_common(1)[0][0], torch.float32)
 
 
+def stored_precision(folder, part, variant=None):
+    """`stored_dtype` as --mixed_precision calls it: fp16, bf16, or no for anything else."""
+    return {dtype: name for name, dtype in PRECISIONS.items()}.get(stored_dtype(folder, part, variant), "no")
+
+
 def unsupported_family(transformer, scheduler):
     """Why this script cannot train a model of this config, as a list of sentences."""
     problems = []
@@ -146,8 +152,12 @@ def unsupported_family(transformer, scheduler):
 
 
 def read_facts(folder):
-    """ModelFacts from the configs. Defaults are those of the diffusers classes."""
-    transformer, vae = read_json(folder / "transformer/config.json"), read_json(folder / "vae/config.json")
+    """ModelFacts of a folder."""
+    return facts_of(read_json(folder / "transformer/config.json"), read_json(folder / "vae/config.json"))
+
+
+def facts_of(transformer, vae):
+    """ModelFacts from two configs. Defaults are those of the diffusers classes."""
     compression = 2 ** (len(vae.get("block_out_channels", (128, 256, 256, 512))) - 1)
     return ModelFacts(
         spatial_multiple=compression * transformer.get("patch_size", 2),
@@ -158,6 +168,13 @@ def read_facts(folder):
         latent_compression=compression,
         scaling_factor=vae.get("scaling_factor", 1.15258426),
     )
+
+
+def latent_shape(facts, frames, height, width):
+    """[F', C, H', W'] of the latents of a clip: one frame for the first and one for each `frames_per_latent` more, as
+    AutoencoderKLCogVideoX is causal in time."""
+    compression = facts.latent_compression
+    return (frames - 1) // facts.frames_per_latent + 1, facts.latent_channels, height // compression, width // compression
 
 
 def check_geometry(facts, height, width, num_frames, names=("--height", "--width", "--max_num_frames")):

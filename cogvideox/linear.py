@@ -8,7 +8,6 @@ pass and take them away after it: both are made for inference.)
 
 import torch
 
-BASE_PRECISIONS = ("stored", "fp8", "int8", "nf4")
 # oneDNN's bf16 product loses a fifth of its speed at row counts such as 874 or 2146, and has its best at this many.
 CPU_ROWS = 256
 
@@ -117,7 +116,7 @@ def dequantize_nf4(held, shape, dtype):
 def hold_linears(transformer, base_precision="stored", offload=False, device=None):
     """Replace the frozen linear layers of the blocks, those inside LoRA layers too, by HeldLinear. Call it after `add_lora`.
 
-    Not those of the norms: they are an eighth of the weights, see one row a clip, and what they scale is sensitive. On a
+    Not those of the norms: they are a fifth of the weights, see one row a clip, and what they scale is sensitive. On a
     GPU with nothing to be gained (stored precision, no offload) nothing is replaced. device: where to quantize (a GPU is
     faster at it); the result is moved with the model.
     """
@@ -129,6 +128,7 @@ def hold_linears(transformer, base_precision="stored", offload=False, device=Non
             if isinstance(child, torch.nn.Linear) and not child.weight.requires_grad and "norm" not in f"{name}.{child_name}":
                 if base_precision != "stored":
                     child.to(device)
-                setattr(module, child_name, HeldLinear(child, base_precision, resident=not offload).requires_grad_(False))
+                layer = HeldLinear(child, base_precision, resident=not offload).requires_grad_(False)
                 if offload:
-                    getattr(module, child_name).held = [tensor.cpu() for tensor in getattr(module, child_name).held]
+                    layer.held = [tensor.cpu() for tensor in layer.held]
+                setattr(module, child_name, layer)

@@ -52,6 +52,13 @@ def lora_modules(transformer):
     return [(name, module) for name, module in transformer.named_modules() if isinstance(module, LoraLayer)]
 
 
+def fit_to_autocast(transformer, dtype):
+    """Leave to autocast what it does best, and keep from it what it does worse. In fp32 there is no autocast."""
+    if dtype != torch.float32:
+        leave_casts_to_autocast(transformer)
+        keep_norms_out_of_autocast(transformer, dtype)
+
+
 def leave_casts_to_autocast(transformer):
     """Stop peft from casting activations to fp32 before its products: under autocast they would be cast straight back."""
     for _, layer in lora_modules(transformer):

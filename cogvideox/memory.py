@@ -27,12 +27,11 @@ from transformers import T5Config, T5EncoderModel
 
 from cogvideox import linear, lora
 from cogvideox.encode import CAPTIONS_PER_BATCH
-from cogvideox.folder import read_json, stored_dtype
+from cogvideox.folder import PRECISIONS, facts_of, latent_shape, read_json, stored_precision
 from cogvideox.model import blocks_to_recompute, checkpoint_blocks, decode_latents, encode_frames, keep_position_tables, rotary_tables
 
 # bitsandbytes keeps the states of smaller parameters in fp32.
 SMALLEST_8BIT = 4096
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Blocks of one kind in the run that is counted: the first two and the last are special, the last but one is repeated.
 RUN_BLOCKS = 4
 NAMES = {
@@ -70,9 +69,8 @@ PRESETS = {
 
 def read_configs(folder, variant=None):
     """The configs of a model folder as PRESETS has them: component -> config, and `dtypes`: component -> no, fp16 or bf16."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
     configs = {part: read_json(folder / part / "config.json") for part in PARTS}
-    return configs | {"dtypes": {part: names.get(stored_dtype(folder, part, variant), "no") for part in PARTS}}
+    return configs | {"dtypes": {part: stored_precision(folder, part, variant) for part in PARTS}}
 
 
 def on_device(configs, device):
@@ -198,13 +196,12 @@ def bring_to_device(model, in_host=False):
 def define_transformer(configs, args, device, layers):
     """A transformer of `layers` blocks with its LoRA on the meta device, its frozen layers held as the trainer holds them."""
     config = {name: value for name, value in configs["transformer"].items() if not name.startswith("_")}
-    dtype = DTYPES[args.mixed_precision]
+    dtype = PRECISIONS[args.mixed_precision]
     with without_data(dtype):
         transformer = CogVideoXTransformer3DModel(**(config | {"num_layers": layers})).requires_grad_(False)
         alpha = args.lora_alpha or float(args.rank)
         lora.add_lora(transformer, args.rank, alpha, args.lora_dropout, args.target_modules, args.seed)
-    if dtype != torch.float32:
-        lora.leave_casts_to_autocast(transformer)
+    lora.fit_to_autocast(transformer, dtype)
     if device == "cpu" or args.offload or args.base_precision != "stored":
         # On a meta device nothing is replaced where nothing is gained, as on a GPU; on a CPU there is.
         where = "cpu" if args.base_precision == "stored" else "meta"
@@ -214,27 +211,23 @@ def define_transformer(configs, args, device, layers):
 
 def prepare_transformer(transformer, args, device):
     """Bring a transformer to the fake device as the trainer prepares it for `device`, "cuda" or "cpu"."""
-    dtype = DTYPES[args.mixed_precision]
+    dtype = PRECISIONS[args.mixed_precision]
     bring_to_device(transformer, in_host=args.offload and device == "cuda")
     keep_position_tables(transformer.patch_embed)
     if dtype != torch.float32:
-        lora.keep_norms_out_of_autocast(transformer, dtype)
         # As accelerate's `prepare` does it.
         transformer.forward = ConvertOutputsToFp32(torch.autocast("cpu", dtype)(transformer.forward))
     transformer.train()
 
 
-def latent_shape(configs, frames, height, width):
+def latents_of(configs, frames, height, width):
     """[F', C, H', W'] of a clip's latents."""
-    vae, transformer = configs["vae"], configs["transformer"]
-    compression = 2 ** (len(vae.get("block_out_channels", (128, 256, 256, 512))) - 1)
-    latents = (frames - 1) // vae.get("temporal_compression_ratio", 4) + 1
-    return latents, transformer.get("in_channels", 16), height // compression, width // compression
+    return latent_shape(facts_of(configs["transformer"], configs["vae"]), frames, height, width)
 
 
 def make_batch(configs, args, shape):
     """A batch of clips of latents [F', C, H', W'] without data, as the loader gives it."""
-    transformer, text_dtype = configs["transformer"], DTYPES[configs["dtypes"]["text_encoder"]]
+    transformer, text_dtype = configs["transformer"], PRECISIONS[configs["dtypes"]["text_encoder"]]
     tokens, width = transformer.get("max_text_seq_length", 226), transformer.get("text_embed_dim", 4096)
     clips = args.train_batch_size
     return {
@@ -296,7 +289,7 @@ def step_pieces(configs, args, loss_of, shape, recomputed, keep_attention, devic
         if args.gradient_accumulation_steps > 1:
             start["batch"] -= adapters
         mark("inputs")
-        loss = loss_of(transformer, CogVideoXDDIMScheduler(), batch, rotary, DTYPES[args.mixed_precision]).mean()
+        loss = loss_of(transformer, CogVideoXDDIMScheduler(), batch, rotary, PRECISIONS[args.mixed_precision]).mean()
         in_backward.append(True)
         loss.backward()
         del loss
@@ -339,10 +332,7 @@ def training_course(configs, args, loss_of, shape, recomputed, keep_attention, d
 
 def optimizer_bytes(args, parameters):
     """Bytes of the states that an optimizer keeps for parameters (fp32 tensors, on any device)."""
-    name = args.optimizer.lower()
-    if args.use_8bit_adam and not name.endswith("8bit"):
-        name += "8bit"
-    total = 0
+    name, total = args.optimizer, 0
     for parameter in parameters:
         numbers = parameter.numel()
         if name == "prodigy":  # two moments, the first weights, and the sum for the step estimate
@@ -400,7 +390,7 @@ def block_bytes(configs, args, loss_of, shape, device="cuda"):
 
 def captions_bytes(configs):
     """(weights, working set) of T5 on one group of captions, in bytes."""
-    dtype = DTYPES[configs["dtypes"]["text_encoder"]]
+    dtype = PRECISIONS[configs["dtypes"]["text_encoder"]]
     config = T5Config(**{name: value for name, value in configs["text_encoder"].items() if name not in ("dtype", "torch_dtype")})
     with without_data(dtype):
         encoder = T5EncoderModel(config)
@@ -421,7 +411,7 @@ def vae_bytes(configs, what, shape, slicing=True, tiling=True):
     shape: (frames, height, width) of the clip.
     """
     config = {name: value for name, value in configs["vae"].items() if not name.startswith("_")}
-    with without_data(DTYPES[configs["dtypes"]["vae"]]):
+    with without_data(PRECISIONS[configs["dtypes"]["vae"]]):
         vae = AutoencoderKLCogVideoX(**config)
     if slicing:
         vae.enable_slicing()
@@ -435,7 +425,7 @@ def vae_bytes(configs, what, shape, slicing=True, tiling=True):
         if what == "encode":
             return encode_frames(vae, np.zeros((*shape, 3), np.uint8))
         try:
-            return decode_latents(vae, torch.empty(latent_shape(configs, *shape), device="meta"))
+            return decode_latents(vae, torch.empty(latents_of(configs, *shape), device="meta"))
         except NotImplementedError:  # its last step, to the host, for which there would have to be numbers
             return None
 
@@ -474,9 +464,9 @@ def sampling_bytes(configs, args, shape, device="cuda"):
         prepare_transformer(transformer, args, device)
         transformer.eval()
         before = ledger.live
-        batch = make_batch(configs, argparse.Namespace(train_batch_size=clips), latent_shape(configs, *shape))
+        batch = make_batch(configs, argparse.Namespace(train_batch_size=clips), latents_of(configs, *shape))
         rotary = rotary_tables(transformer, torch.device("cpu"))(batch)
-        dtype = DTYPES[args.mixed_precision]
+        dtype = PRECISIONS[args.mixed_precision]
         ledger.mark("sampling")
         transformer(
             hidden_states=batch["latents"].to(dtype),
@@ -521,12 +511,11 @@ def predict(configs, args, loss_of, device="cuda", recomputation=None, phases=No
 
     configs: from `read_configs` or PRESETS. args: the trainer's flags, with mixed_precision chosen. loss_of: the trainer's
     velocity_loss. device: "cuda" or "cpu", whose autocast and kept weights differ. recomputation: (blocks, keep_attention),
-    default: of --gradient_checkpointing, where auto stands for all. phases: from `phase_parts`, if it is known already.
+    default: of --gradient_checkpointing. phases: from `phase_parts`, if it is known already.
     """
     layers = configs["transformer"].get("num_layers", 30)
-    wanted = "all" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
-    recomputation = recomputation or blocks_to_recompute(wanted, layers)
-    shape = latent_shape(configs, *largest_shape(args))
+    recomputation = recomputation or blocks_to_recompute(args.gradient_checkpointing, layers)
+    shape = latents_of(configs, *largest_shape(args))
     parts = training_parts(configs, args, loss_of, shape, *recomputation, device)
     phases = phases or phase_parts(configs, args, device)
     resident = parts["base_weights"] + parts["adapters"] + parts["optimizer_state"]

@@ -147,10 +147,10 @@ def rotary_tables(transformer, device):
 
 
 def blocks_to_recompute(wanted, blocks):
-    """(number of blocks, whether their attention is kept) of a --gradient_checkpointing value other than auto."""
+    """(number of blocks, whether their attention is kept) of a --gradient_checkpointing value; auto begins as all."""
     if wanted.isdecimal():
         return min(int(wanted), blocks), True
-    return {"all": (blocks, False), "attention": (blocks, True), "none": (0, True)}[wanted]
+    return {"auto": (blocks, False), "all": (blocks, False), "attention": (blocks, True), "none": (0, True)}[wanted]
 
 
 def checkpoint_blocks(transformer, recomputed, keep_attention):
@@ -163,8 +163,9 @@ def checkpoint_blocks(transformer, recomputed, keep_attention):
         transformer.disable_gradient_checkpointing()
         return
     chosen = set(map(id, transformer.transformer_blocks[:recomputed]))
-    contexts = functools.partial(create_selective_checkpoint_contexts, policy_fn_or_list=keep_attention_outputs)
-    settings = {"context_fn": contexts} if keep_attention else {}
+    settings = {}
+    if keep_attention:
+        settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy_fn_or_list=keep_attention_outputs)
 
     def run(block, *inputs):
         if id(block) not in chosen:

@@ -131,9 +131,7 @@ def kept_bytes(block, args, kwargs):
             return result
 
     args = [one.detach().requires_grad_(one.is_floating_point()) if torch.is_tensor(one) else one for one in args]
-    for weight in block.parameters():
-        tensors[weight.untyped_storage().data_ptr()] = 0
-    weights = set(tensors)
+    weights = {weight.untyped_storage().data_ptr() for weight in block.parameters()}
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Watch():
         outputs = block(*args, **kwargs)
     del outputs

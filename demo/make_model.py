@@ -42,7 +42,19 @@ def make_model(folder, seed=0, dtype=torch.float32, text_width=32, vae_channels=
         num_layers=layers,
         **settings,
     )
-    scheduler = CogVideoXDDIMScheduler(
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    pipeline = CogVideoXPipeline(tokenizer, text_encoder, vae, model, make_scheduler()).to(dtype=dtype)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return folder
+
+
+def make_scheduler():
+    """The 2B's scheduler."""
+    return CogVideoXDDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -52,14 +64,6 @@ def make_model(folder, seed=0, dtype=torch.float32, text_width=32, vae_channels=
         snr_shift_scale=3.0,
         timestep_spacing="trailing",
     )
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    pipeline = CogVideoXPipeline(tokenizer, text_encoder, vae, model, scheduler).to(dtype=dtype)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    return folder
 
 
 @torch.no_grad()

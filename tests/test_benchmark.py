@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from cogvideox import lora
+from demo.make_model import make_scheduler
 from tools import benchmark, reference
 from train_cogvideox_lora import velocity_loss
 
@@ -60,7 +61,7 @@ def batch_of(seed):
 
 
 def test_the_baselines_loss_is_ours():
-    transformer, scheduler = benchmark.make_transformer("tiny", torch.float32), benchmark.make_scheduler()
+    transformer, scheduler = benchmark.make_transformer("tiny", torch.float32), make_scheduler()
     for parameter in lora.add_lora(transformer, 4, 4, 0.0, reference.TARGETS, seed=0):
         torch.nn.init.normal_(parameter, std=0.1)
 

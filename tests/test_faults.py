@@ -88,9 +88,9 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(tiny_model
 def test_a_signal_to_one_of_two_processes_stops_both_with_a_checkpoint(tiny_model, six_clips, encodings, tmp_path):
     run = start(TWO, words(tiny_model, six_clips, tmp_path / "out", encodings, max_train_steps=2000))
     wait_for(lambda: len(steps_of(tmp_path / "out")) >= 3)
-    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    children = family(run.pid)[1:]
     assert len(children) == 2
-    os.kill(int(children[1]), signal.SIGTERM)
+    children[1].send_signal(signal.SIGTERM)
     output = run.communicate(timeout=60)[0]
     assert run.returncode != 0
     assert "stopped by SIGTERM after step" in output
@@ -371,8 +371,7 @@ def test_a_second_run_into_the_same_folder_is_refused_while_the_first_lives(trai
 def test_a_dead_process_ends_the_other_within_a_minute(tiny_model, six_clips, encodings, tmp_path):
     run = start(TWO, words(tiny_model, six_clips, tmp_path / "out", encodings, max_train_steps=5000, checkpointing_steps=3))
     wait_for(lambda: (tmp_path / "out/checkpoint-3/manifest.json").exists())
-    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[1]), signal.SIGKILL)
+    family(run.pid)[2].send_signal(signal.SIGKILL)
     began = time.monotonic()
     output = run.communicate(timeout=60)[0]
     assert time.monotonic() - began < 60

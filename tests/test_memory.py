@@ -49,7 +49,7 @@ def measured_peak(work):
 
 def real_transformer(config, args):
     """A model as the trainer prepares it on a CPU, with zeros for weights. Returns (model, LoRA parameters)."""
-    dtype = memory.DTYPES[args.mixed_precision]
+    dtype = memory.PRECISIONS[args.mixed_precision]
     with memory.without_data(dtype):
         transformer = CogVideoXTransformer3DModel(**config)
     transformer = transformer.to_empty(device="cpu").requires_grad_(False)
@@ -57,9 +57,7 @@ def real_transformer(config, args):
         tensor.zero_()
     model.keep_position_tables(transformer.patch_embed)
     parameters = lora.add_lora(transformer, args.rank, float(args.rank), 0.0, args.target_modules, seed=0)
-    if dtype != torch.float32:
-        lora.leave_casts_to_autocast(transformer)
-        lora.keep_norms_out_of_autocast(transformer, dtype)
+    lora.fit_to_autocast(transformer, dtype)
     linear.hold_linears(transformer, args.base_precision, args.offload, torch.device("cpu"))
     layers = len(transformer.transformer_blocks)
     model.checkpoint_blocks(transformer, *model.blocks_to_recompute(args.gradient_checkpointing, layers))
@@ -72,7 +70,7 @@ def measured_step(config, args, shape):
     batch = memory.make_batch(configs_of(**config), args, shape)
     batch = {name: torch.zeros_like(tensor) for name, tensor in batch.items()}
     rotary = model.rotary_tables(transformer, torch.device("cpu"))(batch)
-    dtype, scheduler = memory.DTYPES[args.mixed_precision], CogVideoXDDIMScheduler()
+    dtype, scheduler = memory.PRECISIONS[args.mixed_precision], CogVideoXDDIMScheduler()
     return measured_peak(lambda: script.velocity_loss(transformer, scheduler, batch, rotary, dtype).mean().backward())
 
 
@@ -214,7 +212,7 @@ def test_the_vae_takes_what_is_predicted_beside_its_convolutions(tiny_model, til
     configs, shape = memory.read_configs(tiny_model), (17, 288, 432)
     vae = model.load_vae(tiny_model, torch.device("cpu"), tiling=tiling)
     frames = np.zeros((*shape, 3), np.uint8)
-    latents = torch.zeros(memory.latent_shape(configs, *shape))
+    latents = torch.zeros(memory.latents_of(configs, *shape))
     weights, encode = memory.vae_bytes(configs, "encode", shape, tiling=tiling)
     _, decode = memory.vae_bytes(configs, "decode", shape, tiling=tiling)
     assert weights == sum(memory.size_of(t) for t in [*vae.parameters(), *vae.buffers()])

@@ -314,38 +314,11 @@ def make_vae(kind, dtype):
     return vae.requires_grad_(False).eval()
 
 
-def make_scheduler():
-    """The 2B's scheduler."""
-    from diffusers import CogVideoXDDIMScheduler
-
-    return CogVideoXDDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        snr_shift_scale=3.0,
-        timestep_spacing="trailing",
-    )
-
-
-def load_tokenizer():
-    """The real T5 tokenizer."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(ROOT / "demo/tokenizer", local_files_only=True)
-
-
-def latent_shape(shape):
-    """[F', H', W'] of latents, from (frames, height, width) in pixels: AutoencoderKLCogVideoX keeps a 4 x 8 x 8th."""
-    frames, height, width = shape
-    return (frames - 1) // 4 + 1, height // 8, width // 8
-
-
 def tokens_of(shape):
     """Tokens that a block sees: the text's and one for each 2 x 2 latents."""
-    frames, height, width = latent_shape(shape)
+    from cogvideox.folder import COGVIDEOX_2B, latent_shape
+
+    frames, _, height, width = latent_shape(COGVIDEOX_2B, *shape)
     return TEXT_LENGTH + frames * (height // 2) * (width // 2)
 
 
@@ -357,26 +330,25 @@ def write_model(job):
     """Write a model folder of a size, for runs of whole programs."""
     from diffusers import CogVideoXPipeline
 
-    dtype = dtype_of(job["precision"])
+    from cogvideox.folder import PRECISIONS, load_tokenizer
+    from demo.make_model import make_scheduler
+
+    dtype = PRECISIONS[job["precision"]]
     parts = make_text_encoder(job["size"], dtype), make_vae(job["vae"], dtype), make_transformer(job["size"], dtype)
-    CogVideoXPipeline(load_tokenizer(), *parts, make_scheduler()).save_pretrained(job["folder"])
+    CogVideoXPipeline(load_tokenizer(ROOT / "demo"), *parts, make_scheduler()).save_pretrained(job["folder"])
     return {"folder": job["folder"]}
-
-
-def dtype_of(precision):
-    """The torch dtype of a --precision."""
-    import torch
-
-    return {"no": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
 def captions_and_moments(job):
     """What both variants of a step train on: 4 captions and 4 random posteriors [2C, F', H', W'] of a shape."""
     import torch
 
+    from cogvideox.folder import COGVIDEOX_2B, latent_shape
+
     captions = (ROOT / "demo/dataset/prompts.txt").read_text().splitlines()[:4]
     generator = torch.Generator().manual_seed(1)
-    means = torch.randn(4, 16, *latent_shape(job["shape"]), generator=generator)
+    frames, channels, height, width = latent_shape(COGVIDEOX_2B, *job["shape"])
+    means = torch.randn(4, channels, frames, height, width, generator=generator)
     return captions, torch.cat([means, torch.full_like(means, -8.0)], dim=1)
 
 
@@ -387,17 +359,17 @@ def our_step(job, folder):
 
     import train_cogvideox_lora as script
     from cogvideox import cache, lora, order
+    from cogvideox.folder import COGVIDEOX_2B, PRECISIONS
     from cogvideox.model import keep_position_tables
+    from demo.make_model import make_scheduler
 
-    dtype, steps = dtype_of(job["precision"]), job["steps"] + job["warmup"] + 1
+    dtype, steps = PRECISIONS[job["precision"]], job["steps"] + job["warmup"] + 1
     args = script.parse_args(["--pretrained_model_name_or_path", "none", "--instance_data_root", "none", "--report_to", "none"])
     accelerator = script.start_processes(job["precision"], 1, 30.0)
     device, scheduler, transformer = accelerator.device, make_scheduler(), make_transformer(job["size"], dtype)
     keep_position_tables(transformer.patch_embed)  # as load_transformer does
     parameters = lora.add_lora(transformer, job["rank"], job["rank"], 0.0, script.DEFAULT_TARGETS, args.seed)
-    if dtype != torch.float32:
-        lora.leave_casts_to_autocast(transformer)
-        lora.keep_norms_out_of_autocast(transformer, dtype)
+    lora.fit_to_autocast(transformer, dtype)
     if job["variant"] != "ours, plain linears":
         script.hold_linears(transformer, device=device)
     transformer.to(device).train()
@@ -411,7 +383,7 @@ def our_step(job, folder):
         cache.write_entry(cache.entry_path(folder, "captions", name), torch.randn(TEXT_LENGTH, width).to(dtype))
     encodings = cache.Encodings(folder, names, names, names, names[0])
     clip_of = functools.partial(order.clip_at, args.seed, shapes=(0,) * len(names), clips_per_step=1)
-    clips = order.TrainingClips(encodings, clip_of, args.seed, 1.15258426, scheduler.config.num_train_timesteps)
+    clips = order.TrainingClips(encodings, clip_of, args.seed, COGVIDEOX_2B.scaling_factor, scheduler.config.num_train_timesteps)
     batches = iter(DataLoader(clips, batch_sampler=list(order.positions_of(0, 1, 1, 1, 0, steps))))
     optimizer = script.make_optimizer(args, parameters, args.learning_rate)
     schedule = script.make_schedule(args, optimizer, steps)
@@ -436,18 +408,20 @@ def reference_step(job, folder):
     """(a function that trains one step as the original does, one that sets the checkpointing), its log in `folder`."""
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+    from cogvideox.folder import COGVIDEOX_2B, PRECISIONS, load_tokenizer
+    from demo.make_model import make_scheduler
     from tools import reference
 
     reference.set_seed(42)
-    dtype = dtype_of(job["precision"])
+    dtype = PRECISIONS[job["precision"]]
     accelerator = reference.start_accelerator(job["precision"])
-    scheduler, tokenizer = make_scheduler(), load_tokenizer()
+    scheduler, tokenizer = make_scheduler(), load_tokenizer(ROOT / "demo")
     text_encoder = make_text_encoder(job["size"], dtype).to(accelerator.device)
     transformer = make_transformer(job["size"], dtype).to(accelerator.device)
     parameters = reference.add_lora(transformer, job["rank"])
     captions, moments = captions_and_moments(job)
     posteriors = [DiagonalGaussianDistribution(clip[None].to(dtype)) for clip in moments]
-    loader = reference.batches_of(posteriors, captions, 1.15258426)
+    loader = reference.batches_of(posteriors, captions, COGVIDEOX_2B.scaling_factor)
     model, optimizer, schedule = reference.prepare(accelerator, transformer, parameters)
     batches = (batch for _ in iter(int, 1) for batch in loader)
     log = (folder / "metrics.jsonl").open("w")
@@ -468,6 +442,8 @@ def reference_step(job, folder):
 
 def time_steps(job):
     """Seconds of optimizer steps of one variant; of ours also the FLOPs, counted without checkpointing."""
+    from cogvideox.folder import PRECISIONS
+
     with tempfile.TemporaryDirectory() as folder:
         ours = job["variant"] != "reference"
         step, checkpoint = (our_step if ours else reference_step)(job, Path(folder))
@@ -476,7 +452,7 @@ def time_steps(job):
         for _ in range(job["warmup"]):
             step()
         gc.collect()
-        peak = matmul_peak(dtype_of(job["precision"]), job["clock"])
+        peak = matmul_peak(PRECISIONS[job["precision"]], job["clock"])
         losses = []
         seconds, others = seconds_of(lambda: losses.append(step()), job["steps"], job["clock"])
     peak_mib = psutil.Process().memory_info().rss / 2**20
@@ -499,8 +475,9 @@ def time_encoder(job):
     import torch
 
     from cogvideox import encode, model
+    from cogvideox.folder import PRECISIONS, load_tokenizer
 
-    dtype = dtype_of(job["precision"])
+    dtype = PRECISIONS[job["precision"]]
     if job["variant"] == "vae":
         vae, per_call = make_vae(job["vae"], dtype), 1
         dtype = vae.dtype
@@ -509,7 +486,7 @@ def time_encoder(job):
     else:
         captions, per_call = (ROOT / "demo/dataset/prompts.txt").read_text().splitlines(), encode.CAPTIONS_PER_BATCH
         text_encoder = make_text_encoder(job["size"], dtype)
-        call = functools.partial(model.encode_captions, load_tokenizer(), text_encoder, captions[:per_call], TEXT_LENGTH)
+        call = functools.partial(model.encode_captions, load_tokenizer(ROOT / "demo"), text_encoder, captions[:per_call], TEXT_LENGTH)
     flops = count_flops(torch.no_grad()(call))
     call()
     peak = matmul_peak(dtype, job["clock"])

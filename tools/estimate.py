@@ -65,7 +65,7 @@ def chosen_recomputation(memory, configs, args, loss_of, room, device, phases):
     from cogvideox import rehearsal
 
     layers = configs["transformer"].get("num_layers", 30)
-    shape = memory.latent_shape(configs, *memory.largest_shape(args))
+    shape = memory.latents_of(configs, *memory.largest_shape(args))
     look = functools.partial(memory.predict, configs, args, loss_of, device, phases=phases)
     none = look(recomputation=(0, True))
     if none["training"] <= room:
@@ -94,11 +94,10 @@ def print_parts(memory, options, args, configs, loss_of):
     if options.card and args.gradient_checkpointing == "auto":
         plan, parts = chosen_recomputation(memory, configs, args, loss_of, usable(options.card), options.device, phases)
     else:
-        wanted = "all" if args.gradient_checkpointing == "auto" else args.gradient_checkpointing
-        plan = memory.blocks_to_recompute(wanted, layers)
+        plan = memory.blocks_to_recompute(args.gradient_checkpointing, layers)
         parts = memory.predict(configs, args, loss_of, options.device, plan, phases)
     clip = memory.largest_shape(args)
-    blocks = memory.block_bytes(configs, args, loss_of, memory.latent_shape(configs, *clip), options.device)
+    blocks = memory.block_bytes(configs, args, loss_of, memory.latents_of(configs, *clip), options.device)
     model, size = options.model or options.preset, "x".join(map(str, clip))
     print(f"{model} on {options.device}, {size}, batch {args.train_batch_size}, rank {args.rank}, {args.mixed_precision};")
     print(f"blocks recomputed: {words_of(plan, layers)}; the peak of training is in the {parts['training_peak_at']} pass\n")

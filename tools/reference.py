@@ -35,10 +35,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, T5EncoderModel
 
-from cogvideox.folder import stored_dtype
+from cogvideox.folder import PRECISIONS, stored_dtype
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16}
 
 
 # -----------------------------------------------------------------------------
@@ -186,7 +185,7 @@ def last_video(options, folder, dtype, vae_dtype, device):
 
 def main(options):
     """One run, as described above."""
-    folder, dtype, output_dir = Path(options.pretrained_model_name_or_path), DTYPES[options.mixed_precision], Path(options.output_dir)
+    folder, dtype, output_dir = Path(options.pretrained_model_name_or_path), PRECISIONS[options.mixed_precision], Path(options.output_dir)
     pairs = read_lists(options.instance_data_root)
     random.seed(options.seed)
     set_seed(options.seed)
@@ -250,7 +249,7 @@ def parse_args(words=None):
     flag("--rank", type=int, default=128, help="rank of the LoRA matrices")
     flag("--max_train_steps", type=int, default=10, help="optimizer steps")
     flag("--learning_rate", type=float, default=1e-4, help="learning rate, constant")
-    flag("--mixed_precision", choices=sorted(DTYPES), default="bf16", help="dtype of all models and of the LoRA")
+    flag("--mixed_precision", choices=("bf16", "no"), default="bf16", help="dtype of all models and of the LoRA")
     flag("--gradient_checkpointing", action="store_true", help="recompute the activations of all blocks")
     flag("--validation_prompt", help="make a last video of this prompt (default: none, but the pipeline is loaded all the same)")
     flag("--num_inference_steps", type=int, default=50, help="denoising steps of the last video")
