@@ -6,7 +6,10 @@ By hand:                python train_cogvideox_lora.py --pretrained_model_name_o
                             --instance_data_root ~/disney --output_dir my-lora
 The same line works under `accelerate launch` and `torchrun`.
 
-What comes out, in --output_dir: pytorch_lora_weights.safetensors (weight 1.0 is the trained strength in every loader),
+Several engines:        CONFIG_PATH=configs/fsdp2.yaml bash finetune_multi_gpus_1.sh --training_type sft --learning_rate 1e-5
+
+What comes out, in --output_dir: pytorch_lora_weights.safetensors (weight 1.0 is the trained strength in every loader) or,
+of full fine-tuning, transformer/ (an ordinary diffusers folder), and beside it
 README.md (the model card), metrics.jsonl, loss.png, dataset_report.txt, validation/step-*/, checkpoint-*/.
 """
 
@@ -31,6 +34,7 @@ from cogvideox.launcher import end_with_launcher
 
 OPTIMIZER_NAMES = ("adamw", "adam", "prodigy", "adamw8bit", "adam8bit")
 SCHEDULE_NAMES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+TRAINING_TYPES = ("lora", "sft")
 BASE_PRECISIONS = ("stored", "fp8", "int8", "nf4")
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -51,6 +55,7 @@ def build_parser():
     add_data_flags(parser)
 
     flag = parser.add_argument_group("LoRA and loss").add_argument
+    flag("--training_type", choices=TRAINING_TYPES, default="lora", help="lora, or sft: all weights of the transformer, in fp32")
     flag("--rank", type=int, default=128, help="rank of the LoRA matrices; 64 or above for new concepts")
     flag("--lora_alpha", type=float, help="the LoRA is scaled by alpha / rank (default: equal to --rank)")
     flag("--lora_dropout", type=float, default=0.0, help="dropout on the LoRA's input (0: off)")
@@ -93,6 +98,7 @@ def build_parser():
     flag("--prodigy_decouple", action=switch, default=True, help="Prodigy: weight decay as AdamW's")
     flag("--prodigy_use_bias_correction", action=switch, default=True, help="Prodigy: Adam's bias correction")
     flag("--prodigy_safeguard_warmup", action=switch, default=True, help="Prodigy: keep warm-up out of the step estimate")
+    flag("--ema_decay", type=float, default=0.0, help="ship and validate an average of the trained weights, such as 0.999 (0: off)")
     flag("--max_grad_norm", type=float, default=1.0, help="clip the gradient norm to this (0: off)")
     flag("--allow_tf32", action="store_true", help="TF32 products on Ampere and later GPUs")
     flag("--max_skipped_steps", type=int, default=10, help="end the run after so many steps in a row whose gradient was not finite")
@@ -177,12 +183,16 @@ def check_flags(args):
     problems += below(args, 0, "lr_warmup_steps", "validation_epochs", "validation_steps", "fixed_loss_clips", "seed", "guidance_scale")
     problems += below(args, 0, "learning_rate", "lr_power", "adam_weight_decay", "max_grad_norm")
     problems += not_above_zero(args, "lora_alpha", "adam_epsilon", "process_timeout_minutes")
-    for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout"):
+    for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout", "ema_decay"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < 1:
             problems.append(f"--{name} {value}: at least 0 and below 1")
     if not 0 <= args.caption_dropout <= 1:
         problems.append(f"--caption_dropout {args.caption_dropout}: a share from 0 to 1")
+    if args.training_type == "sft":
+        for name, off in (("init_lora", None), ("lora_dropout", 0.0), ("base_precision", "stored"), ("offload", False)):
+            if getattr(args, name) != off:
+                problems.append(f"--{name}: of a LoRA or its frozen base; --training_type sft has neither")
     if args.overwrite_output_dir and args.resume_from_checkpoint:
         problems.append("--overwrite_output_dir and --resume_from_checkpoint: one removes what the other needs; give one of them")
     if args.use_8bit_adam and args.optimizer == "prodigy":
@@ -230,11 +240,12 @@ if __name__ == "__main__":
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from diffusers.training_utils import EMAModel
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
-from cogvideox import checkpoint, hub, lora, memory, metrics, rehearsal, stopping, validation
+from cogvideox import checkpoint, engine, hub, lora, memory, metrics, rehearsal, sft, stopping, validation
 from cogvideox.cache import known_components
 from cogvideox.data import check_data, encode_data, free
 from cogvideox.files import try_writing
@@ -363,13 +374,13 @@ def prepare_output_dir(args, accelerator):
 
 def holds_earlier_run(output_dir):
     """The name of something that would be lost if another run wrote into a folder; None if there is nothing."""
-    kept = [path.parent.name for path in sorted(output_dir.glob("checkpoint-*/manifest.json"))] + [lora.LORA_FILE]
+    kept = [path.parent.name for path in sorted(output_dir.glob("checkpoint-*/manifest.json"))] + [lora.RESULT, sft.RESULT]
     return next((name for name in kept if (output_dir / name).exists()), None)
 
 
 def remove_earlier_run(output_dir, logging_dir):
     """Delete what a run writes, and nothing else, from a folder that holds one."""
-    names = [lora.LORA_FILE, "README.md", "metrics.jsonl", "loss.png", "status.json", "validation", "encoded", logging_dir]
+    names = [lora.RESULT, sft.RESULT, "README.md", "metrics.jsonl", "loss.png", "status.json", "validation", "encoded", logging_dir]
     checkpoints = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+(\.partial|\.abandoned)?", path.name)]
     for path in [*checkpoints, *(output_dir / name for name in names)]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
@@ -385,11 +396,12 @@ def main(args):
         problems += check_model_folder(folder, args.variant, may_lack=known_components(folder, args.encoding_cache_dir, args.variant))
         if not problems:
             facts, tokenizer = read_facts(folder), load_tokenizer(folder)
-            problems += lora.check_targets(folder, args.target_modules)
+            problems += lora.check_targets(folder, args.target_modules) if args.training_type == "lora" else []
     except ValueError as error:
         problems.append(str(error))
     args.mixed_precision, problem = choose_precision(args.mixed_precision, None if problems else folder, args.variant)
     problems += [problem] if problem else []
+    problems += engine.unfit_flags(args)
     for height, width in args.bucket_sizes or [(args.height, args.width)]:
         for frames in args.bucket_lengths or [args.max_num_frames]:
             names = ("--bucket",) * 3 if args.bucket else ("--height", "--width", "--max_num_frames")
@@ -426,23 +438,48 @@ def main(args):
             args, folder, facts, tokenizer, data, readers, accelerator, patient_barrier
         )
 
-    # The transformer: frozen, in the compute dtype, with a LoRA in fp32.
-    scheduler = load_scheduler(folder)
-    transformer = load_transformer(folder, dtype, args.variant)
-    parameters = lora.add_lora(transformer, args.rank, args.lora_alpha, args.lora_dropout, args.target_modules, args.seed)
+    # The transformer: frozen, in the compute dtype, with a LoRA in fp32; or all of it in fp32.
+    scheduler, result = load_scheduler(folder), checkpoint.RESULTS[args.training_type]
+    if args.training_type == "lora":
+        export = lora.export
+
+        def build():
+            transformer = load_transformer(folder, dtype, args.variant)
+            lora.add_lora(transformer, args.rank, args.lora_alpha, args.lora_dropout, args.target_modules, args.seed)
+            return transformer
+
+        result_facts = {
+            "rank": str(args.rank),
+            "alpha_folded_in": f"{args.lora_alpha:g}",
+            "trigger": args.id_token or "",
+            "example_prompt": data.records[0].caption,
+        }
+    else:
+        export = functools.partial(sft.export, dtype=PRECISIONS[stored_precision(folder, "transformer", args.variant)])
+
+        def build():
+            return load_transformer(folder, torch.float32, args.variant).requires_grad_(True)
+
+        result_facts = {"trigger": args.id_token or "", "example_prompt": data.records[0].caption}
+    transformer = build()
+    result_facts |= {"config": transformer.to_json_string()} if args.training_type == "sft" else {}
     try:
         if args.init_lora:
             lora.load_exported(transformer, args.init_lora)
     except ValueError as error:
         fail(BAD_FLAGS, f"--init_lora {args.init_lora}: {error}")
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     trained, total = sum(p.numel() for p in parameters), sum(p.numel() for p in transformer.parameters())
     lora.fit_to_autocast(transformer, dtype)
-    hold_linears(transformer, args.base_precision, args.offload, device)
+    splits = engine.splits_weights(accelerator)
+    if not splits:  # an engine that splits weights has to see them all, and brings its part to the device
+        hold_linears(transformer, args.base_precision, args.offload, device)
+        transformer.to(device)
     # With auto the rehearsal starts with every block recomputed, and takes back what fits.
     checkpoint_blocks(transformer, *blocks_to_recompute(args.gradient_checkpointing, len(transformer.transformer_blocks)))
     if args.compile:
         compile_blocks(transformer, device)
-    transformer.to(device).train()
+    transformer.train()
     rotary_of = rotary_tables(transformer, device)
 
     # Steps are optimizer steps. Every step trains the same number of clips; the last one of a run is filled up from the
@@ -454,7 +491,10 @@ def main(args):
     learning_rate = args.learning_rate * (clips_per_step if args.scale_lr else 1)
     optimizer = make_optimizer(args, parameters, learning_rate)
     schedule = make_schedule(args, optimizer, total_steps)
-    model, optimizer = accelerator.prepare(transformer, optimizer)
+    model, optimizer, parameters = engine.prepare(accelerator, transformer, optimizer, args.train_batch_size, args.max_grad_norm, dtype)
+    average = EMAModel(parameters, decay=args.ema_decay) if args.ema_decay else None
+    update_average = functools.partial(average.step, parameters) if average else lambda: None
+    whole = functools.partial(engine.whole_model, accelerator, transformer, build, dtype)
 
     def loss_of(batch):
         return velocity_loss(model, scheduler, batch, rotary_of(batch), dtype).mean()
@@ -476,8 +516,9 @@ def main(args):
     largest = max(range(len(data.clips)), key=lambda i: data.clips[i]["frames"] * data.clips[i]["height"] * data.clips[i]["width"])
     with memory_explained("in the rehearsal of one step at the largest shape"):
         measured = rehearsal.rehearse(
-            args, accelerator, model, transformer, scheduler, clips, largest, loss_of, steps=2 if args.dry_run else 1
-        )
+            args, accelerator, model, transformer, optimizer, whole, result, export, result_facts, clips, largest, loss_of,
+            steps=2 if args.dry_run else 1,
+        )  # fmt: skip
     problem = rehearsal.report(args, *measured, total_steps, device, trained)
     if problem:
         fail(BAD_OUTPUT, problem)
@@ -488,7 +529,7 @@ def main(args):
 
     # Resume. There is no random state to restore: what a position trains is a function of the seed and the position.
     run_facts = {"flags": checkpoint.public_flags(args), "clips_per_step": clips_per_step, **identities}
-    first_step = checkpoint.resume(args, accelerator, transformer, optimizer, schedule, run_facts)
+    first_step = checkpoint.resume(args, accelerator, result, transformer, optimizer, parameters, schedule, run_facts, average)
     positions = positions_of(
         accelerator.process_index,
         accelerator.num_processes,
@@ -503,19 +544,14 @@ def main(args):
 
     log = metrics.MetricsFile(output_dir / "metrics.jsonl", first_step, enabled=is_main)
     trackers = metrics.start_trackers(args, accelerator, run_facts)
-    lora_facts = {
-        "rank": str(args.rank),
-        "alpha_folded_in": f"{args.lora_alpha:g}",
-        "trigger": args.id_token or "",
-        "example_prompt": data.records[0].caption,
-    }
     passes, precision = total_steps * clips_per_step / epoch_clips, args.mixed_precision.replace("no", "fp32")
+    what = f"rank {args.rank}, alpha {args.lora_alpha:g}" if args.training_type == "lora" else "full fine-tuning"
     say(
         f"\n{len(encodings)} clips; {args.train_batch_size} a batch x {accelerator.num_processes} processes x "
         f"{args.gradient_accumulation_steps} accumulation = {clips_per_step} clips a step\n"
         f"{total_steps} steps = {passes:.1f} epochs, from step {first_step}; learning rate {learning_rate:g}, {args.lr_scheduler}\n"
-        f"training {trained / 1e6:.2f} M of {total / 1e6:.1f} M parameters (rank {args.rank}, alpha {args.lora_alpha:g}), "
-        f"computing in {precision}\n"
+        f"training {trained / 1e6:.2f} M of {total / 1e6:.1f} M parameters ({what}), computing in {precision}; "
+        f"engine: {engine.engine_of(accelerator)}\n"
     )
 
     jobs = validation.video_jobs(args.prompts, args.num_validation_videos, args.seed)
@@ -531,48 +567,52 @@ def main(args):
 
     def look(step, videos, score=True):
         """The loss on fixed noise and, where due, validation videos. Every process takes its share."""
-        if args.fixed_loss_clips and score:
-            value = fixed_loss(accelerator, transformer, scheduler, encodings, args, facts.scaling_factor, rotary_of, dtype)
-            log.write({"step": step, "fixed_loss": value})
-            accelerator.log({"fixed_loss": value}, step=step)
-            say(f"step {step}: loss on fixed noise {value:.5f}")
-        if videos and jobs:
-            shown = output_dir / "validation" / f"step-{step:06d}"
-            embeddings = [prompt.to(dtype) for prompt in prompts], negative_prompt.to(dtype)
-            vae = functools.partial(load_vae, folder, device, args.variant, args.enable_slicing, args.enable_tiling)
-            ranks = accelerator.process_index, accelerator.num_processes
-            for sentence in validation.validate(shown, jobs, *ranks, transformer, scheduler, embeddings, vae, device, args.fps, settings):
-                print(f"warning: {sentence}", file=sys.stderr, flush=True)
-            free(device)
-            patient_barrier()  # one process may have more videos to make than another
-            if is_main and shown.exists():
-                try:
-                    validation.write_sheet(shown, output_dir / "validation/step-000000", jobs, args.prompts, step, settings)
-                except Exception as error:  # Pillow and the video reader raise many kinds; no picture is worth the run
-                    say(f"warning: no contact sheet of step {step} ({type(error).__name__}: {error})")
-                metrics.track_videos(trackers, shown, jobs, args.prompts, step, args.fps)
+        scored, shown = args.fixed_loss_clips and score, output_dir / "validation" / f"step-{step:06d}"
+        if not scored and not (videos and jobs):
+            return
+        with checkpoint.averaged(average, parameters), whole() as looked_at:
+            if scored:
+                value = fixed_loss(accelerator, looked_at, scheduler, encodings, args, facts.scaling_factor, rotary_of, dtype)
+                log.write({"step": step, "fixed_loss": value})
+                accelerator.log({"fixed_loss": value}, step=step)
+                say(f"step {step}: loss on fixed noise {value:.5f}")
+            if videos and jobs:
+                embeddings = [prompt.to(dtype) for prompt in prompts], negative_prompt.to(dtype)
+                vae = functools.partial(load_vae, folder, device, args.variant, args.enable_slicing, args.enable_tiling)
+                ranks = accelerator.process_index, accelerator.num_processes
+                for sentence in validation.validate(shown, jobs, *ranks, looked_at, scheduler, embeddings, vae, device, args.fps, settings):
+                    print(f"warning: {sentence}", file=sys.stderr, flush=True)
+        free(device)
+        patient_barrier()  # one process may have more videos to make than another
+        if videos and jobs and is_main and shown.exists():
+            try:
+                validation.write_sheet(shown, output_dir / "validation/step-000000", jobs, args.prompts, step, settings)
+            except Exception as error:  # Pillow and the video reader raise many kinds; no picture is worth the run
+                say(f"warning: no contact sheet of step {step} ({type(error).__name__}: {error})")
+            metrics.track_videos(trackers, shown, jobs, args.prompts, step, args.fps)
 
     def save(step):
         """Write a checkpoint while training goes on; the first one is waited for and compared with the live model."""
-        saver.save(
-            step,
-            lambda: checkpoint.take_snapshot(transformer, optimizer, schedule, accelerator.scaler),
-            run_facts,
-            lora_facts | {"step": str(step)},
+        first = saver.join() is None  # a snapshot at a time
+        snapshot = checkpoint.take_snapshot(
+            result, export, transformer, optimizer, parameters, schedule, accelerator.scaler, average, keep=is_main
         )
-        if is_main and saver.newest is None and saver.join():
-            lora.report_export(saver.newest, transformer, scheduler)
+        saver.save(step, snapshot, run_facts, result_facts | {"step": str(step)})
+        if broadcast_object_list([first])[0]:
+            with checkpoint.averaged(average, parameters), whole() as looked_at:
+                if is_main and saver.join():
+                    result.report_export(saver.newest, looked_at)
         patient_barrier()
 
-    result = {"clips": len(encodings), "clips_per_step": clips_per_step, "parameters": trained / 1e6, **settings}
+    outcome = {"clips": len(encodings), "clips_per_step": clips_per_step, "parameters": trained / 1e6, **settings}
     if first_step >= total_steps:
         say(f"already complete: {output_dir} has been trained for {first_step} of {total_steps} steps")
         # A run that was killed in its last validation still lacks its videos, plot and card.
         if jobs and not (output_dir / f"validation/step-{first_step:06d}/contact_sheet.png").exists():
             look(first_step, videos=True, score=False)
         if is_main:
-            checkpoint.publish(output_dir / f"checkpoint-{first_step}", output_dir)
-            problem = finish(args, output_dir, jobs, result | {"steps": first_step}, token, push=args.push_to_hub)
+            result.publish(output_dir / f"checkpoint-{first_step}", output_dir)
+            problem = finish(args, output_dir, jobs, outcome | {"steps": first_step}, token, push=args.push_to_hub)
             stopping.write_status(output_dir, 1 if problem else 0, problem or "done", first_step, output_dir / f"checkpoint-{first_step}")
             if problem:
                 fail(1, problem)
@@ -585,6 +625,8 @@ def main(args):
 
     # -------------------------------------------------------------------------
     # The loop
+    # DeepSpeed has taken its step before the norm is known: what it was taken with cannot be undone.
+    most_skipped = 1 if engine.uses_deepspeed(accelerator) else args.max_skipped_steps
     steps = range(first_step + 1, total_steps + 1)
     bar = tqdm(steps, "training", total_steps, initial=first_step, unit="step", disable=not is_main, dynamic_ncols=True)
     since_log, waited, logged_step, step_losses, skipped, stop = time.perf_counter(), 0.0, first_step, [], 0, 0
@@ -605,9 +647,11 @@ def main(args):
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
                     # The norm is of the summed gradients, so all processes see the same. fp16's scaler skips by itself.
+                    grad_norm = float(engine.whole(grad_norm))
                     finite = math.isfinite(grad_norm)
                     if finite or accelerator.scaler:
                         optimizer.step()
+                        update_average()
                     optimizer.zero_grad()
             micro_batches.append((loss.detach(), batch["position"], batch["timestep"]))
         step_losses += [loss for loss, _, _ in micro_batches]
@@ -619,7 +663,7 @@ def main(args):
         if skipped:
             for sentence in describe_bad_step(micro_batches, clips, data.records):
                 say(f"warning: step {step} was skipped, its gradient is not finite: {sentence}")
-            if skipped >= args.max_skipped_steps:
+            if skipped >= most_skipped:
                 path = saver.join()
                 if is_main:
                     stopping.write_status(output_dir, BAD_NUMBERS, "gradients not finite", step, path)
@@ -634,7 +678,7 @@ def main(args):
                 "step": step,
                 "epoch": round(step * clips_per_step / epoch_clips, 4),
                 "loss": mean_loss,
-                "grad_norm": float(grad_norm),
+                "grad_norm": grad_norm,
                 "learning_rate": used_learning_rate,
                 "seconds_per_step": (now - since_log) / (step - logged_step),
                 "data_wait_percent": 100 * waited / (now - since_log),
@@ -669,7 +713,7 @@ def main(args):
     newest = saver.join()
     problem = None
     if is_main:
-        problem = finish(args, output_dir, jobs, result | {"steps": step}, token, push=args.push_to_hub and not stop)
+        problem = finish(args, output_dir, jobs, outcome | {"steps": step}, token, push=args.push_to_hub and not stop)
         code, reason = (1, problem) if problem else (0, "done")
         code, reason = (128 + stop, f"stopped by {signal.Signals(stop).name}") if stop else (code, reason)
         code, reason = (BAD_OUTPUT, "the last checkpoint was not written") if saver.failed else (code, reason)
@@ -706,7 +750,8 @@ def finish(args, output_dir, jobs, facts, token, push):
         metrics.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
     except OSError as error:
         say(f"warning: the model card and the plot were not written ({error})")
-    say(f"\nthe LoRA: {output_dir / lora.LORA_FILE}\nhow to use it: {output_dir / 'README.md'}\nlosses: {output_dir / 'loss.png'}")
+    made = output_dir / checkpoint.RESULTS[args.training_type].RESULT
+    say(f"\nthe result: {made}\nhow to use it: {output_dir / 'README.md'}\nlosses: {output_dir / 'loss.png'}")
     if not push:
         return None
     try:

@@ -1,10 +1,12 @@
 """Checkpoints: whole or invisible, verified before they are trusted, without pickle.
 
 `checkpoint-N/` holds `pytorch_lora_weights.safetensors` (ready to use), `adapter.safetensors` (the weights as trained),
-`optimizer.safetensors` + `state.json` (optimizer, schedule, scaler) and `manifest.json`, written last, with the hash of
-each file. There is no random state to save (see order.py).
+`optimizer.safetensors` + `state.json` (optimizer, schedule, scaler, average) and `manifest.json`, written last, with the
+hash of each file. Full fine-tuning has `transformer/` and `weights.safetensors` in place of the first two. Tensors are
+whole, so engine and number of processes may change. There is no random state to save (see order.py).
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -20,13 +22,14 @@ import torch
 import transformers
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load_file
 
-from cogvideox.files import file_sha256, write_durably
+from cogvideox import engine, lora, sft
+from cogvideox.files import file_sha256, write_durably, write_tensors
 from cogvideox.launch import BAD_OUTPUT, fail, say
-from cogvideox.lora import LORA_FILE, exported_state, load_lora_state, lora_state, write_lora
 
 FORMAT = 1
+RESULTS = {"lora": lora, "sft": sft}  # --training_type: the module that knows what is trained and how it is shipped
 VERSIONS = {module.__name__: module.__version__.split("+")[0] for module in (torch, diffusers, transformers, accelerate, peft)}
 
 # Flags that say where things lie, how often something is looked at, or how long to train: a resumed run may change them.
@@ -81,21 +84,46 @@ def unpack(packed, tensors):
     return packed["value"]
 
 
-def take_snapshot(transformer, optimizer, schedule, scaler):
-    """Copies in host memory of everything a checkpoint holds: name -> tensors, and the JSON-ready rest.
+def take_snapshot(result, export, transformer, optimizer, parameters, schedule, scaler, average=None, keep=True):
+    """Copies in host memory of everything a checkpoint holds; training goes on while they are written. A collective.
 
-    Training goes on while they are written.
+    result: lora.py or sft.py. export: (transformer, live weights) -> the weights as they are shipped: with an average
+    (diffusers' EMAModel) those are the averaged ones. keep: whether this process writes; the others take part and get None.
     """
+    live = result.live_state(transformer, keep)
+    with averaged(average, parameters):
+        shipped = result.live_state(transformer, keep) if average else live
+    states = engine.optimizer_state(optimizer, parameters, keep)
+    shadows = [engine.whole(shadow) for shadow in average.shadow_params] if average else []
+    if not keep:
+        return None
     tensors = {}
     state = {
-        "optimizer": pack(optimizer.state_dict(), tensors, "optimizer"),
+        "optimizer": pack(states, tensors, "optimizer"),
         "schedule": pack({**schedule.state_dict(), "lr_lambdas": [None]}, tensors, "schedule"),
         "scaler": pack(scaler.state_dict() if scaler else {}, tensors, "scaler"),
+        "average": pack({"steps": average.optimization_step, "weights": shadows} if average else {}, tensors, "average"),
     }
-    return {"lora": exported_state(transformer), "adapter": lora_state(transformer), "optimizer": tensors, "state": state}
+    return {"exported": export(transformer, shipped), "live": live, "optimizer": tensors, "state": state, "result": result}
 
 
-def write_checkpoint(output_dir, step, snapshot, facts, lora_facts):
+@contextlib.contextmanager
+def averaged(average, parameters):
+    """The averaged weights in place of the trained ones; without an average nothing happens."""
+    if average is None:
+        yield
+        return
+    trained = [parameter.detach().clone() for parameter in parameters]
+    average.copy_to(parameters)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, trained, strict=True):
+                parameter.copy_(value)
+
+
+def write_checkpoint(output_dir, step, snapshot, facts, result_facts):
     """Write `checkpoint-{step}` from a snapshot; returns its path.
 
     Raises OSError (a full disk, say) or ValueError (weights that are not finite); whatever was begun is removed then and
@@ -111,11 +139,12 @@ def write_checkpoint(output_dir, step, snapshot, facts, lora_facts):
         raise OSError(errno.ENOSPC, f"{needed / 2**20:.0f} MiB are needed, {free / 2**20:.0f} MiB free")
     partial.mkdir(parents=True)
     try:
-        write_lora(partial, snapshot["lora"], lora_facts)
-        write_durably(partial / "adapter.safetensors", save(snapshot["adapter"]))
-        write_durably(partial / "optimizer.safetensors", save(snapshot["optimizer"]))
+        snapshot["result"].write(partial, snapshot["exported"], result_facts)
+        write_tensors(partial / snapshot["result"].WEIGHTS, snapshot["live"])
+        write_tensors(partial / "optimizer.safetensors", snapshot["optimizer"])
         write_durably(partial / "state.json", json.dumps(snapshot["state"]).encode())
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(partial.iterdir())}
+        written = sorted(path for path in partial.rglob("*") if path.is_file())
+        files = {p.relative_to(partial).as_posix(): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in written}
         manifest = {"format": FORMAT, "step": step, "versions": VERSIONS, **facts, "files": files}
         write_durably(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
         if final.is_symlink() or final.is_file():
@@ -129,13 +158,7 @@ def write_checkpoint(output_dir, step, snapshot, facts, lora_facts):
     return final
 
 
-def publish(checkpoint, output_dir):
-    """Put a checkpoint's LoRA beside it, as the run's result so far."""
-    if (checkpoint / LORA_FILE).exists():
-        write_durably(Path(output_dir) / LORA_FILE, (checkpoint / LORA_FILE).read_bytes())
-
-
-TENSOR_FILES = ("lora", "adapter", "optimizer")
+TENSOR_FILES = ("exported", "live", "optimizer")
 
 
 class Saver:
@@ -152,16 +175,15 @@ class Saver:
                 say(f"removed {leftover.name}, which a killed run left half written")
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def save(self, step, snapshot, facts, lora_facts):
-        """Wait for the checkpoint before, then write this one while training goes on. snapshot: () -> a snapshot."""
-        self.join()
+    def save(self, step, snapshot, facts, result_facts):
+        """Wait for the checkpoint before, then write this one while training goes on. snapshot: as `take_snapshot` gives it."""
         if self.enabled:
-            self.pending = self.thread.submit(self.write, step, snapshot(), facts, lora_facts)
+            self.pending = self.thread.submit(self.write, step, snapshot, facts, result_facts)
 
-    def write(self, step, snapshot, facts, lora_facts):
-        """In the thread: the checkpoint, then the LoRA beside it, then the old ones go."""
-        path = write_checkpoint(self.output_dir, step, snapshot, facts, lora_facts)
-        publish(path, self.output_dir)
+    def write(self, step, snapshot, facts, result_facts):
+        """In the thread: the checkpoint, then its result beside it, then the old ones go."""
+        path = write_checkpoint(self.output_dir, step, snapshot, facts, result_facts)
+        snapshot["result"].publish(path, self.output_dir)
         prune_checkpoints(self.output_dir, self.limit)
         return path
 
@@ -235,12 +257,13 @@ def read_manifest(path):
         for part in ("step", "flags", "clips", "transformer", "clips_per_step"):
             if part not in manifest:
                 raise BadCheckpoint(f"{path}: its manifest lacks {part}")
-        for name in ("adapter.safetensors", "optimizer.safetensors", "state.json", LORA_FILE):
+        result = RESULTS[manifest["flags"].get("training_type", "lora")]
+        for name in ("optimizer.safetensors", "state.json", result.WEIGHTS, *result.FILES):
             if name not in files:
                 raise BadCheckpoint(f"{path}: its manifest lacks {name}")
         for name, entry in files.items():
             file = path / name
-            if name != Path(name).name or file.is_symlink():
+            if Path(name).is_absolute() or ".." in Path(name).parts or file.is_symlink():
                 raise BadCheckpoint(f"{path}: its manifest names {name}, which is not a plain file in it")
             if not file.is_file():
                 raise BadCheckpoint(f"{path}: lacks {name}")
@@ -281,7 +304,7 @@ def choose_checkpoint(wanted, output_dir):
 
 def changed_settings(stored, current):
     """What differs between a checkpoint's facts and this run's in ways that would train something else, as sentences."""
-    flags = {**stored["flags"]}, {**current["flags"]}
+    flags = {"training_type": "lora", "ema_decay": 0.0} | stored["flags"], current["flags"]  # older checkpoints lack these two
     changes = [
         f"--{name} was {flags[0].get(name)!r} and is {flags[1].get(name)!r}"
         for name in sorted(set(flags[0]) | set(flags[1]))
@@ -299,22 +322,27 @@ def changed_settings(stored, current):
     return changes
 
 
-def load_checkpoint(path, transformer, optimizer, schedule, scaler):
-    """Put a verified checkpoint's weights and states back. Raises BadCheckpoint where they do not fit."""
+def load_checkpoint(path, result, transformer, optimizer, parameters, schedule, scaler, average=None):
+    """Put a verified checkpoint's weights and states back. Raises BadCheckpoint where they do not fit. A collective."""
     path = Path(path)
     try:
-        load_lora_state(transformer, load((path / "adapter.safetensors").read_bytes()))
-        tensors = load((path / "optimizer.safetensors").read_bytes())
+        result.load_live(transformer, load_file(path / result.WEIGHTS))
+        tensors = load_file(path / "optimizer.safetensors")
         state = json.loads((path / "state.json").read_text())
-        optimizer.load_state_dict(unpack(state["optimizer"], tensors))
+        engine.load_optimizer_state(optimizer, parameters, unpack(state["optimizer"], tensors))
         schedule.load_state_dict(unpack(state["schedule"], tensors))
         if scaler and (scaler_state := unpack(state["scaler"], tensors)):
             scaler.load_state_dict(scaler_state)
+        if average:
+            stored = unpack(state["average"], tensors)
+            average.optimization_step = stored["steps"]
+            for shadow, value in zip(average.shadow_params, stored["weights"], strict=True):
+                engine.write_weight(shadow, value)
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise BadCheckpoint(f"{path}: does not fit this run: {error}") from None
 
 
-def resume(args, accelerator, transformer, optimizer, schedule, facts):
+def resume(args, accelerator, result, transformer, optimizer, parameters, schedule, facts, average=None):
     """Go on from --resume_from_checkpoint, on every process. Returns the number of steps already trained.
 
     Ends the run with a sentence where the checkpoint is not whole, or was made with settings that would train another run.
@@ -338,7 +366,7 @@ def resume(args, accelerator, transformer, optimizer, schedule, facts):
     if path is None:
         return 0
     try:
-        load_checkpoint(path, transformer, optimizer, schedule, accelerator.scaler)
+        load_checkpoint(path, result, transformer, optimizer, parameters, schedule, accelerator.scaler, average)
     except BadCheckpoint as error:
         fail(BAD_OUTPUT, str(error))
     say(f"resume: going on from {path}, step {step}")

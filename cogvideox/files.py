@@ -28,6 +28,27 @@ def write_durably(path, content):
     write_bytes(path, content, durable=True)
 
 
+def write_tensors(path, tensors, metadata=None):
+    """Write a safetensors file whole or not at all, forced to the disk, without a second copy of it in memory. Raises OSError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask has it; save_file's own is the owner's alone
+        save_file(tensors, partial, metadata)
+        partial.chmod(mode)
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except SafetensorError as error:  # what a full disk is called there
+        raise OSError(f"{path.name}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def file_sha256(path):
     """Hex SHA-256 of a file's content."""
     with open(path, "rb") as file:

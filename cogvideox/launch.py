@@ -17,8 +17,8 @@ import diffusers
 import torch
 import torch.distributed as distributed
 import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
 try:
@@ -64,14 +64,20 @@ def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minute
             "note: the launcher set MASTER_ADDR but started one process; for several use "
             "--config_file accelerate_config_machine_multi.yaml --num_processes N"
         )
+    on_cpu, timeout = not torch.cuda.is_available(), timedelta(minutes=timeout_minutes)
+    if on_cpu and started > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        # FSDP2 works on CPUs, but accelerate takes it for GPUs only, and would train with DDP without a word.
+        PartialState(cpu=True, timeout=timeout).distributed_type = DistributedType.MULTI_GPU
+    with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # without it, two processes on a CPU machine each believe to be alone
+        # Without it, two processes on a CPU machine each believe to be alone; DeepSpeed sees for itself.
+        cpu=on_cpu and not with_deepspeed,
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=gradient_accumulation_steps,
         kwargs_handlers=[
-            # Every LoRA weight takes part in every step, so nothing has to be searched for.
+            # Every trained weight takes part in every step, so nothing has to be searched for.
             DistributedDataParallelKwargs(find_unused_parameters=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
+            InitProcessGroupKwargs(timeout=timeout, **({"backend": "gloo"} if on_cpu and with_deepspeed else {})),
         ],
     )
     if accelerator.num_processes != started:

@@ -1,21 +1,23 @@
 """The LoRA: injected with peft, always fp32, written so that any loader applies it at the strength it was trained at."""
 
-import copy
 import functools
 import warnings
 from pathlib import Path
 
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from cogvideox.engine import trained_state, trained_weights, write_trained
 from cogvideox.files import write_durably
 from cogvideox.launch import say
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# What this module and sft.py both have: how the result is called, and the file of the weights as they are trained.
+RESULT, FILES, WEIGHTS = LORA_FILE, [LORA_FILE], "adapter.safetensors"
 
 
 def check_targets(folder, target_modules):
@@ -69,30 +71,33 @@ def keep_norms_out_of_autocast(transformer, dtype):
     """Run the layer norms in `dtype`, as the stock pipeline does, which has no autocast.
 
     On a GPU autocast runs them in fp32 and keeps fp32 copies for the backward pass: three tenths of all activations. The
-    kernel sums in fp32 whatever it is given, so only its output is rounded.
+    kernel sums in fp32 whatever it is given, so only its output is rounded. (Weights in fp32 are those of full fine-tuning.)
     """
 
-    def run(forward, inputs):
+    def run(norm, inputs):
+        weights = [None if weight is None else weight.to(dtype) for weight in (norm.weight, norm.bias)]
         with torch.autocast(inputs.device.type, enabled=False):
-            return forward(inputs.to(dtype))
+            return torch.nn.functional.layer_norm(inputs.to(dtype), norm.normalized_shape, *weights, norm.eps)
 
     for module in transformer.modules():
         if isinstance(module, torch.nn.LayerNorm):
-            module.forward = functools.partial(run, module.forward)
+            module.forward = functools.partial(run, module)
 
 
-def lora_state(transformer):
-    """The trained weights as they are (not folded), name -> fp32 CPU tensor."""
-    return {name: tensor.detach().float().cpu().contiguous() for name, tensor in get_peft_model_state_dict(transformer).items()}
+def peft_name(name):
+    """The name that peft's files have for a parameter."""
+    return name.replace(".default.", ".")
 
 
-def load_lora_state(transformer, state):
-    """Put weights back that `lora_state` gave. ValueError if any is missing, unknown or of another shape."""
-    own = get_peft_model_state_dict(transformer)
-    wrong = sorted(set(own) ^ set(state)) + [n for n in own if n in state and own[n].shape != state[n].shape]
-    if wrong:
-        raise ValueError(f"{len(wrong)} LoRA weights do not fit this model and rank, the first is {wrong[0]}")
-    set_peft_model_state_dict(transformer, state)
+def live_state(transformer, keep=True):
+    """The trained weights as they are (not folded), name -> fp32 CPU tensor; {} where `keep` is false. A collective."""
+    return {peft_name(name): tensor for name, tensor in trained_state(transformer, keep).items()}
+
+
+def load_live(transformer, state):
+    """Put weights back that `live_state` gave. ValueError if any is missing, unknown or of another shape."""
+    weights = {peft_name(name): weight for name, weight in trained_weights(transformer)}
+    write_trained(weights, state, "LoRA weights do not fit this model and rank")
 
 
 def load_exported(transformer, path):
@@ -114,39 +119,48 @@ def load_exported(transformer, path):
         name = name.removeprefix("transformer.")
         layer = name.rsplit(".lora_", 1)[0]
         state[name] = tensor / scaling.get(layer, 1) if ".lora_B." in name else tensor
-    load_lora_state(transformer, state)
+    load_live(transformer, state)
 
 
-def exported_state(transformer):
-    """The weights as they are shipped: alpha / rank folded into lora_B, diffusers' names.
+def export(transformer, live):
+    """The weights as they are shipped, from what `live_state` gave: alpha / rank folded into lora_B, diffusers' names.
 
     Loaders differ in what they take for alpha: some read it from the metadata, some from `.alpha`, most assume that it
     equals the rank. With the factor in the weights and alpha nowhere in the file, all of them apply the trained strength.
     """
     scaling = {name: layer.scaling["default"] for name, layer in lora_modules(transformer)}
     state = {}
-    for name, tensor in lora_state(transformer).items():
+    for name, tensor in live.items():
         layer = name.rsplit(".lora_", 1)[0]
         state[f"transformer.{name}"] = tensor * scaling[layer] if ".lora_B." in name else tensor
     return state
 
 
-def save_lora(folder, transformer, facts):
-    """Write `pytorch_lora_weights.safetensors` whole or not at all. facts: strings for the file's metadata."""
-    write_lora(folder, exported_state(transformer), facts)
+def write(folder, exported, facts):
+    """Write what `export` gave as `pytorch_lora_weights.safetensors`, whole or not at all. facts: strings for its metadata.
+
+    ValueError, and nothing written, if a weight is not finite.
+    """
+    check_finite(exported, "LoRA weights")
+    write_durably(Path(folder) / LORA_FILE, save(exported, metadata={"format": "pt"} | facts))
 
 
-def write_lora(folder, state, facts):
-    """As `save_lora`, from an exported state. ValueError, and nothing written, if a weight is not finite."""
-    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+def publish(checkpoint, output_dir):
+    """Put a checkpoint's LoRA beside it, as the run's result so far."""
+    if (checkpoint / LORA_FILE).exists():
+        write_durably(Path(output_dir) / LORA_FILE, (checkpoint / LORA_FILE).read_bytes())
+
+
+def check_finite(tensors, kind):
+    """ValueError that names the first tensor with a value that is not finite."""
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise ValueError(f"{len(broken)} LoRA weights are not finite (the first is {broken[0]}); nothing was written")
-    write_durably(Path(folder) / LORA_FILE, save(state, metadata={"format": "pt"} | facts))
+        raise ValueError(f"{len(broken)} {kind} are not finite (the first is {broken[0]}); nothing was written")
 
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # other adapters and shapes than in training: they would be compiled for one use
-def check_export(folder, transformer, scheduler):
+def check_export(folder, transformer):
     """Load the written file with the stock pipeline's loader, at weight 1, and compare it with the live model.
 
     Returns (relative error of the weight updates, largest effect of the LoRA on the outputs). The updates are compared
@@ -163,7 +177,7 @@ def check_export(folder, transformer, scheduler):
         "timestep": torch.tensor([500], device=parameter.device),
         "return_dict": False,
     }
-    pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=copy.deepcopy(scheduler))
+    pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=None)
     if config.use_rotary_positional_embeddings:
         pixels = patch * pipeline.vae_scale_factor_spatial
         inputs["image_rotary_emb"] = pipeline._prepare_rotary_positional_embeddings(pixels, pixels, frames, parameter.device)
@@ -200,10 +214,10 @@ def check_export(folder, transformer, scheduler):
     return (error / size if size else float(error > 0)), (live - base).abs().max().item()
 
 
-def report_export(folder, transformer, scheduler):
+def report_export(folder, transformer):
     """Run `check_export` and say what it found. The tolerance is the rounding of the dtype that the loader keeps."""
     try:
-        error, effect = check_export(folder, transformer, scheduler)
+        error, effect = check_export(folder, transformer)
     except Exception as problem:  # a check must not cost the run that it checks
         say(f"warning: {LORA_FILE} could not be checked with the stock loader: {type(problem).__name__}: {problem}")
         return

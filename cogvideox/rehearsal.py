@@ -11,65 +11,85 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
 
-from cogvideox import hub, lora
+from cogvideox import engine, hub
 from cogvideox.launch import BAD_OUTPUT, fail, peak_memory_gib, say
 from cogvideox.model import checkpoint_blocks
 from cogvideox.optimizer import make_optimizer
 from cogvideox.video import read_video, write_video
 
 
-def rehearse(args, accelerator, model, transformer, scheduler, clips, largest, loss_of, steps=1):
-    """One forward, backward and optimizer step at the largest shape, a LoRA saved and loaded again, an mp4, a card.
+def rehearse(args, accelerator, model, transformer, optimizer, whole, result, export, facts, clips, largest, loss_of, steps=1):
+    """One forward, backward and optimizer step at the largest shape, the result saved and loaded again, an mp4, a card.
 
-    clips: the TrainingClips. largest: the index of the clip with the most latents. loss_of: batch -> loss. The weights are
-    put back, the optimizer is a throw-away, and nothing random is drawn from a stream that training uses. Every process
-    calls it. Returns (seconds of an optimizer step, peak GiB, MiB of a checkpoint).
+    whole: () -> a context with the model that has all its weights here. result, export: as in `take_snapshot`. facts: for the
+    result's file. clips: the TrainingClips. largest: the index of the clip with the most latents. loss_of: batch -> loss.
+    The weights are put back, the optimizer is a throw-away (DeepSpeed's is put back), and nothing random is drawn from a
+    stream that training uses. Every process calls it. Returns (seconds of an optimizer step, peak GiB, MiB of a checkpoint).
     """
     parameters = [p for p in transformer.parameters() if p.requires_grad]
-    before = [p.detach().clone() for p in parameters]
+    device, deepspeed = accelerator.device, engine.uses_deepspeed(accelerator)
+    before = [engine.read_weight(p).cpu() if deepspeed else p.detach().clone() for p in parameters]
     batch = default_collate([clips.item(largest, position) for position in range(args.train_batch_size)])
-    batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-    if args.gradient_checkpointing == "auto":
+    batch = {name: value.to(device) for name, value in batch.items()}
+    if args.gradient_checkpointing == "auto" and not engine.splits_weights(accelerator):
         with accelerator.no_sync(model):
             fit_checkpointing(accelerator, transformer, lambda: loss_of(batch).backward())
         for parameter in parameters:
             parameter.grad = None
-    optimizer = make_optimizer(args, parameters, max(args.learning_rate, 1e-4))
+    learning_rate = max(args.learning_rate, 1e-4)
+    rehearsed = optimizer if deepspeed else make_optimizer(args, parameters, learning_rate)
+    groups = [dict(group) for group in rehearsed.param_groups]
+    for group in rehearsed.param_groups:
+        group["lr"] = learning_rate
     for _ in range(steps):
         started = time.perf_counter()
-        loss_of(batch).backward()  # without fp16's scaler, whose first scale may be too large and is nobody's fault
-        if all(torch.isfinite(p.grad).all() for p in parameters):
-            optimizer.step()
-        optimizer.zero_grad()
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize(accelerator.device)
+        if deepspeed:
+            accelerator.backward(loss_of(batch))  # takes the step too
+        else:
+            loss_of(batch).backward()  # without fp16's scaler, whose first scale may be too large and is nobody's fault
+            if torch.isfinite(engine.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))):
+                rehearsed.step()
+            rehearsed.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds = (time.perf_counter() - started) * args.gradient_accumulation_steps
-    peak = peak_memory_gib(accelerator.device)
-    checkpoint_bytes = 2 * sum(p.numel() * 4 for p in parameters) + sum(
-        value.numel() * value.element_size() for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
-    )
-    del optimizer
+    peak = peak_memory_gib(device)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    states = [value for state in rehearsed.state.values() for value in state.values() if torch.is_tensor(value)] if not deepspeed else []
+    moments = sum(value.numel() * value.element_size() for value in states) or trained * 8
+    shipped = args.training_type == "sft" and accelerator.mixed_precision != "no"  # about: the stored dtype is usually half of fp32
+    checkpoint_bytes = trained * (6 if shipped else 8) + moments + (trained * 4 if args.ema_decay else 0)
+    if not deepspeed:
+        del rehearsed
     folder, problem = Path(args.output_dir) / ".rehearsal", None
-    if accelerator.is_main_process:
-        try:
-            folder.mkdir(exist_ok=True)
-            lora.save_lora(folder, transformer, {})
-            _, effect = lora.check_export(folder, transformer, scheduler)
-            if effect == 0:
-                say("warning: an optimizer step changes no output of the model; check --learning_rate and --target_modules")
-            write_video(folder / "video.mp4", np.zeros((5, 32, 32, 3), np.uint8), args.fps)
-            assert len(read_video(folder / "video.mp4")) == 5
-            hub.write_model_card(folder, args, hub.NO_FACTS)
-        except (OSError, ValueError, RuntimeError) as error:
-            problem = f"rehearsal in {folder}: {type(error).__name__}: {error}"
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    live = result.live_state(transformer, keep=accelerator.is_main_process)
+    with whole() as looked_at:
+        if accelerator.is_main_process:
+            try:
+                folder.mkdir(exist_ok=True)
+                result.write(folder, export(looked_at, live), facts)
+                _, effect = result.check_export(folder, looked_at)
+                if effect == 0:
+                    say("warning: an optimizer step changes no output of the model; check --learning_rate and --target_modules")
+                write_video(folder / "video.mp4", np.zeros((5, 32, 32, 3), np.uint8), args.fps)
+                assert len(read_video(folder / "video.mp4")) == 5
+                hub.write_model_card(folder, args, hub.NO_FACTS)
+            except (OSError, ValueError, RuntimeError) as error:
+                problem = f"rehearsal in {folder}: {type(error).__name__}: {error}"
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    del live
     if problem := broadcast_object_list([problem])[0]:
         fail(BAD_OUTPUT, problem)
     with torch.no_grad():
         for parameter, value in zip(parameters, before, strict=True):
-            parameter.copy_(value)
-            parameter.grad = None
+            if deepspeed:
+                engine.write_weight(parameter, value)
+            else:
+                parameter.copy_(value)
+                parameter.grad = None
+    if deepspeed:
+        engine.load_optimizer_state(optimizer, parameters, {"state": {}, "param_groups": groups})
     return seconds, peak, checkpoint_bytes / 2**20
 
 

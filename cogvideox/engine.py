@@ -1,0 +1,260 @@
+"""DDP, FSDP2 and DeepSpeed behind a few functions: who holds which part of a weight, and how to get at the whole of it.
+
+The engine is chosen by accelerate's config file (`configs/`), not by a flag. A checkpoint has whole tensors whatever the
+engine, so a run may go on under another one, on another number of processes. Every function here that takes a weight is
+a collective: every process calls it.
+"""
+
+import contextlib
+import os
+import warnings
+
+import torch
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of a weight
+
+
+def engine_of(accelerator):
+    """one process, DDP, FSDP2, ZeRO-2 or ZeRO-3 (or ZeRO-1)."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "FSDP2"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "DDP" if accelerator.num_processes > 1 else "one process"
+
+
+def splits_weights(accelerator):
+    """Whether a process holds a part of the weights only, so that a forward pass is a matter for all of them."""
+    return engine_of(accelerator) in ("FSDP2", "ZeRO-3")
+
+
+def uses_deepspeed(accelerator):
+    """Whether DeepSpeed takes the step: within `accelerator.backward`, before anyone has seen the gradient's norm."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def unfit_flags(args, environment=os.environ):
+    """A sentence for each flag that the engine which the launcher chose cannot serve. Reads the launcher's environment only."""
+    deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    fsdp = environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not (deepspeed or fsdp):
+        return []
+    name, problems = "DeepSpeed" if deepspeed else "FSDP2", []
+    if fsdp and environment.get("FSDP_VERSION", "1") != "2":
+        problems.append("the config file asks for FSDP 1, which is not supported: use configs/fsdp2.yaml")
+    if deepspeed and environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") not in ("1", "2", "3"):
+        problems.append("the config file asks for a DeepSpeed stage other than 1, 2 and 3: use configs/zero2.yaml or configs/zero3.yaml")
+    if args.mixed_precision == "fp16":
+        problems.append(f"--mixed_precision fp16: not with {name}, whose loss scaling is not the trainer's; use bf16 or no")
+    if args.optimizer not in ("adamw", "adam"):
+        problems.append(f"--optimizer {args.optimizer}: not with {name}, which hands it parts of the weights; use adamw or adam")
+    for flag, wanted in (("base_precision", "stored"), ("offload", False), ("compile", False)):
+        if getattr(args, flag) != wanted:
+            way_out = "offload in the engine's own config file" if flag == "offload" else "leave it out, or use DDP"
+            problems.append(f"--{flag}: not with {name}; {way_out}")
+    if deepspeed and args.ema_decay:
+        problems.append(f"--ema_decay {args.ema_decay:g}: not with DeepSpeed, whose weights are not at hand between steps; use FSDP2")
+    return problems
+
+
+def prepare(accelerator, transformer, optimizer, batch_size, max_grad_norm, dtype):
+    """Hand a model and its optimizer to the engine. Returns (model, optimizer, parameters): the trained ones, as they are now."""
+    if uses_deepspeed(accelerator):
+        # What accelerate would take from a data loader, and from clip_grad_norm_, which comes after DeepSpeed's step.
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"], config["gradient_clipping"] = batch_size, max_grad_norm
+        config["zero_force_ds_cpu_optimizer"] = False  # offloaded, torch's AdamW does as well
+    elif engine_of(accelerator) == "FSDP2":
+        # Told of a model whose output is a view (of proj_out's), because of in-place changes that nobody makes here.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        if dtype != torch.float32:
+            # accelerate would sum the gradients in bf16 as well.
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype)
+            accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    model, optimizer = accelerator.prepare(transformer, optimizer)
+    return model, optimizer, [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+# -----------------------------------------------------------------------------
+# Whole weights
+
+
+def whole(tensor):
+    """A tensor with all its parts, where it was one of FSDP2's."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def read_weight(parameter):
+    """A weight, whole and as it is trained (fp32 where DeepSpeed keeps it so beside the model's), on its device."""
+    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
+    return whole(parameter.detach())
+
+
+@torch.no_grad()
+def write_weight(parameter, value):
+    """Put a whole tensor into a weight, of which this process may hold a part."""
+    value = value.to(parameter.device, torch.float32)
+    if isinstance(parameter, DTensor):
+        parameter.copy_(like(parameter, value))
+    elif hasattr(parameter, "ds_id"):  # ZeRO-3: fp32 in one place, the compute dtype in another
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        local = zero3_part(parameter, value)
+        safe_set_local_fp32_param(parameter, local)
+        parameter.ds_tensor.data.copy_(local.view_as(parameter.ds_tensor))
+    else:
+        parameter.copy_(value)
+        if hasattr(parameter, "_hp_mapping"):
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, value)
+
+
+def trained_weights(transformer):
+    """The (name, parameter) pairs that are trained."""
+    return [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+
+
+def trained_state(transformer, keep=True):
+    """name -> whole fp32 CPU tensor of every trained weight; {} where `keep` is false, at the cost of one tensor at a time."""
+    state = {}
+    for name, parameter in trained_weights(transformer):
+        tensor = read_weight(parameter)
+        if keep:
+            state[name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return state
+
+
+def write_trained(weights, state, complaint):
+    """Put whole tensors into weights, both by name. ValueError with the first name that is missing, unknown or of another shape."""
+    shapes = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in weights.items()}
+    wrong = sorted(set(shapes) ^ set(state)) + [name for name in shapes if name in state and tuple(state[name].shape) != shapes[name]]
+    if wrong:
+        raise ValueError(f"{len(wrong)} {complaint}, the first is {wrong[0]}")
+    for name, weight in weights.items():
+        write_weight(weight, state[name])
+
+
+def like(parameter, value):
+    """A whole tensor, which every process has, split as a parameter is."""
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def zero3_part(parameter, value):
+    """This process's part of a whole tensor, padded as ZeRO-3 does."""
+    import torch.distributed as distributed
+
+    part, rank = parameter.ds_tensor.numel(), distributed.get_rank()
+    flat = torch.nn.functional.pad(value.flatten(), (0, max(0, part * (rank + 1) - value.numel())))
+    return flat[part * rank : part * (rank + 1)]
+
+
+# -----------------------------------------------------------------------------
+# Whole optimizer states
+
+
+def optimizer_state(optimizer, parameters, keep):
+    """What `optimizer.state_dict()` would be on one process, with whole tensors on the CPU; None where `keep` is false.
+
+    Tensors are gathered one at a time, so a process that keeps nothing needs room for one.
+    """
+    host = (lambda tensor: whole(tensor).detach().cpu().clone()) if keep else (lambda tensor: whole(tensor) is None)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if hasattr(parameters[0], "ds_id") or hasattr(parameters[0], "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        steps, base = zero_steps(inner), inner.optimizer
+        state = {
+            number: {"step": steps} | {name: host(safe_get_full_optimizer_state(parameter, name)) for name in MOMENTS}
+            for number, parameter in enumerate(parameters)
+        }
+        groups = [{**base.param_groups[0], "params": list(range(len(parameters)))}]
+    else:
+        packed = optimizer.state_dict()
+        state = {
+            number: {name: host(value) if torch.is_tensor(value) else value for name, value in values.items()}
+            for number, values in packed["state"].items()
+        }
+        groups = packed["param_groups"]
+    return {"state": state, "param_groups": groups} if keep else None
+
+
+def load_optimizer_state(optimizer, parameters, stored):
+    """Put back what `optimizer_state` gave. Under DeepSpeed a step must have been taken before: its states come with it."""
+    if hasattr(parameters[0], "ds_id") or hasattr(parameters[0], "_hp_mapping"):
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        inner = optimizer.optimizer
+        for number, parameter in enumerate(parameters):
+            values = stored["state"].get(number)  # a run that was never stepped has none
+            for name in MOMENTS:
+                value = values[name] if values else torch.zeros(getattr(parameter, "ds_shape", parameter.shape))
+                value = value.to(parameter.device, torch.float32)
+                if hasattr(parameter, "ds_id"):
+                    safe_set_local_optimizer_state(parameter, zero3_part(parameter, value), name)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, name)
+        steps = next((values["step"] for values in stored["state"].values()), 0)
+        for state in inner.optimizer.state.values():
+            if "step" in state:
+                state["step"] = torch.as_tensor(float(steps), device=getattr(state["step"], "device", None))
+        for group in inner.optimizer.param_groups:
+            group.update({name: value for name, value in stored["param_groups"][0].items() if name != "params"})
+        return
+    state = {
+        number: {
+            name: like(parameters[number], value.to(parameters[number].device)) if split_like(parameters[number], value) else value
+            for name, value in values.items()
+        }
+        for number, values in stored["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": stored["param_groups"]})
+
+
+def split_like(parameter, value):
+    """Whether a state's value has to be split as its parameter is."""
+    return isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape
+
+
+def zero_steps(zero_optimizer):
+    """How many steps the optimizer below ZeRO has taken."""
+    return next((float(state["step"]) for state in zero_optimizer.optimizer.state.values() if "step" in state), 0.0)
+
+
+# -----------------------------------------------------------------------------
+# A whole model
+
+
+@contextlib.contextmanager
+def whole_model(accelerator, transformer, build, dtype):
+    """The model with all its weights on this process, to be looked at: the live one or, where that is split, a copy.
+
+    build: () -> the model as it was before training, on the CPU. A process that works with the copy waits for nobody, so
+    processes may have unlike amounts of work, and a failure on one does not stop the others.
+    """
+    if not splits_weights(accelerator):
+        yield transformer
+        return
+    copy, live = build(), dict(transformer.named_parameters())
+    with torch.no_grad():
+        for name, parameter in copy.named_parameters():
+            if live[name].requires_grad:
+                parameter.copy_(read_weight(live[name]))
+    yield cast(copy, dtype).to(accelerator.device).eval()
+    del copy
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def cast(model, dtype):
+    """A model in another dtype, in place. (diffusers' `to` warns of modules to be kept in fp32, of which CogVideoX has none.)"""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
