@@ -626,7 +626,7 @@ def main(args):
     # -------------------------------------------------------------------------
     # The loop
     # DeepSpeed has taken its step before the norm is known: what it was taken with cannot be undone.
-    most_skipped = 1 if engine.uses_deepspeed(accelerator) else args.max_skipped_steps
+    most_skipped, spoilt = (1, "went wrong") if engine.uses_deepspeed(accelerator) else (args.max_skipped_steps, "was skipped")
     steps = range(first_step + 1, total_steps + 1)
     bar = tqdm(steps, "training", total_steps, initial=first_step, unit="step", disable=not is_main, dynamic_ncols=True)
     since_log, waited, logged_step, step_losses, skipped, stop = time.perf_counter(), 0.0, first_step, [], 0, 0
@@ -662,13 +662,14 @@ def main(args):
         skipped = 0 if finite else skipped + 1
         if skipped:
             for sentence in describe_bad_step(micro_batches, clips, data.records):
-                say(f"warning: step {step} was skipped, its gradient is not finite: {sentence}")
+                say(f"warning: step {step} {spoilt}, its gradient is not finite: {sentence}")
             if skipped >= most_skipped:
                 path = saver.join()
                 if is_main:
                     stopping.write_status(output_dir, BAD_NUMBERS, "gradients not finite", step, path)
                 kept = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
-                fail(BAD_NUMBERS, f"{skipped} steps in a row had no finite gradient (--learning_rate, --mixed_precision); {kept}")
+                row = "step" if skipped == 1 else "steps in a row"
+                fail(BAD_NUMBERS, f"{skipped} {row} had no finite gradient (--learning_rate, --mixed_precision); {kept}")
 
         # Log: the mean over all clips of the steps since the last line, on all processes.
         if step % args.logging_steps == 0 or saving:

@@ -67,6 +67,7 @@ def prepare(accelerator, transformer, optimizer, batch_size, max_grad_norm, dtyp
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"], config["gradient_clipping"] = batch_size, max_grad_norm
         config["zero_force_ds_cpu_optimizer"] = False  # offloaded, torch's AdamW does as well
+        warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     elif engine_of(accelerator) == "FSDP2":
         # Told of a model whose output is a view (of proj_out's), because of in-place changes that nobody makes here.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
@@ -108,6 +109,8 @@ def write_weight(parameter, value):
         local = zero3_part(parameter, value)
         safe_set_local_fp32_param(parameter, local)
         parameter.ds_tensor.data.copy_(local.view_as(parameter.ds_tensor))
+        if parameter.numel():  # a small one, which DeepSpeed leaves whole between its turns
+            parameter.data.copy_(value)
     else:
         parameter.copy_(value)
         if hasattr(parameter, "_hp_mapping"):

@@ -7,7 +7,8 @@ from pathlib import Path
 from cogvideox.files import write_durably
 from cogvideox.lora import LORA_FILE
 
-UPLOADED = [LORA_FILE, "README.md", "metrics.jsonl", "loss.png", "validation/step-*/*.mp4", "validation/step-*/contact_sheet.png"]
+UPLOADED = [LORA_FILE, "transformer/*", "README.md", "metrics.jsonl", "loss.png"]
+UPLOADED += ["validation/step-*/*.mp4", "validation/step-*/contact_sheet.png"]
 
 
 NO_FACTS = {"steps": 0, "clips": 0, "clips_per_step": 0, "parameters": 0, "num_frames": 0, "height": 0, "width": 0, "videos": []}
@@ -23,17 +24,33 @@ def write_model_card(folder, args, facts):
     base = args.pretrained_model_name_or_path
     # A local folder is no hub id, and its path is nobody else's business.
     base_name = Path(base).name if Path(base).expanduser().exists() else base
-    header = {"tags": ["text-to-video", "cogvideox", "lora", "diffusers"], "library_name": "diffusers", "pipeline_tag": "text-to-video"}
+    with_lora = args.training_type == "lora"
+    tags = ["text-to-video", "cogvideox", *(["lora"] if with_lora else []), "diffusers"]
+    header = {"tags": tags, "library_name": "diffusers", "pipeline_tag": "text-to-video"}
     if base_name == base:
         header["base_model"] = base
     if args.id_token:
         header["instance_prompt"] = args.id_token
     yaml = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in header.items())
-    row = [f"{args.rank}", f"{args.lora_alpha:g}", ", ".join(args.target_modules), f"{facts['parameters']:.1f} M"]
-    row += [f"{args.learning_rate:g}", args.lr_scheduler, args.optimizer, args.mixed_precision, f"{args.seed}"]
+    table = {"rank": args.rank, "alpha": f"{args.lora_alpha:g}", "target modules": ", ".join(args.target_modules)} if with_lora else {}
+    table |= {"parameters": f"{facts['parameters']:.1f} M", "learning rate": f"{args.learning_rate:g}", "schedule": args.lr_scheduler}
+    table |= {"optimizer": args.optimizer, "precision": args.mixed_precision, "seed": args.seed}
+    table |= {"average": f"decay {args.ema_decay:g}"} if args.ema_decay else {}
     size = f"num_frames={facts['num_frames']}, height={facts['height']}, width={facts['width']}"
     dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(args.mixed_precision, "float32")
     gallery = "\n".join(f"- {markdown(prompt)}: [{Path(path).name}]({path})" for prompt, path in facts["videos"])
+    if with_lora:
+        what, imported = f"A LoRA for `{base_name}`", "CogVideoXPipeline"
+        load = f'pipe = CogVideoXPipeline.from_pretrained({json.dumps(base_name)}, torch_dtype=torch.{dtype}).to("cuda")\n'
+        load += f'pipe.load_lora_weights("path/to/this/folder", weight_name="{LORA_FILE}", adapter_name="lora")'
+        remark = "alpha / rank is folded into the weights: weight 1.0 is the trained strength in every loader; do not multiply by it again."
+    else:
+        what, imported = f"The transformer of `{base_name}`, all of it fine-tuned", "CogVideoXPipeline, CogVideoXTransformer3DModel"
+        place = '"path/to/this/folder", subfolder="transformer"'
+        load = f"transformer = CogVideoXTransformer3DModel.from_pretrained({place}, torch_dtype=torch.{dtype})\n"
+        load += f"pipe = CogVideoXPipeline.from_pretrained({json.dumps(base_name)}, transformer=transformer, torch_dtype=torch.{dtype})"
+        load += '.to("cuda")'
+        remark = "`transformer/` is an ordinary diffusers folder, in the dtype that the base model is stored in."
     trigger = f"\nStart prompts with `{args.id_token}`, as the training captions did.\n" if args.id_token else ""
     card = f"""---
 {yaml}
@@ -41,27 +58,26 @@ def write_model_card(folder, args, facts):
 
 # {markdown(Path(args.output_dir).name)}
 
-A LoRA for `{base_name}`, trained for {facts["steps"]} optimizer steps of {facts["clips_per_step"]} clips on {facts["clips"]} clips
+{what}, trained for {facts["steps"]} optimizer steps of {facts["clips_per_step"]} clips on {facts["clips"]} clips
 ({facts["num_frames"]} frames at most, {facts["height"]} x {facts["width"]}, {args.fps:g} frames a second).
 
-| rank | alpha | target modules | parameters | learning rate | schedule | optimizer | precision | seed |
-|---|---|---|---|---|---|---|---|---|
-| {" | ".join(row)} |
+| {" | ".join(table)} |
+|{"---|" * len(table)}
+| {" | ".join(map(str, table.values()))} |
 
 ## Use it
 {trigger}
 ```python
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import {imported}
 from diffusers.utils import export_to_video
 
-pipe = CogVideoXPipeline.from_pretrained({json.dumps(base_name)}, torch_dtype=torch.{dtype}).to("cuda")
-pipe.load_lora_weights("path/to/this/folder", weight_name="{LORA_FILE}", adapter_name="lora")
+{load}
 video = pipe({json.dumps(example, ensure_ascii=False)}, {size}).frames[0]
 export_to_video(video, "video.mp4", fps={args.fps:g})
 ```
 
-alpha / rank is folded into the weights: weight 1.0 is the trained strength in every loader; do not multiply by it again.
+{remark}
 
 {"## Validation videos" if facts["videos"] else ""}
 

@@ -120,6 +120,8 @@ def test_random_models_are_tied_finite_and_frozen():
         (["step", "--shape", "9x96"], "FRAMESxHEIGHTxWIDTH"),
         (["step", "--shape", "8x96x96"], "4k + 1"),
         (["step", "--repeats", "0"], "at least 1"),
+        (["growth", "--frames", "8"], "4k + 1"),
+        (["growth", "--sides", "100"], "multiples of 16"),
         (["start", "--model", "/no/such/folder"], "no such folder"),
         (["decode", "--json", "/no/such/folder/out.json"], "is not there"),
         (["decode", "--shape", "9x64x48"], "decord"),
@@ -156,6 +158,37 @@ def test_checkpointed_steps_count_no_recomputation(report):
     assert none["rows"][0]["useful_GFLOP"] == every["rows"][0]["useful_GFLOP"] > 0
     assert none["samples"][1]["flops"] == every["samples"][1]["flops"]
     assert none["samples"][1]["losses"] == pytest.approx(every["samples"][1]["losses"], rel=1e-4)
+
+
+def test_an_exponent_is_fitted_and_a_point_off_the_curve_is_told():
+    values = [2, 3, 7]
+    assert benchmark.fit_exponent(values, [5 * value**1.7 for value in values]) == pytest.approx((1.7, 0), abs=1e-9)
+    exponent, off = benchmark.fit_exponent([1, 2, 4], [1, 2, 8])
+    assert exponent == pytest.approx(1.5)
+    assert 0.1 < off < 0.3
+
+
+def test_growth_changes_one_quantity_at_a_time(report):
+    words = "--shape", "9x32x32", "--frames", "9", "17", "--sides", "32", "64", "--ranks", "4", "8", "--batches", "1", "3"
+    rows, written = report("growth", "--size", "tiny", "--precision", "no", "--steps", "1", *words)
+    assert rows[0] == ["axis", "value", "tokens", "seconds", "useful GFLOP", "others"]
+    assert rows[10] == ["axis", "seconds by value", "worst point", "seconds by tokens", "GFLOP by value"]
+    assert [(row["axis"], row["value"], row["tokens"] - 226) for row in written["rows"]] == [
+        *(("frames", 9, 12), ("frames", 17, 20), ("height = width", 32, 12), ("height = width", 64, 48)),
+        *(("rank", 4, 12), ("rank", 8, 12), ("batch", 1, 12), ("batch", 3, 12)),
+    ]
+    base, *others = written["samples"]  # the base point is measured once
+    assert (base["shape"], base["rank"], base["batch"]) == ([9, 32, 32], 4, 1)
+    assert [[name for name in ("shape", "rank", "batch") if other[name] != base[name]] for other in others] == [
+        ["shape"],
+        ["shape"],
+        ["rank"],
+        ["batch"],
+    ]
+    assert all(other["flops"] > base["flops"] for other in others)
+    assert others[-1]["flops"] == 3 * base["flops"]
+    assert [fit["axis"] for fit in written["fits"] if fit["seconds_by_tokens"]] == ["frames", "height = width"]
+    assert written["fits"][-1]["GFLOP_by_value"] == 1
 
 
 def test_encode_prints_its_table(report):

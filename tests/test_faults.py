@@ -553,7 +553,7 @@ def test_pictures_that_cannot_be_made_cost_nothing_but_themselves(train, monkeyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_export_check_fails_for_a_wrong_file_in_every_precision(tiny_model, tmp_path, capsys, wrong, dtype):
     from cogvideox import lora
-    from cogvideox.model import load_scheduler, load_transformer
+    from cogvideox.model import load_transformer
 
     transformer = load_transformer(tiny_model, dtype)
     parameters = lora.add_lora(transformer, 4, 2.0, 0.0, ["to_q", "to_v"], seed=0)

@@ -1,0 +1,282 @@
+"""Every engine trains what one process trains, LoRA and all weights, and goes on from what any other one saved."""
+
+import functools
+import json
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from safetensors.torch import load_file
+
+import train_cogvideox_lora as script
+from cogvideox import checkpoint, engine
+from cogvideox.video import read_video, write_video
+from tests.conftest import ROOT, environment, words
+from tests.test_launch import free_port, run
+
+TWO_STEPS_AND_TWO = {"max_train_steps": 4, "checkpointing_steps": 2}
+LEARNING_RATE = {"lora": 1e-2, "sft": 1e-3}
+NAMES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed compiles its CPU collectives")
+deepspeed_too = ["fsdp2", pytest.param("zero2", marks=needs_compiler), pytest.param("zero3", marks=needs_compiler)]
+
+
+@functools.cache
+def config_of(name, folder):
+    """The config file of an engine. ZeRO-3's is changed to split the smallest weight too: a tiny model has no others."""
+    if name == "ddp":
+        return ROOT / "accelerate_config_machine_multi.yaml"
+    shipped = ROOT / f"configs/{name}.yaml"
+    if name != "zero3":
+        return shipped
+    settings = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, "gradient_accumulation_steps": "auto"}
+    (folder / "zero3.json").write_text(json.dumps(settings | {"train_micro_batch_size_per_gpu": "auto"}))
+    lines = [line for line in shipped.read_text().splitlines() if "zero_stage" not in line and "offload" not in line]
+    place = lines.index("deepspeed_config:") + 1
+    lines.insert(place, f"  deepspeed_config_file: {folder / 'zero3.json'}")
+    (folder / "zero3.yaml").write_text("\n".join(line for line in lines if "save_16bit" not in line) + "\n")
+    return folder / "zero3.yaml"
+
+
+def launch(name, folder, line, timeout=400, **variables):
+    """Train on two processes under an engine; returns (exit code, output)."""
+    command = ["accelerate", "launch", "--config_file", config_of(name, folder), "--num_processes", "2"]
+    return run([*map(str, command), "--main_process_port", str(free_port()), "train_cogvideox_lora.py", *line], timeout, **variables)
+
+
+def result_of(folder):
+    """The shipped weights of a run."""
+    lora = folder / "pytorch_lora_weights.safetensors"
+    return load_file(lora if lora.exists() else folder / "transformer/diffusion_pytorch_model.safetensors")
+
+
+def losses_of(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line.get("loss", line.get("fixed_loss")) for line in lines]
+
+
+def worst_difference(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, tiny_model, six_clips, encodings):
+    """training type -> folder of a run on one process, with batches of two."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    folders = {}
+    for kind in ("lora", "sft", "other seed"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        folders[kind] = tmp_path_factory.mktemp("alone") / "run"
+        flags = {"training_type": kind if kind != "other seed" else "lora", "seed": 43 if kind == "other seed" else 42}
+        flags |= {"train_batch_size": 2, "fixed_loss_clips": 2, "learning_rate": LEARNING_RATE[flags["training_type"]]} | TWO_STEPS_AND_TWO
+        script.main(script.parse_args(words(tiny_model, six_clips, folders[kind], encodings, **flags)))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return folders
+
+
+def unfinished(folder, target):
+    """A copy of a run as it was after its second step."""
+    shutil.copytree(folder, target)
+    shutil.rmtree(target / "checkpoint-4")
+    return target
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("kind", ["lora", "sft"])
+@pytest.mark.parametrize("name", ["ddp", *deepspeed_too])
+def test_two_processes_train_what_one_does_and_one_goes_on_from_theirs(name, kind, tiny_model, six_clips, tmp_path, alone, train):
+    flags = TWO_STEPS_AND_TWO | {"training_type": kind, "learning_rate": LEARNING_RATE[kind], "fixed_loss_clips": 2}
+    flags |= {"validation_prompt": "a rabbit:::a bird:::a frog"}
+    code, output = launch(name, tmp_path, words(tiny_model, six_clips, tmp_path / "two", tmp_path / "cache", **flags))
+    assert code == 0, output[-3000:]
+    assert "process 1 of 2" in output
+    assert f"engine: {NAMES[name]}\n" in output
+    assert "PASS" in output
+    two, one = result_of(tmp_path / "two"), result_of(alone[kind])
+    assert worst_difference(two, one) < 1e-4
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(alone[kind]), rel=1e-4)
+    assert worst_difference(one, result_of(alone[kind] / "checkpoint-2")) > 1e-3  # it does move
+    if kind == "lora":
+        assert worst_difference(two, result_of(alone["other seed"])) > 1e-3
+    assert len(list((tmp_path / "two/validation/step-000004").glob("*.mp4"))) == 3
+    # The unlike number of videos was no matter; and now one process goes on from what two have saved.
+    begun = unfinished(tmp_path / "two", tmp_path / "begun")
+    train(output=begun, resume_from_checkpoint="latest", train_batch_size=2, **flags)
+    assert worst_difference(result_of(begun), one) < 1e-4
+    assert losses_of(begun) == pytest.approx(losses_of(alone[kind]), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in ("fsdp2", "zero2", "zero3") for kind in ("lora", "sft")])
+def test_two_processes_go_on_from_what_one_has_saved(name, kind, tiny_model, six_clips, tmp_path, alone, encodings):
+    if name != "fsdp2" and not shutil.which("g++"):
+        pytest.skip("DeepSpeed compiles its CPU collectives")
+    begun = unfinished(alone[kind], tmp_path / "begun")
+    flags = TWO_STEPS_AND_TWO | {"training_type": kind, "learning_rate": LEARNING_RATE[kind], "fixed_loss_clips": 2}
+    line = words(tiny_model, six_clips, begun, encodings, resume_from_checkpoint="latest", **flags)
+    code, output = launch(name, tmp_path, line)
+    assert code == 0, output[-3000:]
+    assert "going on from" in output
+    assert f"engine: {NAMES[name]}\n" in output
+    assert worst_difference(result_of(begun), result_of(alone[kind])) < 1e-4
+    assert losses_of(begun) == pytest.approx(losses_of(alone[kind]), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_fsdp2_in_bf16_with_accumulation_checkpointing_and_an_average(tiny_model, six_clips, tmp_path, encodings, train):
+    flags = {"training_type": "sft", "learning_rate": 1e-3, "mixed_precision": "bf16", "gradient_checkpointing": "attention"}
+    flags |= {"max_train_steps": 3, "ema_decay": 0.9, "fixed_loss_clips": 2}
+    code, output = launch(
+        "fsdp2", tmp_path, words(tiny_model, six_clips, tmp_path / "two", encodings, **flags, gradient_accumulation_steps=2)
+    )
+    assert code == 0, output[-3000:]
+    one = train(**flags, train_batch_size=4)
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(one), rel=2e-3)
+    assert worst_difference(result_of(tmp_path / "two"), result_of(one)) < 1e-2
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_of_fsdp2_saves_what_one_process_goes_on_from(tiny_model, six_clips, tmp_path, encodings, train):
+    flags = {"training_type": "sft", "learning_rate": 1e-3, "max_train_steps": 400, "checkpointing_steps": 400}
+    command = [
+        "accelerate",
+        "launch",
+        "--config_file",
+        "configs/fsdp2.yaml",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        str(free_port()),
+    ]
+    line = words(tiny_model, six_clips, tmp_path / "out", encodings, **flags)
+    with open(tmp_path / "log", "w") as log:
+        trainer = subprocess.Popen([*command, "train_cogvideox_lora.py", *line], cwd=ROOT, env=environment(), stdout=log, stderr=log)
+        metrics, deadline = tmp_path / "out/metrics.jsonl", time.monotonic() + 200
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        trainer.send_signal(signal.SIGTERM)
+        trainer.wait(100)
+    status = json.loads((tmp_path / "out/status.json").read_text())
+    assert status["code"] == 128 + signal.SIGTERM, (tmp_path / "log").read_text()[-2000:]
+    stopped = checkpoint.list_checkpoints(tmp_path / "out")[-1][0]
+    assert 3 <= stopped < 400
+    train(output=tmp_path / "out", resume_from_checkpoint="latest", train_batch_size=2, **flags | {"max_train_steps": stopped + 1})
+    assert len(losses_of(tmp_path / "out")) == stopped + 1
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_gradient_that_is_not_finite_ends_a_run_under_deepspeed_at_once(tiny_model, six_clips, tmp_path, encodings):
+    flags = {"learning_rate": 1e30, "max_train_steps": 6, "checkpointing_steps": 1, "max_grad_norm": 0}
+    code, output = launch("zero2", tmp_path, words(tiny_model, six_clips, tmp_path / "out", encodings, **flags))
+    assert code == 1
+    assert "ERROR[5]: 1 step had no finite gradient" in output or "were not finite" in output, output[-2000:]
+    assert "Traceback" not in output.split("ERROR[5]")[0]
+
+
+# -----------------------------------------------------------------------------
+# Full fine-tuning on one process
+
+
+def test_full_fine_tuning_moves_every_weight_and_ships_a_folder_that_diffusers_loads(train, tiny_model):
+    before = CogVideoXTransformer3DModel.from_pretrained(tiny_model / "transformer").state_dict()
+    output = train(training_type="sft", learning_rate=1e-3, ema_decay=0.0)
+    after = CogVideoXTransformer3DModel.from_pretrained(output / "transformer").state_dict()
+    assert before.keys() == after.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+    assert not (output / "pytorch_lora_weights.safetensors").exists()
+    card = (output / "README.md").read_text()
+    assert "transformer=" in card
+    assert "load_lora_weights" not in card
+
+
+@pytest.mark.slow
+def test_the_shipped_transformer_makes_the_live_models_video(train, tiny_model, tmp_path):
+    output = train(training_type="sft", learning_rate=1e-2, validation_prompt="a rabbit", max_train_steps=4)
+    made = read_video(next((output / "validation/step-000004").glob("*.mp4")))
+    for transformer, is_same in ((output / "transformer", True), (tiny_model / "transformer", False)):
+        pipeline = CogVideoXPipeline.from_pretrained(tiny_model, transformer=CogVideoXTransformer3DModel.from_pretrained(transformer))
+        settings = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 2, "guidance_scale": 6.0}
+        frames = pipeline("a rabbit", generator=torch.Generator().manual_seed(42), output_type="np", **settings).frames[0]
+        write_video(tmp_path / "again.mp4", [(frame * 255).round().astype(np.uint8) for frame in frames], 8)
+        difference = np.abs(read_video(tmp_path / "again.mp4").astype(int) - made).mean()
+        assert (difference < 1) is is_same, difference
+
+
+def test_full_fine_tuning_resumes_bit_for_bit_and_another_seed_does_not(train):
+    flags = {"training_type": "sft", "learning_rate": 1e-3, "checkpointing_steps": 2, "max_train_steps": 4, "ema_decay": 0.9}
+    whole, other = train(**flags), train(**flags, seed=7)
+    begun = unfinished(whole, whole.parent / "begun")
+    train(output=begun, resume_from_checkpoint="latest", **flags)
+    assert worst_difference(result_of(begun), result_of(whole)) == 0
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        files = [load_file(folder / "checkpoint-4" / name) for folder in (whole, begun)]
+        assert worst_difference(*files) == 0
+    assert worst_difference(result_of(other), result_of(whole)) > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["lora", "sft"])
+def test_an_average_is_what_is_shipped_and_training_does_not_feel_it(kind, train):
+    flags = {"training_type": kind, "learning_rate": 1e-2, "max_train_steps": 4, "validation_prompt": "a rabbit", "validation_steps": 2}
+    plain, averaged = train(**flags), train(**flags, ema_decay=0.9)
+    assert losses_of(plain) == losses_of(averaged)
+    live = checkpoint.RESULTS[kind].WEIGHTS
+    assert worst_difference(*(load_file(folder / "checkpoint-4" / live) for folder in (plain, averaged))) == 0
+    assert worst_difference(result_of(plain), result_of(averaged)) > 1e-4
+    # diffusers' EMAModel: a decay of (1 + n) / (10 + n) while that is below the one asked for, after a first copy.
+    trained = [load_file(train(**flags | {"max_train_steps": n}) / f"checkpoint-{n}" / live) for n in (1, 2, 3, 4)]
+    expected = trained[0]
+    for number, weights in enumerate(trained[1:], start=1):
+        decay = min(0.9, (1 + number) / (10 + number))
+        expected = {name: decay * expected[name] + (1 - decay) * weights[name] for name in weights}
+    shipped = result_of(averaged)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(shipped.get(name, shipped.get(f"transformer.{name}")), tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"optimizer": "prodigy"}, "--optimizer prodigy: not with FSDP2"),
+        ({"base_precision": "int8"}, "--base_precision: not with FSDP2"),
+        ({"offload": True}, "--offload: not with FSDP2; offload in the engine's own config file"),
+        ({"compile": True}, "--compile: not with FSDP2"),
+    ],
+)
+def test_flags_that_an_engine_cannot_serve_are_refused(flags, sentence, tiny_model, six_clips, tmp_path, encodings):
+    args = script.parse_args(words(tiny_model, six_clips, tmp_path, encodings, mixed_precision="no", **flags))
+    problems = engine.unfit_flags(args, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
+    assert [problem for problem in problems if problem.startswith(sentence)]
+    assert engine.unfit_flags(args, {}) == []
+
+
+def test_what_the_config_file_asks_for_is_refused_where_it_is_not_supported(tiny_model, six_clips, tmp_path, encodings):
+    args = script.parse_args(words(tiny_model, six_clips, tmp_path, encodings, mixed_precision="no", ema_decay=0.9))
+    assert "FSDP 1" in engine.unfit_flags(args, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"})[0]
+    assert "--ema_decay 0.9: not with DeepSpeed" in engine.unfit_flags(args, {"ACCELERATE_USE_DEEPSPEED": "true"})[0]
+
+
+@pytest.mark.parametrize("flags", [{"lora_dropout": 0.1}, {"offload": True}, {"base_precision": "int8"}, {"init_lora": "x"}])
+def test_flags_of_a_lora_are_refused_with_full_fine_tuning(flags, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(words("m", "d", "o", "c", training_type="sft", **flags))
+    assert f"--{next(iter(flags))}: of a LoRA or its frozen base" in capsys.readouterr().err
+
+
+def test_a_lora_run_is_not_resumed_as_full_fine_tuning(train, capfd):
+    output = train(max_train_steps=1)
+    with pytest.raises(SystemExit):
+        train(output=output, training_type="sft", resume_from_checkpoint="latest", max_train_steps=2)
+    assert "--training_type was 'lora' and is 'sft'" in capfd.readouterr().err
