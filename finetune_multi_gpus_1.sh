@@ -1,24 +1,31 @@
 #!/usr/bin/env bash
 # Fine-tune a CogVideoX LoRA on the GPUs of one machine or several: run it once on each machine.
 #
-#   bash finetune_multi_gpus_1.sh                                           all GPUs of this machine
+#   bash finetune_multi_gpus_1.sh                                             all GPUs of this machine
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 bash finetune_multi_gpus_1.sh   first of two machines
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 bash finetune_multi_gpus_1.sh   second of two machines
+#   srun --ntasks-per-node=1 bash finetune_multi_gpus_1.sh                    all machines of a Slurm job (examples/slurm.sbatch)
+#   bash finetune_multi_gpus_1.sh                                             in each pod of a Kubernetes PyTorchJob
+#   CONFIG_PATH=configs/fsdp2.yaml bash finetune_multi_gpus_1.sh              weights split over the GPUs (or zero2, zero3)
 # Flags at the end win. OUTPUT_PATH and CACHE_PATH have to lie on a file system that all machines share.
 set -euo pipefail
 
+# The machines. What is left empty comes from Slurm, Kubernetes or torchrun's variables, in cogvideox/cluster.sh; without
+# those, it is this machine with all its GPUs.
+NNODES="${NNODES:-}"                                       # machines
+NODE_RANK="${NODE_RANK:-}"                                 # which of them this is, from 0
+GPUS_PER_NODE="${GPUS_PER_NODE:-}"                         # processes on each, one a GPU
+MASTER_ADDR="${MASTER_ADDR:-}"                             # address of machine 0, as the others reach it
+MASTER_PORT="${MASTER_PORT:-}"                             # a free port there
+
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # Edit these, or set them in the environment.
-NNODES="${NNODES:-1}"                                      # machines
-NODE_RANK="${NODE_RANK:-0}"                                # which of them this is, from 0
-GPUS_PER_NODE="${GPUS_PER_NODE:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"   # processes here
-MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"                    # address of machine 0, as the others reach it
-MASTER_PORT="${MASTER_PORT:-29500}"                        # a free port there
+CONFIG_PATH="${CONFIG_PATH:-$HERE/accelerate_config_machine_multi.yaml}"   # the engine: DDP, or one of configs/
 MODEL_PATH="${MODEL_PATH:-THUDM/CogVideoX-2b}"             # hub id or folder of the base model
 DATASET_PATH="${DATASET_PATH:-$HOME/disney}"               # folder with prompts.txt, videos.txt and videos/
 OUTPUT_PATH="${OUTPUT_PATH:-cogvideox-lora-multi-gpu}"     # the LoRA, its checkpoints and videos go here
 CACHE_PATH="${CACHE_PATH:-$HOME/.cache}"                   # downloads, and the encoded clips and captions
 
-HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # Memory in segments that can grow: less of it is lost to fragments, so fewer runs end out of memory.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 
@@ -66,18 +73,15 @@ OUTPUT_ARGS=(
   --checkpointing_steps 500              # in optimizer steps, and at the end
 )
 
-if ((NNODES > 1)) && [[ "$MASTER_ADDR" == 127.0.0.1 ]]; then
-  echo "note: MASTER_ADDR=127.0.0.1 reaches this machine only; with NNODES=$NNODES it is usually the address of machine 0" >&2
-fi
-if ((NODE_RANK < 0 || NODE_RANK >= NNODES || GPUS_PER_NODE < 1)); then
-  echo "NODE_RANK=$NODE_RANK has to be from 0 to NNODES - 1 = $((NNODES - 1)), and GPUS_PER_NODE=$GPUS_PER_NODE at least 1" >&2
-  exit 2
-fi
+# shellcheck source=cogvideox/cluster.sh
+source "$HERE/cogvideox/cluster.sh"
+find_machines
 
-# Signals go to the launcher as SIGTERM, which it hands on; of SIGUSR1 (Slurm's warning) it would die and leave the trainer
-# behind. The trainer finishes its step, saves and ends; the launcher then gives it 30 seconds.
-trap 'kill -TERM "$launcher" 2>/dev/null' TERM INT USR1
-accelerate launch --config_file "$HERE/accelerate_config_machine_multi.yaml" \
+# Signals go to the launcher as SIGTERM, which it hands on. The trainer finishes its step, saves and ends; the launcher then
+# gives it 30 seconds. Of SIGUSR1 (Slurm's warning) the launcher would die and leave the trainer behind, so it never hears it.
+launcher=""
+trap '[[ -z "$launcher" ]] || kill -TERM "$launcher" 2>/dev/null || true' TERM INT USR1
+without_usr1 accelerate launch --config_file "$CONFIG_PATH" \
   --num_processes "$((NNODES * GPUS_PER_NODE))" --num_machines "$NNODES" --machine_rank "$NODE_RANK" \
   --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \
   "$HERE/train_cogvideox_lora.py" \

@@ -59,10 +59,16 @@ OUTPUT_ARGS=(
   --checkpointing_steps 500              # in optimizer steps, and at the end
 )
 
-# Signals go to the launcher as SIGTERM, which it hands on; of SIGUSR1 (Slurm's warning) it would die and leave the trainer
-# behind. The trainer finishes its step, saves and ends; the launcher then gives it 30 seconds.
-trap 'kill -TERM "$launcher" 2>/dev/null' TERM INT USR1
-accelerate launch --config_file "$HERE/accelerate_config_machine_single.yaml" \
+# shellcheck source=cogvideox/cluster.sh
+source "$HERE/cogvideox/cluster.sh"
+refuse_second_start
+forget_other_launchers
+
+# Signals go to the launcher as SIGTERM, which it hands on. The trainer finishes its step, saves and ends; the launcher then
+# gives it 30 seconds. Of SIGUSR1 (Slurm's warning) the launcher would die and leave the trainer behind, so it never hears it.
+launcher=""
+trap '[[ -z "$launcher" ]] || kill -TERM "$launcher" 2>/dev/null || true' TERM INT USR1
+without_usr1 accelerate launch --config_file "$HERE/accelerate_config_machine_single.yaml" \
   "$HERE/train_cogvideox_lora.py" \
   "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${LORA_ARGS[@]}" "${TRAIN_ARGS[@]}" "${VALIDATION_ARGS[@]}" "${OUTPUT_ARGS[@]}" \
   "$@" &

@@ -240,7 +240,6 @@ if __name__ == "__main__":
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from diffusers.training_utils import EMAModel
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
@@ -414,7 +413,7 @@ def main(args):
     # Processes. From here on every line runs on every process; the main one prints and writes.
     accelerator = start_processes(args.mixed_precision, args.gradient_accumulation_steps, args.process_timeout_minutes)
     if __name__ == "__main__":  # from here on a signal is noted, and the run ends where nothing is lost
-        stopping.listen()
+        stopping.listen(args.output_dir)
     patient_barrier = patient_barrier_maker()
     device, is_main, output_dir = accelerator.device, accelerator.is_main_process, Path(args.output_dir)
     dtype = PRECISIONS[args.mixed_precision]
@@ -492,7 +491,7 @@ def main(args):
     optimizer = make_optimizer(args, parameters, learning_rate)
     schedule = make_schedule(args, optimizer, total_steps)
     model, optimizer, parameters = engine.prepare(accelerator, transformer, optimizer, args.train_batch_size, args.max_grad_norm, dtype)
-    average = EMAModel(parameters, decay=args.ema_decay) if args.ema_decay else None
+    average = checkpoint.make_average(parameters, args.ema_decay) if args.ema_decay else None
     update_average = functools.partial(average.step, parameters) if average else lambda: None
     whole = functools.partial(engine.whole_model, accelerator, transformer, build, dtype)
 
@@ -719,6 +718,7 @@ def main(args):
         code, reason = (128 + stop, f"stopped by {signal.Signals(stop).name}") if stop else (code, reason)
         code, reason = (BAD_OUTPUT, "the last checkpoint was not written") if saver.failed else (code, reason)
         stopping.write_status(output_dir, code, reason, step, newest)
+    patient_barrier()  # the launcher ends all processes soon after the first one is gone
     accelerator.end_training()
     if stop:
         say(f"stopped by {signal.Signals(stop).name} after step {step} of {total_steps}; --resume_from_checkpoint latest goes on")

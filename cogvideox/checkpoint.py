@@ -107,6 +107,13 @@ def take_snapshot(result, export, transformer, optimizer, parameters, schedule, 
     return {"exported": export(transformer, shipped), "live": live, "optimizer": tensors, "state": state, "result": result}
 
 
+def make_average(parameters, decay):
+    """diffusers' EMAModel: the decay of the first steps is (1 + n) / (10 + n)."""
+    from diffusers.training_utils import EMAModel  # takes a second to import
+
+    return EMAModel(parameters, decay=decay)
+
+
 @contextlib.contextmanager
 def averaged(average, parameters):
     """The averaged weights in place of the trained ones; without an average nothing happens."""

@@ -36,7 +36,7 @@ SMALLEST_8BIT = 4096
 RUN_BLOCKS = 4
 NAMES = {
     "base_weights": "base weights",
-    "adapters": "LoRA (fp32)",
+    "adapters": "trained weights (fp32)",
     "optimizer_state": "optimizer states",
     "batch": "batch",
     "gradients": "gradients at the peak",
@@ -194,14 +194,18 @@ def bring_to_device(model, in_host=False):
 
 
 def define_transformer(configs, args, device, layers):
-    """A transformer of `layers` blocks with its LoRA on the meta device, its frozen layers held as the trainer holds them."""
+    """A transformer of `layers` blocks with its LoRA, or all trained, on the meta device, its frozen layers held as the trainer does."""
     config = {name: value for name, value in configs["transformer"].items() if not name.startswith("_")}
     dtype = PRECISIONS[args.mixed_precision]
-    with without_data(dtype):
-        transformer = CogVideoXTransformer3DModel(**(config | {"num_layers": layers})).requires_grad_(False)
-        alpha = args.lora_alpha or float(args.rank)
-        lora.add_lora(transformer, args.rank, alpha, args.lora_dropout, args.target_modules, args.seed)
+    everything = args.training_type == "sft"
+    with without_data(torch.float32 if everything else dtype):
+        transformer = CogVideoXTransformer3DModel(**(config | {"num_layers": layers})).requires_grad_(everything)
+        if not everything:
+            alpha = args.lora_alpha or float(args.rank)
+            lora.add_lora(transformer, args.rank, alpha, args.lora_dropout, args.target_modules, args.seed)
     lora.fit_to_autocast(transformer, dtype)
+    if everything:
+        return transformer
     if device == "cpu" or args.offload or args.base_precision != "stored":
         # On a meta device nothing is replaced where nothing is gained, as on a GPU; on a CPU there is.
         where = "cpu" if args.base_precision == "stored" else "meta"
@@ -331,8 +335,8 @@ def training_course(configs, args, loss_of, shape, recomputed, keep_attention, d
 
 
 def optimizer_bytes(args, parameters):
-    """Bytes of the states that an optimizer keeps for parameters (fp32 tensors, on any device)."""
-    name, total = args.optimizer, 0
+    """Bytes of the states that an optimizer keeps for parameters (fp32 tensors, on any device), and of their average."""
+    name, total = args.optimizer, sum(4 * parameter.numel() for parameter in parameters) if args.ema_decay else 0
     for parameter in parameters:
         numbers = parameter.numel()
         if name == "prodigy":  # two moments, the first weights, and the sum for the step estimate

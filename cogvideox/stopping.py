@@ -18,11 +18,15 @@ import torch.distributed as distributed
 from cogvideox.files import write_durably
 
 ECHO_SECONDS = 2.0  # Ctrl-C reaches a process twice, from the terminal and from the launcher
-received = {"signal": 0, "time": 0.0}
+received = {"signal": 0, "time": 0.0, "output_dir": None}
 
 
-def listen():
-    """Note signals from now on instead of dying of them. Before there is something to lose, they end the process at once."""
+def listen(output_dir=None):
+    """Note signals from now on instead of dying of them. Before there is something to lose, they end the process at once.
+
+    output_dir: where to leave word of a run that is stopped before its training.
+    """
+    received["output_dir"] = output_dir
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # Windows has no SIGUSR1
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), note)
@@ -56,6 +60,8 @@ def agreed(device):
 def leave_if_wanted():
     """End this process if a signal came, at a place where nothing that is not on disk would be lost."""
     if wanted():
+        if received["output_dir"] and int(os.environ.get("RANK", "0")) == 0:
+            write_status(received["output_dir"], 128 + wanted(), f"stopped by {signal.Signals(wanted()).name} before training", None)
         raise SystemExit(128 + wanted())
 
 

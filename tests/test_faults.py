@@ -379,26 +379,6 @@ def test_a_dead_process_ends_the_other_within_a_minute(tiny_model, six_clips, en
     assert "Signal 9 (SIGKILL) received by PID" in output or "exitcode: -9" in output.replace(" ", " ")
 
 
-@pytest.mark.slow
-def test_a_validation_longer_than_the_collective_timeout_ends_nothing(tiny_model, six_clips, encodings, tmp_path):
-    code = (
-        "import os, sys, time, runpy; sys.argv = sys.argv[1:]; sys.path.insert(0, '.')\n"
-        "import cogvideox.validation as validation\n"
-        "sample = validation.sample_latents\n"
-        "def slow(*a, **k):\n"
-        "    if os.environ['RANK'] == '1': time.sleep(9)\n"
-        "    return sample(*a, **k)\n"
-        "validation.sample_latents = slow\n"
-        "runpy.run_path('train_cogvideox_lora.py', run_name='__main__')\n"
-    )
-    command = [*TWO[:-1], "--no-python", sys.executable, "-c", code, "train_cogvideox_lora.py"]
-    flags = {"validation_prompt": "a:::b", "process_timeout_minutes": 0.05, "max_train_steps": 1}
-    run = start(command, words(tiny_model, six_clips, tmp_path / "out", encodings, **flags))
-    output = run.communicate(timeout=150)[0]
-    assert run.returncode == 0, output[-2000:]
-    assert len(list((tmp_path / "out/validation").rglob("*.mp4"))) == 4
-
-
 def test_a_main_process_that_does_not_answer_is_named(monkeypatch, capsys):
     from cogvideox import launch
 
@@ -610,7 +590,7 @@ def test_a_process_that_dies_while_encoding_ends_the_other_machine_too(tiny_mode
         "OUTPUT_PATH": str(tmp_path / "out"),
         "CACHE_PATH": str(tmp_path / "c"),
     }
-    settings |= {"NNODES": "2", "GPUS_PER_NODE": "1", "MASTER_PORT": port}
+    settings |= {"NNODES": "2", "GPUS_PER_NODE": "1", "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
     size = ["--height", "128", "--width", "192", "--max_num_frames", "17", "--mixed_precision", "no", "--report_to", "none"]
     nodes = [start(["bash", "finetune_multi_gpus_1.sh"], size, **settings, NODE_RANK=str(rank)) for rank in range(2)]
     wait_for(lambda: list((tmp_path / "c").rglob("clips/??/*.safetensors")))

@@ -49,14 +49,16 @@ def measured_peak(work):
 
 def real_transformer(config, args):
     """A model as the trainer prepares it on a CPU, with zeros for weights. Returns (model, LoRA parameters)."""
-    dtype = memory.PRECISIONS[args.mixed_precision]
-    with memory.without_data(dtype):
+    dtype, everything = memory.PRECISIONS[args.mixed_precision], args.training_type == "sft"
+    with memory.without_data(torch.float32 if everything else dtype):
         transformer = CogVideoXTransformer3DModel(**config)
-    transformer = transformer.to_empty(device="cpu").requires_grad_(False)
+    transformer = transformer.to_empty(device="cpu").requires_grad_(everything)
     for tensor in [*transformer.parameters(), *transformer.buffers()]:
-        tensor.zero_()
+        tensor.data.zero_()
     model.keep_position_tables(transformer.patch_embed)
-    parameters = lora.add_lora(transformer, args.rank, float(args.rank), 0.0, args.target_modules, seed=0)
+    parameters = list(transformer.parameters())
+    if not everything:
+        parameters = lora.add_lora(transformer, args.rank, float(args.rank), 0.0, args.target_modules, seed=0)
     lora.fit_to_autocast(transformer, dtype)
     linear.hold_linears(transformer, args.base_precision, args.offload, torch.device("cpu"))
     layers = len(transformer.transformer_blocks)
@@ -94,6 +96,20 @@ def test_a_step_of_a_small_model_takes_what_is_predicted(checkpointing):
     args = flags(mixed_precision="no", gradient_checkpointing=checkpointing)
     for shape in ((2, 16, 8, 8), (3, 16, 12, 20)):
         assert agree(predicted_step(TINY, args, shape), measured_step(TINY, args, shape))
+
+
+@pytest.mark.parametrize(("precision", "within"), [("no", 0.03), ("bf16", 0.14)])
+def test_a_step_of_full_fine_tuning_takes_what_is_predicted(precision, within):
+    args, shape = flags(mixed_precision=precision, gradient_checkpointing="all", training_type="sft"), (3, 16, 12, 20)
+    assert agree(predicted_step(TINY, args, shape), measured_step(TINY, args, shape), within)
+    parts = memory.training_parts(configs_of(**TINY), args, script.velocity_loss, shape, 2, False, "cpu")
+    weights = sum(parameter.numel() for parameter in CogVideoXTransformer3DModel(**TINY).parameters())
+    assert parts["adapters"] == 4 * weights  # in fp32, whatever is computed in
+    assert parts["optimizer_state"] > 1.9 * parts["adapters"]
+    averaged = memory.training_parts(
+        configs_of(**TINY), flags(**vars(args) | {"ema_decay": 0.9}), script.velocity_loss, shape, 2, False, "cpu"
+    )
+    assert averaged["training"] == parts["training"] + parts["adapters"]
 
 
 @pytest.mark.slow
