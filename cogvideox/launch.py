@@ -80,6 +80,9 @@ def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minute
             InitProcessGroupKwargs(timeout=timeout, **({"backend": "gloo"} if on_cpu and with_deepspeed else {})),
         ],
     )
+    if with_deepspeed:
+        # Under ZeRO-3 transformers would split T5 while it loads, which is not trained and runs on one process at a time.
+        transformers.integrations.unset_hf_deepspeed_config()
     if accelerator.num_processes != started:
         fail(
             BAD_FLAGS,

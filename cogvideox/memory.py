@@ -510,19 +510,46 @@ def phase_parts(configs, args, device="cuda"):
     }
 
 
-def predict(configs, args, loss_of, device="cuda", recomputation=None, phases=None):
+def split_over(parts, configs, args, engine, processes):
+    """What `training_parts` gave, as one of several processes has it. engine: DDP, FSDP2, ZeRO-2 or ZeRO-3. Arithmetic, not a run.
+
+    FSDP2 and ZeRO-3 have two blocks gathered at a time (the next one comes while one works), in the compute dtype, and a
+    block's gradients before they are split. ZeRO-2 has all weights in the compute dtype, and the fp32 ones in parts.
+    """
+    if engine == "DDP" or processes == 1:
+        return parts
+    block = next(iter(define_transformer(configs, args, "cuda", layers=1).transformer_blocks))
+    size = 4 if args.mixed_precision == "no" else 2
+    numbers, trained = (sum(p.numel() for p in block.parameters() if p.requires_grad or not only) for only in (False, True))
+    parts = parts | {name: parts[name] // processes for name in ("optimizer_state", "gradients")}
+    if engine == "ZeRO-2":
+        whole = parts["adapters"] * size // 4
+        parts["adapters"], extra = whole + parts["adapters"] // processes, 2 * trained * size
+    else:
+        parts |= {name: parts[name] // processes for name in ("base_weights", "adapters")}
+        extra = 2 * numbers * size + trained * 4
+    parts["working_set"] += extra
+    names = ("base_weights", "adapters", "optimizer_state", "batch", "gradients", "activations", "working_set")
+    return parts | {"training": sum(parts[name] for name in names)}
+
+
+def predict(configs, args, loss_of, device="cuda", recomputation=None, phases=None, engine="DDP", processes=1):
     """The peak of each phase of a run and the parts of training's, a flat dict of bytes (and `training_peak_at`: its place).
 
     configs: from `read_configs` or PRESETS. args: the trainer's flags, with mixed_precision chosen. loss_of: the trainer's
     velocity_loss. device: "cuda" or "cpu", whose autocast and kept weights differ. recomputation: (blocks, keep_attention),
-    default: of --gradient_checkpointing. phases: from `phase_parts`, if it is known already.
+    default: of --gradient_checkpointing. phases: from `phase_parts`, if it is known already. engine, processes: as in
+    `split_over`; one that splits weights validates with a copy of the model in the compute dtype.
     """
     layers = configs["transformer"].get("num_layers", 30)
     recomputation = recomputation or blocks_to_recompute(args.gradient_checkpointing, layers)
     shape = latents_of(configs, *largest_shape(args))
     parts = training_parts(configs, args, loss_of, shape, *recomputation, device)
     phases = phases or phase_parts(configs, args, device)
-    resident = parts["base_weights"] + parts["adapters"] + parts["optimizer_state"]
+    weights = parts["base_weights"] + parts["adapters"] * (1 if args.training_type == "lora" or args.mixed_precision == "no" else 0.5)
+    parts = split_over(parts, configs, args, engine, processes)
+    copy = int(weights) if processes > 1 and engine in ("FSDP2", "ZeRO-3") else 0
+    resident = parts["base_weights"] + parts["adapters"] + parts["optimizer_state"] + copy
     beside = max(phases["sampling"], phases["decoding"])
     peaks = {
         "captions": phases["captions"],

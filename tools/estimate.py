@@ -37,6 +37,8 @@ def parse(words):
     parser.add_argument("--model", help="folder of a model, whose configs are read")
     parser.add_argument("--card", type=float, help="memory of the card, GB: auto recomputes only what does not fit")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where the run will be")
+    parser.add_argument("--engine", choices=("DDP", "FSDP2", "ZeRO-2", "ZeRO-3"), default="DDP", help="what splits the weights")
+    parser.add_argument("--processes", type=int, default=1, help="GPUs that they are split over")
     parser.add_argument("--presets", action="store_true", help="a table of cards, and the flags for each")
     parser.add_argument("--json", help="write the bytes here as well")
     options, rest = parser.parse_known_args(words)
@@ -95,11 +97,13 @@ def print_parts(memory, options, args, configs, loss_of):
         plan, parts = chosen_recomputation(memory, configs, args, loss_of, usable(options.card), options.device, phases)
     else:
         plan = memory.blocks_to_recompute(args.gradient_checkpointing, layers)
-        parts = memory.predict(configs, args, loss_of, options.device, plan, phases)
+        parts = memory.predict(configs, args, loss_of, options.device, plan, phases, options.engine, options.processes)
     clip = memory.largest_shape(args)
     blocks = memory.block_bytes(configs, args, loss_of, memory.latents_of(configs, *clip), options.device)
     model, size = options.model or options.preset, "x".join(map(str, clip))
-    print(f"{model} on {options.device}, {size}, batch {args.train_batch_size}, rank {args.rank}, {args.mixed_precision};")
+    what = f"rank {args.rank}" if args.training_type == "lora" else "full fine-tuning"
+    spread = f"; a process of {options.processes} under {options.engine}" if options.processes > 1 else ""
+    print(f"{model} on {options.device}, {size}, batch {args.train_batch_size}, {what}, {args.mixed_precision}{spread};")
     print(f"blocks recomputed: {words_of(plan, layers)}; the peak of training is in the {parts['training_peak_at']} pass\n")
     print("\n".join(memory.table(parts)))
     for name, words in (("kept", "not recomputed"), ("attention", "recomputed but for its attention"), ("full", "recomputed")):
