@@ -277,7 +277,6 @@ from cogvideox.model import (
     checkpoint_blocks,
     compile_blocks,
     load_scheduler,
-    load_transformer,
     load_vae,
     rotary_tables,
 )
@@ -432,36 +431,18 @@ def main(args):
         if args.dry_run and is_main:
             configs = memory.on_device(memory.read_configs(folder, args.variant), device.type)
             say("\npredicted, with every block recomputed where the flag is auto:")
-            say("\n".join(memory.table(memory.predict(configs, args, velocity_loss, device.type))))
+            spread = {"engine": engine.engine_of(accelerator), "processes": accelerator.num_processes}
+            say("\n".join(memory.table(memory.predict(configs, args, velocity_loss, device.type, **spread))))
         encodings, prompts, negative_prompt, identities = encode_data(
             args, folder, facts, tokenizer, data, readers, accelerator, patient_barrier
         )
 
     # The transformer: frozen, in the compute dtype, with a LoRA in fp32; or all of it in fp32.
     scheduler, result = load_scheduler(folder), checkpoint.RESULTS[args.training_type]
-    if args.training_type == "lora":
-        export = lora.export
-
-        def build():
-            transformer = load_transformer(folder, dtype, args.variant)
-            lora.add_lora(transformer, args.rank, args.lora_alpha, args.lora_dropout, args.target_modules, args.seed)
-            return transformer
-
-        result_facts = {
-            "rank": str(args.rank),
-            "alpha_folded_in": f"{args.lora_alpha:g}",
-            "trigger": args.id_token or "",
-            "example_prompt": data.records[0].caption,
-        }
-    else:
-        export = functools.partial(sft.export, dtype=PRECISIONS[stored_precision(folder, "transformer", args.variant)])
-
-        def build():
-            return load_transformer(folder, torch.float32, args.variant).requires_grad_(True)
-
-        result_facts = {"trigger": args.id_token or "", "example_prompt": data.records[0].caption}
+    build = functools.partial(result.build, args, folder, dtype)
     transformer = build()
-    result_facts |= {"config": transformer.to_json_string()} if args.training_type == "sft" else {}
+    export = functools.partial(result.export, stored_dtype=PRECISIONS[stored_precision(folder, "transformer", args.variant)])
+    result_facts = result.facts(args, transformer) | {"trigger": args.id_token or "", "example_prompt": data.records[0].caption}
     try:
         if args.init_lora:
             lora.load_exported(transformer, args.init_lora)

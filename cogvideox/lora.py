@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 from cogvideox.engine import trained_state, trained_weights, write_trained
 from cogvideox.files import write_durably
 from cogvideox.launch import say
+from cogvideox.model import load_transformer
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # What this module and sft.py both have: how the result is called, and the file of the weights as they are trained.
@@ -31,6 +32,18 @@ def check_targets(folder, target_modules):
         for target in target_modules
         if not any(name == target or name.endswith(f".{target}") for name in names)
     ]
+
+
+def build(args, folder, dtype):
+    """The transformer of a model folder as training starts with it: frozen, in `dtype`, with a LoRA in fp32; on the CPU."""
+    transformer = load_transformer(folder, dtype, args.variant)
+    add_lora(transformer, args.rank, args.lora_alpha, args.lora_dropout, args.target_modules, args.seed)
+    return transformer
+
+
+def facts(args, transformer):
+    """What the result's metadata says of how it was made."""
+    return {"rank": str(args.rank), "alpha_folded_in": f"{args.lora_alpha:g}"}
 
 
 def add_lora(transformer, rank, alpha, dropout, target_modules, seed):
@@ -122,8 +135,8 @@ def load_exported(transformer, path):
     load_live(transformer, state)
 
 
-def export(transformer, live):
-    """The weights as they are shipped, from what `live_state` gave: alpha / rank folded into lora_B, diffusers' names.
+def export(transformer, live, stored_dtype=None):
+    """The weights as they are shipped, from what `live_state` gave: alpha / rank folded into lora_B, diffusers' names, fp32.
 
     Loaders differ in what they take for alpha: some read it from the metadata, some from `.alpha`, most assume that it
     equals the rank. With the factor in the weights and alpha nowhere in the file, all of them apply the trained strength.

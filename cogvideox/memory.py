@@ -516,7 +516,7 @@ def split_over(parts, configs, args, engine, processes):
     FSDP2 and ZeRO-3 have two blocks gathered at a time (the next one comes while one works), in the compute dtype, and a
     block's gradients before they are split. ZeRO-2 has all weights in the compute dtype, and the fp32 ones in parts.
     """
-    if engine == "DDP" or processes == 1:
+    if engine in ("one process", "DDP") or processes == 1:
         return parts
     block = next(iter(define_transformer(configs, args, "cuda", layers=1).transformer_blocks))
     size = 4 if args.mixed_precision == "no" else 2

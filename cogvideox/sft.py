@@ -14,14 +14,23 @@ from cogvideox.engine import trained_state, trained_weights, write_trained
 from cogvideox.files import write_durably, write_tensors
 from cogvideox.launch import say
 from cogvideox.lora import check_finite
+from cogvideox.model import load_transformer
 
 RESULT, WEIGHTS = "transformer", "weights.safetensors"
 FILES = ["transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"]
 
 
-def train_everything(transformer):
-    """Make every weight trainable, in fp32, and return them: near 0.05 a bf16 weight cannot move by less than 2e-4."""
-    return list(transformer.float().requires_grad_(True).parameters())
+def build(args, folder, dtype):
+    """The transformer of a model folder as training starts with it: every weight trainable and in fp32; on the CPU.
+
+    fp32 whatever is computed in: near 0.05 a bf16 weight cannot move by less than 2e-4, more than a usual step.
+    """
+    return load_transformer(folder, torch.float32, args.variant).requires_grad_(True)
+
+
+def facts(args, transformer):
+    """What `write` has to know of the model: its config as JSON."""
+    return {"config": transformer.to_json_string()}
 
 
 def live_state(transformer, keep=True):
@@ -34,9 +43,9 @@ def load_live(transformer, state):
     write_trained(dict(trained_weights(transformer)), state, "weights do not fit this model")
 
 
-def export(transformer, live, dtype):
+def export(transformer, live, stored_dtype):
     """The weights as they are shipped: in the dtype that the base model is stored in."""
-    return {name: tensor.to(dtype) for name, tensor in live.items()}
+    return {name: tensor.to(stored_dtype) for name, tensor in live.items()}
 
 
 def write(folder, exported, facts):

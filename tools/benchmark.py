@@ -1,6 +1,7 @@
-"""Measure on this machine, ours against a baseline: python -m tools.benchmark step|start|memory|encode|decode [flags].
+"""Measure on this machine, ours against a baseline: python -m tools.benchmark step|growth|start|memory|encode|decode [flags].
 
 step     seconds of an optimizer step, and the share of the machine's matmul peak that its useful FLOPs reach
+growth   how the seconds of our step grow with frames, size, rank and clips in a batch (in the data set: start, memory)
 start    seconds from launch to the first step: full cache, empty cache, baseline
 memory   peak memory of whole runs (encoding, training, validation), and that it does not grow with the clips
 encode   clips a second of decoding, VAE and T5, each against its own limit
@@ -17,6 +18,7 @@ import functools
 import gc
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -87,18 +89,22 @@ def reference_command(model, clips, output, flags):
     return line
 
 
+def environment_of(threads):
+    """The environment of every process that is started here."""
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
 def run_program(line, output, threads):
     """Run a training to its end. Returns what was seen of it from outside.
 
     seconds_to_first_step: from launch to the first line of metrics.jsonl. peak_mib: of the largest trainer process.
     helpers_mib: the peaks of all other processes that it started, summed. others: share of the CPUs that others used.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     metrics, first_step, peaks, usage = Path(output) / "metrics.jsonl", None, {}, None
     with tempfile.TemporaryFile() as log:
         started, busy = time.perf_counter(), busy_seconds()
         own = os.times()
-        process = subprocess.Popen(line, stdout=log, stderr=log, env=environment, cwd=ROOT)
+        process = subprocess.Popen(line, stdout=log, stderr=log, env=environment_of(threads), cwd=ROOT)
         looked = 0.0
         try:
             while usage is None:
@@ -178,9 +184,8 @@ def has_fast_bf16():
 def run_worker(job, threads):
     """Do one job in a process of its own; returns what it measured."""
     line = [sys.executable, "-m", "tools.benchmark", "worker", json.dumps(job)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryFile() as log:
-        result = subprocess.run(line, stdout=subprocess.PIPE, stderr=log, env=environment, cwd=ROOT, check=False)
+        result = subprocess.run(line, stdout=subprocess.PIPE, stderr=log, env=environment_of(threads), cwd=ROOT, check=False)
         if result.returncode:
             log.seek(0)
             reason = "killed, perhaps for want of memory" if result.returncode == -9 else f"code {result.returncode}"
@@ -363,7 +368,7 @@ def our_step(job, folder):
     from cogvideox.model import keep_position_tables
     from demo.make_model import make_scheduler
 
-    dtype, steps = PRECISIONS[job["precision"]], job["steps"] + job["warmup"] + 1
+    dtype, steps, batch_size = PRECISIONS[job["precision"]], job["steps"] + job["warmup"] + 1, job.get("batch", 1)
     args = script.parse_args(["--pretrained_model_name_or_path", "none", "--instance_data_root", "none", "--report_to", "none"])
     accelerator = script.start_processes(job["precision"], 1, 30.0)
     device, scheduler, transformer = accelerator.device, make_scheduler(), make_transformer(job["size"], dtype)
@@ -382,9 +387,9 @@ def our_step(job, folder):
         cache.write_entry(cache.entry_path(folder, "clips", name), clip.to(dtype))
         cache.write_entry(cache.entry_path(folder, "captions", name), torch.randn(TEXT_LENGTH, width).to(dtype))
     encodings = cache.Encodings(folder, names, names, names, names[0])
-    clip_of = functools.partial(order.clip_at, args.seed, shapes=(0,) * len(names), clips_per_step=1)
+    clip_of = functools.partial(order.clip_at, args.seed, shapes=(0,) * len(names), clips_per_step=batch_size)
     clips = order.TrainingClips(encodings, clip_of, args.seed, COGVIDEOX_2B.scaling_factor, scheduler.config.num_train_timesteps)
-    batches = iter(DataLoader(clips, batch_sampler=list(order.positions_of(0, 1, 1, 1, 0, steps))))
+    batches = iter(DataLoader(clips, batch_sampler=list(order.positions_of(0, 1, batch_size, 1, 0, steps))))
     optimizer = script.make_optimizer(args, parameters, args.learning_rate)
     schedule = script.make_schedule(args, optimizer, steps)
     model, optimizer = accelerator.prepare(transformer, optimizer)
@@ -578,16 +583,17 @@ def take_turns(options, jobs, run=None):
     return samples
 
 
-def median_of(samples, value, **wanted):
-    """The median of a number over the samples of a kind."""
-    return statistics.median(value(s) for s in samples if all(s[name] == wish for name, wish in wanted.items()))
+def of_kind(samples, **wanted):
+    """The samples that have these values."""
+    return [s for s in samples if all(s[name] == wish for name, wish in wanted.items())]
 
 
 def paired_ratio(samples, value, variant, baseline, **wanted):
     """The median over the turns of baseline / variant, each the median of its samples in that turn."""
     ratios = []
     for turn in sorted({s["turn"] for s in samples}):
-        values = [median_of(samples, value, variant=name, turn=turn, **wanted) for name in (baseline, variant)]
+        of_turn = of_kind(samples, turn=turn, **wanted)
+        values = [statistics.median(map(value, of_kind(of_turn, variant=name))) for name in (baseline, variant)]
         ratios.append(values[0] / values[1])
     return statistics.median(ratios)
 
@@ -608,18 +614,23 @@ def spell(shape):
     return "x".join(map(str, shape))
 
 
+def step_job(options, variant, shape):
+    """The job of timing steps of one variant."""
+    common = {name: getattr(options, name) for name in ("size", "precision", "gradient_checkpointing", "steps", "warmup", "clock")}
+    common["rank"] = options.rank or SIZES[options.size]["rank"]
+    return {"job": "step", "variant": variant, "shape": shape} | common
+
+
 def measure_step(work, options):
     """Seconds of a step of the baseline and of ours, and the share of the peak that the useful FLOPs reach."""
     variants = ["reference", "ours"] + (["ours, plain linears"] if options.plain_linears else [])
-    common = {name: getattr(options, name) for name in ("size", "precision", "gradient_checkpointing", "steps", "warmup", "clock")}
-    common["rank"] = options.rank or SIZES[options.size]["rank"]
-    jobs = [{"job": "step", "variant": v, "shape": shape} | common for shape in options.shape for v in variants]
+    jobs = [step_job(options, v, shape) for shape in options.shape for v in variants]
     samples, rows = take_turns(options, jobs), []
     for shape in options.shape:
-        of_shape = [s for s in samples if s["shape"] == shape]
+        of_shape = of_kind(samples, shape=shape)
         flops = next(s["flops"] for s in of_shape if s["flops"])
         for variant in variants:
-            mine = [s for s in of_shape if s["variant"] == variant]
+            mine = of_kind(of_shape, variant=variant)
             every = sorted(value for s in mine for value in s["seconds"])
             rows.append(
                 {
@@ -638,6 +649,48 @@ def measure_step(work, options):
                 }
             )
     return {"rows": rows, "samples": samples}
+
+
+def fit_exponent(values, costs):
+    """(the p of cost = c * value^p, by least squares of the logarithms, and the largest share by which a cost is off that curve)."""
+    values, costs = [math.log(value) for value in values], [math.log(cost) for cost in costs]
+    slope, intercept = statistics.linear_regression(values, costs)
+    off = max(abs(math.expm1(cost - intercept - slope * value)) for value, cost in zip(values, costs, strict=True))
+    return slope, off
+
+
+def measure_growth(work, options):
+    """Seconds of our step with one quantity changed at a time, and the exponents that fit them."""
+    frames, height, width = options.shape[0]
+    base = step_job(options, "ours", options.shape[0]) | {"batch": 1}
+    axes = {
+        "frames": {n: base | {"shape": [n, height, width]} for n in options.frames},
+        "height = width": {n: base | {"shape": [frames, n, n]} for n in options.sides},
+        "rank": {n: base | {"rank": n} for n in options.ranks},
+        "batch": {n: base | {"batch": n} for n in options.batches},
+    }
+    jobs = [job for points in axes.values() for job in points.values()]
+    samples, rows, fits = take_turns(options, [job for i, job in enumerate(jobs) if job not in jobs[:i]]), [], []
+    for axis, points in axes.items():
+        found = [of_kind(samples, **job) for job in points.values()]
+        values, tokens = list(points), [tokens_of(job["shape"]) for job in points.values()]
+        seconds = [statistics.median(second for s in mine for second in s["seconds"]) for mine in found]
+        flops = [mine[0]["flops"] for mine in found]
+        for value, length, second, flop, mine in zip(values, tokens, seconds, flops, found, strict=True):
+            row = {"axis": axis, "value": value, "tokens": length, "seconds": round(second, 4), "useful_GFLOP": round(flop / 1e9, 1)}
+            rows.append(row | {"others": others_of(mine)})
+        if len(values) > 1:
+            exponent, off = fit_exponent(values, seconds)
+            fits.append(
+                {
+                    "axis": axis,
+                    "seconds_by_value": round(exponent, 2),
+                    "worst_point": percent(off),
+                    "seconds_by_tokens": round(fit_exponent(tokens, seconds)[0], 2) if len(set(tokens)) > 1 else "",
+                    "GFLOP_by_value": round(fit_exponent(values, flops)[0], 2),
+                }
+            )
+    return {"rows": rows, "fits": fits, "samples": samples}
 
 
 def model_folder(work, options, size):
@@ -697,7 +750,7 @@ def measure_start(work, options):
 
         samples += take_turns(options, [{"variant": v, "clips": count} for v in variants], run)
         for variant in variants:
-            mine = [s for s in samples if s["variant"] == variant and s["clips"] == count]
+            mine = of_kind(samples, variant=variant, clips=count)
             seconds = sorted(s["seconds_to_first_step"] for s in mine)
             ratio = paired_ratio(samples, lambda s: s["seconds_to_first_step"], variant, "reference", clips=count)
             rows.append(
@@ -728,7 +781,7 @@ def measure_memory(work, options):
 
         samples = take_turns(options, [{"variant": v, "clips": count} for v in ("reference", "ours")], run)
         for variant in ("reference", "ours"):
-            mine = [s for s in samples if s["variant"] == variant]
+            mine = of_kind(samples, variant=variant)
             rows.append(
                 {
                     "variant": variant,
@@ -786,11 +839,11 @@ def measure_encode(work, options):
             }
         )
 
-    decoded = [s for s in samples if s["variant"] == "ours"]
+    decoded = of_kind(samples, variant="ours")
     alone = paired_ratio(samples, lambda s: statistics.median(s["seconds"]), "ours", "decoder alone")
     row("decode (1 process)", decoded, alone, "decord alone")
     for variant in ("vae", "t5"):
-        mine = [s for s in samples if s["variant"] == variant]
+        mine = of_kind(samples, variant=variant)
         share = statistics.median(s["flops"] / statistics.median(s["seconds"]) / s["matmul_peak"] for s in mine)
         peak = statistics.median(s["matmul_peak"] for s in mine) / 1e9
         row({"vae": "VAE encode", "t5": "T5"}[variant], mine, share, f"{peak:.0f} GFLOP/s")
@@ -812,7 +865,7 @@ def measure_decode(work, options):
     common |= {"steps": options.steps, "clock": options.clock}
     samples = take_turns(options, [common | {"variant": variant} for variant in variants])
     for variant in variants:
-        mine = [s for s in samples if s["variant"] == variant]
+        mine = of_kind(samples, variant=variant)
         rows.append(
             {
                 "variant": variant,
@@ -823,6 +876,16 @@ def measure_decode(work, options):
             }
         )
     return {"rows": rows, "samples": samples}
+
+
+MEASUREMENTS = {
+    "step": measure_step,
+    "growth": measure_growth,
+    "start": measure_start,
+    "memory": measure_memory,
+    "encode": measure_encode,
+    "decode": measure_decode,
+}
 
 
 def table(rows):
@@ -856,10 +919,11 @@ def build_parser():
     parser = argparse.ArgumentParser(
         prog="python -m tools.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    measurements = parser.add_subparsers(dest="what", required=True, metavar="step|start|memory|encode|decode")
+    measurements = parser.add_subparsers(dest="what", required=True, metavar="|".join(MEASUREMENTS))
     everything = {}
     for name, summary, shape, repeats, steps in (
         ("step", "seconds of an optimizer step", "9x96x96 9x192x288", 3, 5),
+        ("growth", "how the seconds of our step grow", "9x96x96", 2, 2),
         ("start", "seconds from launch to the first step", "9x96x96", 3, None),
         ("memory", "peak memory of whole runs", "9x96x96", 1, 4),
         ("encode", "clips a second of decoding, VAE and T5", "9x96x96", 3, 3),
@@ -875,13 +939,13 @@ def build_parser():
         flag("--threads", type=count, help="OMP_NUM_THREADS of the processes (default: all cores; 1 at size tiny)")
         if steps:
             flag("--steps", type=count, default=steps, help=f"what is timed: steps, or calls, a process (default: {steps})")
-        if name in ("step", "start", "memory", "encode"):
+        if name != "decode":
             flag("--size", choices=list(SIZES), default="mid", help="2b: the real one; mid: its blocks, 4 of them; tiny (default: mid)")
             flag("--precision", choices=("bf16", "no"), help="of both variants (default: bf16 where this machine multiplies it fast)")
-        if name in ("step", "start", "memory"):
+        if name in ("step", "growth", "start", "memory"):
             flag("--rank", type=count, help="rank of the LoRA (default: 128; 4 at size tiny)")
             flag("--gradient_checkpointing", choices=("none", "all"), default="none", help="of both variants (default: none)")
-        if name in ("step", "encode", "decode"):
+        if name not in ("start", "memory"):
             flag("--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU time, for --threads 1 on a machine that is not quiet")
         if name in ("start", "memory"):
             clips = [16] if name == "start" else [16, 256]
@@ -896,8 +960,26 @@ def build_parser():
             flag("--data", help="folder of files to decode, and nothing else (default: some are generated)")
             flag("--clips", type=count, nargs=1, default=[4], help="files to generate (default: 4)")
             flag("--fps", type=count, default=8, help="frames a second, of the files and of the clips (default: 8)")
+        if name in ("step", "growth"):
+            words = "steps before those that are timed, beside the one that is counted (default: 1)"
+            flag("--warmup", type=count, default=1, help=words)
+    flag = everything["growth"].add_argument
+    # Checked as parts of a shape.
+    frames, side = (lambda word: parse_shape(f"{word}x16x16")[0]), (lambda word: parse_shape(f"1x{word}x{word}")[1])
+    for name, kind, values, what in (
+        ("frames", frames, [9, 17, 33], "frames of a clip"),
+        ("sides", side, [96, 192, 288], "height and width of a square clip, pixels"),
+        ("ranks", count, [32, 128, 512], "ranks of the LoRA"),
+        ("batches", count, [1, 2, 4], "clips in a batch"),
+    ):
+        flag(
+            f"--{name}",
+            type=kind,
+            nargs="+",
+            default=values,
+            help=f"{what}, all else as --shape and --rank (default: {' '.join(map(str, values))})",
+        )
     flag = everything["step"].add_argument
-    flag("--warmup", type=count, default=1, help="steps before those that are timed, beside the one that is counted (default: 1)")
     flag("--plain_linears", action="store_true", help="a third variant: ours without row-chunked linear layers")
     flag = everything["memory"].add_argument
     flag("--part", nargs="+", choices=("runs", "growth"), default=["runs", "growth"], help="whole runs; ours by clips and processes")
@@ -927,7 +1009,7 @@ def main(words=None):
             parser.error(f"--{name} {folder}: no such folder")
     if options.json and not Path(options.json).absolute().parent.is_dir():
         parser.error(f"--json {options.json}: its folder is not there")
-    if options.what != "step" and options.shape[0][2] in (16, 48):
+    if options.what not in ("step", "growth") and options.shape[0][2] in (16, 48):
         parser.error(f"--shape {spell(options.shape[0])}: decord, which the baseline decodes with, refuses this width; try 96")
     tiny = getattr(options, "size", None) == "tiny"
     options.threads = options.threads or (1 if tiny else os.cpu_count())
@@ -938,9 +1020,8 @@ def main(words=None):
     # So that a benchmark that is stopped leaves nothing running, and nothing on the disk.
     handler = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     work = Path(tempfile.mkdtemp(prefix="benchmark-"))
-    measure = {"step": measure_step, "start": measure_start, "memory": measure_memory, "encode": measure_encode, "decode": measure_decode}
     try:
-        result = measure[options.what](work, options)
+        result = MEASUREMENTS[options.what](work, options)
     finally:
         signal.signal(signal.SIGTERM, handler)
         shutil.rmtree(work, ignore_errors=True)
@@ -948,7 +1029,7 @@ def main(words=None):
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "model", "data")}
     shown = [f"{name} {settings[name]}" for name in ("size", "precision", "vae", "gradient_checkpointing") if name in settings]
     print(f"{'; '.join([machine, *shown])}\n")
-    print("\n\n".join(table(result[part]) for part in ("rows", "growth") if result.get(part)))
+    print("\n\n".join(table(result[part]) for part in ("rows", "growth", "fits") if result.get(part)))
     if options.json:
         Path(options.json).write_text(json.dumps({"machine": machine, "settings": settings} | result, indent=1))
 
