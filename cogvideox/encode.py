@@ -2,6 +2,7 @@
 
 import ctypes
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from cogvideox.stopping import leave_if_wanted
 from cogvideox.video import contact_sheet, write_video
 
 CAPTIONS_PER_BATCH = 8
-CLIPS_SHOWN = 3
+CLIPS_SHOWN, SECONDS_TO_SHOW = 3, 10  # no further clip after so long: a CPU decodes one in a quarter of a minute
 
 
 def keep_heap_flat():
@@ -92,7 +93,7 @@ def fill_clips(cache, jobs, load, readers, show, barrier, rank=0, world_size=1):
         watcher.start()
     if mine:
         keep_heap_flat()
-        vae = load()
+        vae, spent = load(), 0.0
         decoded = readers.read_all([(jobs[i][1], jobs[i][2]) for i in mine])
         for number, (i, (_, frames, reason)) in enumerate(zip(mine, decoded, strict=False)):
             leave_if_wanted()
@@ -110,11 +111,13 @@ def fill_clips(cache, jobs, load, readers, show, barrier, rank=0, world_size=1):
             except OSError as error:
                 failures.append(f"--encoding_cache_dir {cache}: {name} could not be stored ({error.strerror})")
                 break  # the next one would not fit either
-            if rank == 0 and number < CLIPS_SHOWN:
+            if rank == 0 and number < CLIPS_SHOWN and spent < SECONDS_TO_SHOW:
+                started = time.monotonic()
                 try:
                     show(vae, name, frames, moments)
                 except Exception as error:  # a picture for people must not cost the run
                     say(f"warning: the clip beside its encoding was not saved ({type(error).__name__}: {error})")
+                spent += time.monotonic() - started
     try:
         barrier()
     except RuntimeError:

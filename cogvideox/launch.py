@@ -75,8 +75,9 @@ def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minute
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=gradient_accumulation_steps,
         kwargs_handlers=[
-            # Every trained weight takes part in every step, so nothing has to be searched for.
-            DistributedDataParallelKwargs(find_unused_parameters=False, gradient_as_bucket_view=True),
+            # Every trained weight takes part in every step, so nothing has to be searched for. Buffers are position tables, the
+            # same everywhere: DDP would send them in every forward pass (the 2B's are 65 MiB in bf16, its gradients 225).
+            DistributedDataParallelKwargs(find_unused_parameters=False, gradient_as_bucket_view=True, broadcast_buffers=False),
             InitProcessGroupKwargs(timeout=timeout, **({"backend": "gloo"} if on_cpu and with_deepspeed else {})),
         ],
     )

@@ -9,8 +9,8 @@ from diffusers.optimization import get_scheduler
 def make_optimizer(args, parameters, learning_rate):
     """The optimizer of `args` over fp32 parameters.
 
-    Adam adds `adam_weight_decay` to the gradient (L2), AdamW decays the weights directly; Prodigy finds its own step and
-    wants a learning rate near 1.
+    Adam adds `adam_weight_decay` to the gradient (L2), AdamW and both 8-bit ones decay the weights directly (bitsandbytes
+    gives Adam8bit the decay of AdamW8bit); Prodigy finds its own step and wants a learning rate near 1.
     """
     name = args.optimizer.lower()
     common = {

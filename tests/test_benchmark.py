@@ -269,3 +269,29 @@ def test_whole_programs_are_seen_from_outside(tiny_model, tmp_path):
 def test_a_failing_program_says_why(tmp_path):
     with pytest.raises(SystemExit, match="no such folder"):
         benchmark.run_program([sys.executable, "-c", "raise SystemExit('no such folder')"], tmp_path, 1)
+
+
+def test_what_a_ring_sends_follows_from_the_payload():
+    from tools import scale
+
+    payload = {"all_reduce": 100, "all_gather": 40, "reduce_scatter": 20, "calls": 3}
+    assert scale.sent_on_a_ring(payload, 1) == 0
+    assert scale.sent_on_a_ring(payload, 4) == pytest.approx(0.75 * (2 * 100 + 40 + 20))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_scale_counts_one_reduction_of_the_gradients_and_nothing_else(tmp_path):
+    flags = ["--size", "tiny", "--processes", "1", "2", "--steps", "1", "--engines", "ddp", "fsdp2", "--json", str(tmp_path / "scale.json")]
+    benchmark.main(["scale", *flags])
+    found = json.loads((tmp_path / "scale.json").read_text())
+    payload = {sample["variant"]: sample["payload"] for sample in found["samples"]}
+    rank, width, blocks, targets = 4, 64, 2, 4
+    gradients = 4 * blocks * targets * 2 * rank * width
+    # Beside the gradients the logged loss and the main process's port probe: a few numbers.
+    assert gradients <= payload["ddp x 2"]["all_reduce"] <= gradients + 64
+    assert set(payload["ddp x 2"]) == {"all_reduce", "calls"}
+    assert payload["fsdp2 x 2"]["all_gather"] > gradients  # the weights, which DDP does not send
+    assert payload["fsdp2 x 2"]["reduce_scatter"] >= gradients
+    assert all(len(sample["rss_mib"]) == sample["processes"] for sample in found["samples"])
+    assert len(found["computed"]) == 4

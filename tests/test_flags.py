@@ -124,6 +124,8 @@ CHANGES_THE_LORA = [
 ]
 # These are seen elsewhere: flag -> the test that would fail if nothing read it.
 SEEN_BY = {
+    "training_type": "test_full_fine_tuning_moves_every_weight_and_ships_a_folder_that_diffusers_loads",
+    "ema_decay": "test_an_average_is_what_is_shipped_and_training_does_not_feel_it",
     "pretrained_model_name_or_path": "test_rotary_and_temporal_patch_models_train_and_validate",
     "revision": "test_hub_flags_reach_the_hub_client",
     "variant": "test_a_variant_loads_the_files_of_that_name",

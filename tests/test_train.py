@@ -53,27 +53,27 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(train):
 
 
 def test_the_base_model_is_unchanged_and_every_lora_weight_moved(train, tiny_model, monkeypatch):
-    import train_cogvideox_lora as script
+    from cogvideox import lora
     from cogvideox.linear import HeldLinear
 
     kept = {}
-    load = script.load_transformer
+    load = lora.load_transformer
 
     def remember(*args, **kwargs):
         kept["model"] = load(*args, **kwargs)
         kept["before"] = {name: p.detach().clone() for name, p in kept["model"].state_dict().items()}
         return kept["model"]
 
-    monkeypatch.setattr(script, "load_transformer", remember)
+    monkeypatch.setattr(lora, "load_transformer", remember)
     train(max_train_steps=3)
     after = dict(kept["model"].state_dict())
     after |= {f"{name}.weight": module.weight for name, module in kept["model"].named_modules() if isinstance(module, HeldLinear)}
     after = {name.replace(".base_layer", ""): p for name, p in after.items()}
     assert all(torch.equal(kept["before"][name], after[name]) for name in kept["before"])
-    lora = {name: p for name, p in after.items() if ".lora_" in name}
-    assert len(lora) == 2 * 4 * 2  # A and B, four targets, two blocks
-    assert all(p.dtype == torch.float32 for p in lora.values())
-    assert all(p.abs().max() > 0 for name, p in lora.items() if ".lora_B." in name)  # they start at zero
+    trained = {name: p for name, p in after.items() if ".lora_" in name}
+    assert len(trained) == 2 * 4 * 2  # A and B, four targets, two blocks
+    assert all(p.dtype == torch.float32 for p in trained.values())
+    assert all(p.abs().max() > 0 for name, p in trained.items() if ".lora_B." in name)  # they start at zero
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(8, 1), (8, 4), (8, 8), (4, 8)])
@@ -83,9 +83,9 @@ def test_the_exported_lora_gives_the_trained_strength_in_a_stock_pipeline(train,
     kept = {}
     snapshot = checkpoint.take_snapshot
 
-    def remember(transformer, *rest):
+    def remember(result, export, transformer, *rest, **settings):
         kept["live"] = transformer
-        return snapshot(transformer, *rest)
+        return snapshot(result, export, transformer, *rest, **settings)
 
     monkeypatch.setattr(checkpoint, "take_snapshot", remember)
     folder = train(rank=rank, lora_alpha=alpha, max_train_steps=4, learning_rate=0.03)

@@ -6,6 +6,7 @@ start    seconds from launch to the first step: full cache, empty cache, baselin
 memory   peak memory of whole runs (encoding, training, validation), and that it does not grow with the clips
 encode   clips a second of decoding, VAE and T5, each against its own limit
 decode   clips a second of decoding, in four ways
+scale    ours on 1, 2, 4 processes under each engine: seconds a step, bytes sent, memory of each process
 
 The baseline is tools/reference.py: how the original trainer works, on the same machine, model and data. Every measurement is
 a process of its own; the variants take turns (A B C A B C ...), and a ratio is the median over the turns of baseline / ours
@@ -363,21 +364,31 @@ def our_step(job, folder):
     from torch.utils.data import DataLoader
 
     import train_cogvideox_lora as script
-    from cogvideox import cache, lora, order
+    from cogvideox import cache, engine, lora, order
     from cogvideox.folder import COGVIDEOX_2B, PRECISIONS
     from cogvideox.model import keep_position_tables
     from demo.make_model import make_scheduler
 
     dtype, steps, batch_size = PRECISIONS[job["precision"]], job["steps"] + job["warmup"] + 1, job.get("batch", 1)
+    everything = job.get("training_type", "lora") == "sft"
     args = script.parse_args(["--pretrained_model_name_or_path", "none", "--instance_data_root", "none", "--report_to", "none"])
     accelerator = script.start_processes(job["precision"], 1, 30.0)
-    device, scheduler, transformer = accelerator.device, make_scheduler(), make_transformer(job["size"], dtype)
+    device, scheduler = accelerator.device, make_scheduler()
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    script.torch.manual_seed(0)
+    transformer = make_transformer(job["size"], script.torch.float32 if everything else dtype)
     keep_position_tables(transformer.patch_embed)  # as load_transformer does
-    parameters = lora.add_lora(transformer, job["rank"], job["rank"], 0.0, script.DEFAULT_TARGETS, args.seed)
+    if everything:
+        transformer.requires_grad_(True)
+    else:
+        lora.add_lora(transformer, job["rank"], job["rank"], 0.0, script.DEFAULT_TARGETS, args.seed)
+    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     lora.fit_to_autocast(transformer, dtype)
-    if job["variant"] != "ours, plain linears":
-        script.hold_linears(transformer, device=device)
-    transformer.to(device).train()
+    if not engine.splits_weights(accelerator):
+        if job["variant"] != "ours, plain linears":
+            script.hold_linears(transformer, device=device)
+        transformer.to(device)
+    transformer.train()
     rotary_of = script.rotary_tables(transformer, device)
 
     names = [f"{i:040d}" for i in range(4)]
@@ -387,19 +398,19 @@ def our_step(job, folder):
         cache.write_entry(cache.entry_path(folder, "clips", name), clip.to(dtype))
         cache.write_entry(cache.entry_path(folder, "captions", name), torch.randn(TEXT_LENGTH, width).to(dtype))
     encodings = cache.Encodings(folder, names, names, names, names[0])
-    clip_of = functools.partial(order.clip_at, args.seed, shapes=(0,) * len(names), clips_per_step=batch_size)
+    clip_of = functools.partial(order.clip_at, args.seed, shapes=(0,) * len(names), clips_per_step=batch_size * processes)
     clips = order.TrainingClips(encodings, clip_of, args.seed, COGVIDEOX_2B.scaling_factor, scheduler.config.num_train_timesteps)
-    batches = iter(DataLoader(clips, batch_sampler=list(order.positions_of(0, 1, batch_size, 1, 0, steps))))
+    batches = iter(DataLoader(clips, batch_sampler=list(order.positions_of(rank, processes, batch_size, 1, 0, steps))))
     optimizer = script.make_optimizer(args, parameters, args.learning_rate)
     schedule = script.make_schedule(args, optimizer, steps)
-    model, optimizer = accelerator.prepare(transformer, optimizer)
+    model, optimizer, parameters = engine.prepare(accelerator, transformer, optimizer, batch_size, args.max_grad_norm, dtype)
 
     def step():
         batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
         with accelerator.accumulate(model):
             loss = script.velocity_loss(model, scheduler, batch, rotary_of(batch), dtype).mean()
             accelerator.backward(loss)
-            if script.math.isfinite(accelerator.clip_grad_norm_(parameters, args.max_grad_norm)):
+            if script.math.isfinite(engine.whole(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))):
                 optimizer.step()
             optimizer.zero_grad()
         schedule.step()
@@ -565,6 +576,7 @@ def write_sources(job):
 
 
 JOBS = {"model": write_model, "sources": write_sources, "step": time_steps, "encode": time_encoder, "decode": time_decoder}
+JOBS["scale"] = lambda job: time_scale(job)
 
 
 # -----------------------------------------------------------------------------
@@ -885,6 +897,7 @@ MEASUREMENTS = {
     "memory": measure_memory,
     "encode": measure_encode,
     "decode": measure_decode,
+    "scale": lambda work, options: measure_scale(work, options),
 }
 
 
@@ -928,6 +941,7 @@ def build_parser():
         ("memory", "peak memory of whole runs", "9x96x96", 1, 4),
         ("encode", "clips a second of decoding, VAE and T5", "9x96x96", 3, 3),
         ("decode", "clips a second of decoding", "49x480x720", 3, 2),
+        ("scale", "steps on several processes: time, bytes sent, memory", "9x96x96", 1, 3),
     ):
         everything[name] = measurements.add_parser(name, help=summary, description=summary)
         flag = everything[name].add_argument
@@ -942,10 +956,10 @@ def build_parser():
         if name != "decode":
             flag("--size", choices=list(SIZES), default="mid", help="2b: the real one; mid: its blocks, 4 of them; tiny (default: mid)")
             flag("--precision", choices=("bf16", "no"), help="of both variants (default: bf16 where this machine multiplies it fast)")
-        if name in ("step", "growth", "start", "memory"):
+        if name in ("step", "growth", "start", "memory", "scale"):
             flag("--rank", type=count, help="rank of the LoRA (default: 128; 4 at size tiny)")
             flag("--gradient_checkpointing", choices=("none", "all"), default="none", help="of both variants (default: none)")
-        if name not in ("start", "memory"):
+        if name not in ("start", "memory", "scale"):
             flag("--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU time, for --threads 1 on a machine that is not quiet")
         if name in ("start", "memory"):
             clips = [16] if name == "start" else [16, 256]
@@ -960,7 +974,7 @@ def build_parser():
             flag("--data", help="folder of files to decode, and nothing else (default: some are generated)")
             flag("--clips", type=count, nargs=1, default=[4], help="files to generate (default: 4)")
             flag("--fps", type=count, default=8, help="frames a second, of the files and of the clips (default: 8)")
-        if name in ("step", "growth"):
+        if name in ("step", "growth", "scale"):
             words = "steps before those that are timed, beside the one that is counted (default: 1)"
             flag("--warmup", type=count, default=1, help=words)
     flag = everything["growth"].add_argument
@@ -981,6 +995,11 @@ def build_parser():
         )
     flag = everything["step"].add_argument
     flag("--plain_linears", action="store_true", help="a third variant: ours without row-chunked linear layers")
+    flag = everything["scale"].add_argument
+    engines = ("ddp", "fsdp2", "zero2", "zero3")
+    flag("--engines", nargs="+", choices=engines, default=["ddp", "fsdp2"], help="what runs the processes (default: ddp fsdp2)")
+    flag("--processes", type=count, nargs="+", default=[1, 2, 4], help="how many of them (default: 1 2 4)")
+    flag("--training_type", choices=("lora", "sft"), default="lora", help="a LoRA, or all weights (default: lora)")
     flag = everything["memory"].add_argument
     flag("--part", nargs="+", choices=("runs", "growth"), default=["runs", "growth"], help="whole runs; ours by clips and processes")
     flag("--processes", type=count, nargs="+", default=[1, 2], help="growth: processes of a run (default: 1 2)")
@@ -992,6 +1011,20 @@ def build_parser():
 def end(parser, message):
     """A mistake of the user: one sentence, exit code 2."""
     parser.exit(2, f"ERROR[2]: {message}\n")
+
+
+def measure_scale(work, options):
+    """Steps on several processes, under each engine: tools/scale.py."""
+    from tools import scale
+
+    return scale.measure_scale(work, options)
+
+
+def time_scale(job):
+    """The same in each of the processes."""
+    from tools import scale
+
+    return scale.time_scale(job)
 
 
 def main(words=None):
@@ -1009,10 +1042,10 @@ def main(words=None):
             parser.error(f"--{name} {folder}: no such folder")
     if options.json and not Path(options.json).absolute().parent.is_dir():
         parser.error(f"--json {options.json}: its folder is not there")
-    if options.what not in ("step", "growth") and options.shape[0][2] in (16, 48):
+    if options.what not in ("step", "growth", "scale") and options.shape[0][2] in (16, 48):
         parser.error(f"--shape {spell(options.shape[0])}: decord, which the baseline decodes with, refuses this width; try 96")
     tiny = getattr(options, "size", None) == "tiny"
-    options.threads = options.threads or (1 if tiny else os.cpu_count())
+    options.threads = options.threads or (1 if tiny or options.what == "scale" else os.cpu_count())
     if "precision" in options and options.precision is None:
         options.precision = "bf16" if has_fast_bf16() else "no"
     if tiny and hasattr(options, "vae"):
@@ -1029,7 +1062,7 @@ def main(words=None):
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "model", "data")}
     shown = [f"{name} {settings[name]}" for name in ("size", "precision", "vae", "gradient_checkpointing") if name in settings]
     print(f"{'; '.join([machine, *shown])}\n")
-    print("\n\n".join(table(result[part]) for part in ("rows", "growth", "fits") if result.get(part)))
+    print("\n\n".join(table(result[part]) for part in ("rows", "growth", "fits", "computed") if result.get(part)))
     if options.json:
         Path(options.json).write_text(json.dumps({"machine": machine, "settings": settings} | result, indent=1))
 
