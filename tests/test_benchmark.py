@@ -290,8 +290,10 @@ def test_scale_counts_one_reduction_of_the_gradients_and_nothing_else(tmp_path):
     gradients = 4 * blocks * targets * 2 * rank * width
     # Beside the gradients the logged loss and the main process's port probe: a few numbers.
     assert gradients <= payload["ddp x 2"]["all_reduce"] <= gradients + 64
-    assert set(payload["ddp x 2"]) == {"all_reduce", "calls"}
+    assert set(payload["ddp x 2"]) <= {"all_reduce", "calls", "broadcast"}
+    assert payload["ddp x 2"].get("broadcast", 0) < 1000  # the order of DDP's buckets, once in a run
     assert payload["fsdp2 x 2"]["all_gather"] > gradients  # the weights, which DDP does not send
     assert payload["fsdp2 x 2"]["reduce_scatter"] >= gradients
-    assert all(len(sample["rss_mib"]) == sample["processes"] for sample in found["samples"])
+    held = {sample["variant"]: max(sample["held_mib"]) for sample in found["samples"]}
+    assert held["fsdp2 x 2"] < held["ddp x 2"]
     assert len(found["computed"]) == 4

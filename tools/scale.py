@@ -7,6 +7,7 @@ than there are here is computed from it, and marked so.
 
 import collections
 import contextlib
+import gc
 import json
 import math
 import os
@@ -16,8 +17,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-import psutil
 
 from tools.benchmark import ROOT, SIZES, environment_of, machine_facts, now, of_kind, our_step, take_turns
 
@@ -38,7 +37,7 @@ TARGETS = {"8 GPUs, NVLink 2400 Gbit/s": (8, 2400), "16 nodes x 8 GPUs, 100 Gbit
 
 
 def time_scale(job):
-    """Measure seconds of steps, the bytes given to collectives in one of them, and each process's memory; the main one writes them."""
+    """Measure seconds of steps, the bytes given to collectives in one of them, and what each process holds; the main one writes them."""
     import torch.distributed as distributed
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
@@ -52,13 +51,27 @@ def time_scale(job):
             before = now("wall")
             step()
             seconds.append(now("wall") - before)
-        peaks = [psutil.Process().memory_info().rss / 2**20]
+        held = [tensors_mib()]
         if distributed.is_initialized() and distributed.get_world_size() > 1:
-            peaks = [None] * distributed.get_world_size()
-            distributed.all_gather_object(peaks, psutil.Process().memory_info().rss / 2**20)
+            held = [None] * distributed.get_world_size()
+            distributed.all_gather_object(held, tensors_mib())
             distributed.barrier()
     if os.environ.get("RANK", "0") == "0":  # lines of several processes on one output get mixed
-        Path(job["result"]).write_text(json.dumps({"seconds": seconds, "payload": counted, "rss_mib": peaks} | machine_facts()))
+        Path(job["result"]).write_text(json.dumps({"seconds": seconds, "payload": counted, "held_mib": held} | machine_facts()))
+
+
+def tensors_mib():
+    """MiB of all tensors that live in this process between two steps: weights, optimizer states, tables; not activations."""
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    sizes = {}
+    for thing in gc.get_objects():
+        # Not `isinstance`, which asks lazy modules for their class. A DTensor's part is a tensor of its own.
+        if issubclass(type(thing), torch.Tensor) and not issubclass(type(thing), DTensor) and thing.device.type != "meta":
+            storage = thing.untyped_storage()
+            sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values()) / 2**20
 
 
 def count_collectives(step):
@@ -144,7 +157,7 @@ def measure_scale(work, options):
                 "collectives": payload.get("calls", 0),
                 "payload_MiB": spell_payload(payload),
                 "sent_MiB": round(sent_on_a_ring(payload, processes) / 2**20, 2),
-                "peak_MiB_a_process": round(max(s for one in mine for s in one["rss_mib"])),
+                "tensors_MiB_a_process": round(max(held for one in mine for held in one["held_mib"])),
             }
         )
     for engine in options.engines:
