@@ -66,6 +66,7 @@ def prepare(accelerator, transformer, optimizer, batch_size, max_grad_norm, dtyp
         # What accelerate would take from a data loader, and from clip_grad_norm_, which comes after DeepSpeed's step.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"], config["gradient_clipping"] = batch_size, max_grad_norm
+        config["zero_optimization"].setdefault("reduce_bucket_size", 50_000_000)  # numbers; its own 500 M take up to 2 GB
         config["zero_force_ds_cpu_optimizer"] = False  # offloaded, torch's AdamW does as well
         warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     elif engine_of(accelerator) == "FSDP2":

@@ -264,7 +264,7 @@ def test_a_bad_folder_ends_before_any_model_loads_with_every_fault_named(clips, 
 
     monkeypatch.setattr("cogvideox.data.load_text_encoder", forbidden)
     monkeypatch.setattr("cogvideox.data.load_vae", forbidden)
-    monkeypatch.setattr(script, "load_transformer", forbidden)
+    monkeypatch.setattr("cogvideox.lora.load_transformer", forbidden)
     spoil(clips)
     with pytest.raises(SystemExit) as stop:
         train(data=clips, output=tmp_path / "out", cache=tmp_path / "cache")
