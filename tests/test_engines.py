@@ -216,6 +216,7 @@ def test_the_shipped_transformer_makes_the_live_models_video(train, tiny_model, 
         assert bool(difference < 1) is is_same, difference
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_resumes_bit_for_bit_and_another_seed_does_not(train):
     flags = {"training_type": "sft", "learning_rate": 1e-3, "checkpointing_steps": 2, "max_train_steps": 4, "ema_decay": 0.9}
     whole, other = train(**flags), train(**flags, seed=7)
@@ -228,6 +229,7 @@ def test_full_fine_tuning_resumes_bit_for_bit_and_another_seed_does_not(train):
     assert worst_difference(result_of(other), result_of(whole)) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "sft"])
 def test_an_average_is_what_is_shipped_and_training_does_not_feel_it(kind, train):
     flags = {"training_type": kind, "learning_rate": 1e-2, "max_train_steps": 4, "validation_prompt": "a rabbit", "validation_steps": 2}
