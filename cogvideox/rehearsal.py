@@ -31,7 +31,10 @@ def rehearse(args, accelerator, model, transformer, optimizer, whole, result, ex
     before = [engine.read_weight(p).cpu() if deepspeed else p.detach().clone() for p in parameters]
     batch = default_collate([clips.item(largest, position) for position in range(args.train_batch_size)])
     batch = {name: value.to(device) for name, value in batch.items()}
-    if args.gradient_checkpointing == "auto" and not engine.splits_weights(accelerator):
+    if args.gradient_checkpointing == "auto" and (engine.splits_weights(accelerator) or deepspeed):
+        # A block that is run by itself, to be measured, would be gathered and not let go.
+        say("gradient checkpointing: every block is recomputed; this engine is not measured (attention, none or a number: less work)")
+    elif args.gradient_checkpointing == "auto":
         with accelerator.no_sync(model):
             fit_checkpointing(accelerator, transformer, lambda: loss_of(batch).backward())
         for parameter in parameters:
