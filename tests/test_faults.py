@@ -155,6 +155,7 @@ def test_a_signal_while_encoding_leaves_whole_entries_and_a_second_one_ends_at_o
     assert run.wait(timeout=60) == 143
     kept = len(list((tmp_path / "cache").glob("clips/??/*.safetensors")))
     assert 1 <= kept < 6
+    assert json.loads((tmp_path / "out/status.json").read_text())["code"] == 143  # by which a Slurm job comes back
     code = "import sys, time, signal; sys.path.insert(0, '.'); from cogvideox import stopping; stopping.listen(); print('on', flush=True); time.sleep(60)"
     sleeper = subprocess.Popen(
         [sys.executable, "-c", f"{code}; time.sleep(60)"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True

@@ -129,7 +129,7 @@ def test_old_checkpoints_go_only_after_a_new_one_is_safe(train, monkeypatch, cap
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_lora", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(SystemExit) as stop:
         train(output=folder, max_train_steps=6, checkpointing_steps=1, checkpoints_total_limit=1, resume_from_checkpoint="latest")
     assert stop.value.code == 4
