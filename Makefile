@@ -1,4 +1,4 @@
-# make demo    a LoRA on 38 real clips, with a tiny model, on a CPU, from nothing
+# make demo    a LoRA that turns a small model's colour film into an old one, on a CPU, from nothing
 # make test    all tests (make quick: those under three minutes)
 # make chaos   a training under random kills and full disks
 # make check   style
@@ -6,8 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_FLAGS ?=
+DEMO_PROMPTS := OLDFILM a big white rabbit smiles under a blue sky:::OLDFILM a flying squirrel glides through a blue sky with white clouds
 
-.PHONY: setup demo-model demo test quick chaos check clean
+.PHONY: setup demo test quick chaos check clean
 
 setup: $(VENV)/installed
 
@@ -16,19 +17,21 @@ $(VENV)/installed: requirements.txt tests/requirements.txt constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt -c constraints.txt
 	touch $@
 
-demo-model: demo/model/model_index.json
+demo/old_film/videos.txt: demo/old_film.py $(VENV)/installed
+	$(BIN)/python -m demo.old_film demo/old_film
 
-demo/model/model_index.json: demo/make_model.py $(VENV)/installed
-	$(BIN)/python -m demo.make_model demo/model
+demo/tiny_model/model_index.json: demo/make_model.py $(VENV)/installed
+	$(BIN)/python -m demo.make_model demo/tiny_model
 
 # The shipped script, with the demo's paths and a size for a CPU.
-demo: demo/model/model_index.json
-	PATH="$(CURDIR)/$(BIN):$$PATH" MODEL_PATH=demo/model DATASET_PATH=demo/dataset OUTPUT_PATH=demo/output CACHE_PATH=demo/cache \
-	bash finetune_single_gpu.sh --height 64 --width 96 --max_num_frames 17 --mixed_precision no --gradient_checkpointing none \
-	  --rank 64 --lora_alpha 64 --max_train_steps 300 --learning_rate 3e-3 --lr_scheduler cosine --lr_warmup_steps 10 \
-	  --train_batch_size 2 --checkpointing_steps 100 --checkpoints_total_limit 2 --logging_steps 5 \
-	  --validation_prompt "BUNNYTOON a big white rabbit smiles under a blue sky:::BUNNYTOON a purple bird sings on a branch" \
-	  --validation_steps 150 --num_inference_steps 10 --overwrite_output_dir $(DEMO_FLAGS)
+demo: demo/old_film/videos.txt
+	PATH="$(CURDIR)/$(BIN):$$PATH" MODEL_PATH=demo/model DATASET_PATH=demo/old_film OUTPUT_PATH=demo/output CACHE_PATH=demo/cache \
+	bash finetune_single_gpu.sh --id_token OLDFILM --height 64 --width 96 --max_num_frames 17 --mixed_precision no \
+	  --gradient_checkpointing none --rank 64 --lora_alpha 64 --max_train_steps 300 --learning_rate 1e-3 --train_batch_size 2 \
+	  --checkpointing_steps 100 --checkpoints_total_limit 2 --logging_steps 5 --eval_share 0.2 --eval_clips 8 --eval_steps 50 \
+	  --validation_prompt "$(DEMO_PROMPTS)" --validation_steps 100 --num_inference_steps 20 --guidance_scale 4 \
+	  --overwrite_output_dir $(DEMO_FLAGS)
+	$(BIN)/python -m demo.measure demo/output
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15
@@ -37,7 +40,7 @@ quick: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 # A real training under sixty random kills and full disks; ends with the weights of an undisturbed one.
-chaos: demo/model/model_index.json
+chaos: demo/tiny_model/model_index.json
 	$(BIN)/python -m tools.chaos
 
 check: setup
@@ -45,4 +48,4 @@ check: setup
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) demo/model demo/output demo/cache
+	rm -rf $(VENV) demo/tiny_model demo/old_film demo/output demo/cache

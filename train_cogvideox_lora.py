@@ -139,7 +139,8 @@ def build_parser():
     flag("--use_dynamic_cfg", action="store_true", help="guidance that grows over the denoising steps")
     flag("--num_inference_steps", type=int, default=50, help="denoising steps")
     flag("--negative_prompt", default="", help="what the videos should not show")
-    flag("--fixed_loss_clips", type=int, default=4, help="clips whose loss is taken on fixed noise at every checkpoint (0: off)")
+    flag("--eval_clips", type=int, default=4, help="clips, trained and held-out, scored on fixed noise at every checkpoint (0: off)")
+    flag("--eval_steps", type=int, default=0, help="score them every N optimizer steps too (0: at checkpoints and with validation)")
 
     flag = parser.add_argument_group("output").add_argument
     flag("--output_dir", default="cogvideox-lora", help="where everything is written")
@@ -180,7 +181,9 @@ def check_flags(args):
         "max_skipped_steps",
     )
     problems += below(args, 1, "validation_height", "validation_width", "validation_frames")
-    problems += below(args, 0, "lr_warmup_steps", "validation_epochs", "validation_steps", "fixed_loss_clips", "seed", "guidance_scale")
+    problems += below(
+        args, 0, "lr_warmup_steps", "validation_epochs", "validation_steps", "eval_clips", "eval_steps", "seed", "guidance_scale"
+    )
     problems += below(args, 0, "learning_rate", "lr_power", "adam_weight_decay", "max_grad_norm")
     problems += not_above_zero(args, "lora_alpha", "adam_epsilon", "process_timeout_minutes")
     for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout", "ema_decay"):
@@ -211,7 +214,7 @@ def check_flags(args):
     if args.report_to not in ("all", "none") and importlib.util.find_spec(args.report_to) is None:
         problems.append(f"--report_to {args.report_to} needs a package: pip install {args.report_to}, or --report_to none")
 
-    if Path(args.logging_dir).name != args.logging_dir or args.logging_dir in ("", "..", "validation", "encoded"):
+    if Path(args.logging_dir).name != args.logging_dir or args.logging_dir in ("", "..", "validation", "encoded", "best"):
         problems.append(f"--logging_dir {args.logging_dir}: the name of a folder inside --output_dir, without slashes")
 
     for name in ("output_dir", "resume_from_checkpoint", "init_lora"):
@@ -241,10 +244,10 @@ if __name__ == "__main__":
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from cogvideox import checkpoint, engine, hub, lora, memory, metrics, rehearsal, sft, stopping, validation
+from cogvideox import checkpoint, engine, evaluation, hub, lora, memory, metrics, rehearsal, sft, stopping, validation
 from cogvideox.cache import known_components
 from cogvideox.data import check_data, encode_data, free
 from cogvideox.files import try_writing
@@ -309,23 +312,6 @@ def velocity_loss(transformer, scheduler, batch, rotary, dtype):
     return (predicted.float() - target).pow(2).mean(dim=(1, 2, 3, 4))
 
 
-def fixed_loss(accelerator, transformer, scheduler, encodings, args, scaling_factor, rotary_of, dtype):
-    """The loss on a few clips at fixed noise and timesteps: comparable between steps, as the training loss is not.
-
-    The clips lie evenly over the data set, the timesteps are the middles of four bands. Every process takes its share.
-    """
-    count, steps = min(args.fixed_loss_clips, len(encodings)), scheduler.config.num_train_timesteps
-    jobs = [(i * len(encodings) // count, band) for i in range(count) for band in range(4)]
-    total = torch.zeros((), dtype=torch.float64)
-    with validation.undisturbed(transformer):
-        for clip, band in jobs[accelerator.process_index :: accelerator.num_processes]:
-            item = TrainingClips(encodings, None, f"{args.seed}/fixed/{band}", scaling_factor, steps).item(clip, position=clip)
-            item["timestep"] = torch.tensor(int((band + 0.5) / 4 * steps))
-            batch = {name: value.to(accelerator.device) for name, value in default_collate([item]).items()}
-            total += velocity_loss(transformer, scheduler, batch, rotary_of(batch), dtype).double().sum().cpu()
-    return accelerator.reduce(total.float().to(accelerator.device), "sum").item() / len(jobs)
-
-
 # -----------------------------------------------------------------------------
 # The run
 
@@ -378,7 +364,7 @@ def holds_earlier_run(output_dir):
 
 def remove_earlier_run(output_dir, logging_dir):
     """Delete what a run writes, and nothing else, from a folder that holds one."""
-    names = [lora.RESULT, sft.RESULT, "README.md", "metrics.jsonl", "loss.png", "status.json", "validation", "encoded", logging_dir]
+    names = [lora.RESULT, sft.RESULT, "README.md", "metrics.jsonl", "loss.png", "status.json", "validation", "encoded", "best", logging_dir]
     checkpoints = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+(\.partial|\.abandoned)?", path.name)]
     for path in [*checkpoints, *(output_dir / name for name in names)]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
@@ -464,8 +450,9 @@ def main(args):
 
     # Steps are optimizer steps. Every step trains the same number of clips; the last one of a run is filled up from the
     # next epoch's order.
+    to_train = data.trained
     clips_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    shapes = tuple((clip["frames"], clip["height"], clip["width"]) if args.bucket else 0 for clip in data.clips)
+    shapes = tuple((clip["frames"], clip["height"], clip["width"]) if args.bucket else 0 for clip in (data.clips[i] for i in to_train))
     epoch_clips = epoch_length(shapes, clips_per_step)
     total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * epoch_clips / clips_per_step)
     learning_rate = args.learning_rate * (clips_per_step if args.scale_lr else 1)
@@ -479,21 +466,27 @@ def main(args):
     def loss_of(batch):
         return velocity_loss(model, scheduler, batch, rotary_of(batch), dtype).mean()
 
+    num_timesteps = scheduler.config.num_train_timesteps
+    clip_of = functools.partial(clip_at, args.seed, shapes=shapes, clips_per_step=clips_per_step, clips=to_train)
     clips = TrainingClips(
-        encodings,
-        functools.partial(clip_at, args.seed, shapes=shapes, clips_per_step=clips_per_step),
-        args.seed,
-        facts.scaling_factor,
-        scheduler.config.num_train_timesteps,
-        args.caption_dropout,
-        args.random_flip,
-    )
+        encodings, clip_of, args.seed, facts.scaling_factor, num_timesteps, args.caption_dropout, args.random_flip
+    )  # fmt: skip
+
+    # Is it learning? The same trained and held-out clips, noises and timesteps are scored again and again.
+    sets = {"train": evaluation.spread(to_train, args.eval_clips), "held_out": evaluation.spread(data.held_out, args.eval_clips)}
+    captions = [record.caption for record in data.records]
+
+    def score_of(looked_at):
+        def losses(batch):
+            return velocity_loss(looked_at, scheduler, batch, rotary_of(batch), dtype)
+
+        return evaluation.score(accelerator, looked_at, losses, encodings, sets, captions, args.seed, facts.scaling_factor, num_timesteps)
 
     # The rehearsal: what would have failed after ten hours fails in the first minute.
     memory_explained = functools.partial(
         stopping.explained_memory, blocks=len(transformer.transformer_blocks), peak=lambda: peak_memory_gib(device)
     )
-    largest = max(range(len(data.clips)), key=lambda i: data.clips[i]["frames"] * data.clips[i]["height"] * data.clips[i]["width"])
+    largest = max(to_train, key=lambda i: data.clips[i]["frames"] * data.clips[i]["height"] * data.clips[i]["width"])
     with memory_explained("in the rehearsal of one step at the largest shape"):
         measured = rehearsal.rehearse(
             args, accelerator, model, transformer, optimizer, whole, result, export, result_facts, clips, largest, loss_of,
@@ -523,11 +516,12 @@ def main(args):
     )
 
     log = metrics.MetricsFile(output_dir / "metrics.jsonl", first_step, enabled=is_main)
+    scores = broadcast_object_list([evaluation.evaluations(metrics.read_metrics(log.path)) if is_main else None])[0]
     trackers = metrics.start_trackers(args, accelerator, run_facts)
     passes, precision = total_steps * clips_per_step / epoch_clips, args.mixed_precision.replace("no", "fp32")
     what = f"rank {args.rank}, alpha {args.lora_alpha:g}" if args.training_type == "lora" else "full fine-tuning"
     say(
-        f"\n{len(encodings)} clips; {args.train_batch_size} a batch x {accelerator.num_processes} processes x "
+        f"\n{len(to_train)} clips; {args.train_batch_size} a batch x {accelerator.num_processes} processes x "
         f"{args.gradient_accumulation_steps} accumulation = {clips_per_step} clips a step\n"
         f"{total_steps} steps = {passes:.1f} epochs, from step {first_step}; learning rate {learning_rate:g}, {args.lr_scheduler}\n"
         f"training {trained / 1e6:.2f} M of {total / 1e6:.1f} M parameters ({what}), computing in {precision}; "
@@ -546,16 +540,16 @@ def main(args):
     }
 
     def look(step, videos, score=True):
-        """The loss on fixed noise and, where due, validation videos. Every process takes its share."""
-        scored, shown = args.fixed_loss_clips and score, output_dir / "validation" / f"step-{step:06d}"
+        """The losses on fixed noise and, where due, validation videos. Every process takes its share."""
+        scored, shown = args.eval_clips and score, output_dir / "validation" / f"step-{step:06d}"
         if not scored and not (videos and jobs):
             return
         with checkpoint.averaged(average, parameters), whole() as looked_at:
             if scored:
-                value = fixed_loss(accelerator, looked_at, scheduler, encodings, args, facts.scaling_factor, rotary_of, dtype)
-                log.write({"step": step, "fixed_loss": value})
-                accelerator.log({"fixed_loss": value}, step=step)
-                say(f"step {step}: loss on fixed noise {value:.5f}")
+                scores.append(evaluation.evaluate(step, looked_at, args.training_type == "lora", score_of, scores, num_timesteps))
+                log.write(scores[-1])
+                accelerator.log({name: value for name, value in scores[-1].items() if isinstance(value, float)}, step=step)
+                say(evaluation.sentence_of(scores[-1]))
             if videos and jobs:
                 embeddings = [prompt.to(dtype) for prompt in prompts], negative_prompt.to(dtype)
                 vae = functools.partial(load_vae, folder, device, args.variant, args.enable_slicing, args.enable_tiling)
@@ -563,6 +557,8 @@ def main(args):
                 for sentence in validation.validate(shown, jobs, *ranks, looked_at, scheduler, embeddings, vae, device, args.fps, settings):
                     print(f"warning: {sentence}", file=sys.stderr, flush=True)
         free(device)
+        if scored and scores[-1]["best_step"] == step:
+            keep_best(step)
         patient_barrier()  # one process may have more videos to make than another
         if videos and jobs and is_main and shown.exists():
             try:
@@ -570,6 +566,16 @@ def main(args):
             except Exception as error:  # Pillow and the video reader raise many kinds; no picture is worth the run
                 say(f"warning: no contact sheet of step {step} ({type(error).__name__}: {error})")
             metrics.track_videos(trackers, shown, jobs, args.prompts, step, args.fps)
+
+    def keep_best(step):
+        """Write what has the lowest held-out loss so far to best/, ready to use."""
+        with checkpoint.averaged(average, parameters):
+            live = result.live_state(transformer, keep=is_main)
+        try:
+            if is_main:
+                result.write(output_dir / "best", export(transformer, live), result_facts | {"step": str(step)})
+        except (OSError, ValueError) as error:
+            say(f"warning: best/ was not written at step {step} ({error})")
 
     def save(step):
         """Write a checkpoint while training goes on; the first one is waited for and compared with the live model."""
@@ -584,7 +590,7 @@ def main(args):
                     result.report_export(saver.newest, looked_at)
         patient_barrier()
 
-    outcome = {"clips": len(encodings), "clips_per_step": clips_per_step, "parameters": trained / 1e6, **settings}
+    outcome = {"clips": len(to_train), "clips_per_step": clips_per_step, "parameters": trained / 1e6, **settings}
     if first_step >= total_steps:
         say(f"already complete: {output_dir} has been trained for {first_step} of {total_steps} steps")
         # A run that was killed in its last validation still lacks its videos, plot and card.
@@ -592,8 +598,10 @@ def main(args):
             look(first_step, videos=True, score=False)
         if is_main:
             result.publish(output_dir / f"checkpoint-{first_step}", output_dir)
-            problem = finish(args, output_dir, jobs, outcome | {"steps": first_step}, token, push=args.push_to_hub)
-            stopping.write_status(output_dir, 1 if problem else 0, problem or "done", first_step, output_dir / f"checkpoint-{first_step}")
+            verdict = evaluation.verdict(scores, learning_rate)
+            problem = finish(args, output_dir, jobs, outcome | {"steps": first_step, "verdict": verdict}, token, push=args.push_to_hub)
+            ended, said = output_dir / f"checkpoint-{first_step}", {"verdict": verdict[0], "verdict_sentences": verdict[1]}
+            stopping.write_status(output_dir, 1 if problem else 0, problem or "done", first_step, ended, **said)
             if problem:
                 fail(1, problem)
         accelerator.end_training()
@@ -613,6 +621,7 @@ def main(args):
     for step in bar:
         last = step == total_steps
         saving = step % args.checkpointing_steps == 0 or last
+        scoring = args.eval_clips and args.eval_steps and step % args.eval_steps == 0
 
         # One optimizer step. The seed is for LoRA dropout, the only random numbers that are drawn inside the model.
         torch.manual_seed(seeded_generator(args.seed, "dropout", step, accelerator.process_index).initial_seed())
@@ -677,7 +686,7 @@ def main(args):
 
         # Look at what has been learned. The clock of the training steps stands still meanwhile.
         videos = last or validation.is_due(step, clips_per_step, epoch_clips, args)
-        if saving or videos:
+        if saving or videos or scoring:
             paused = time.perf_counter()
             if last:
                 saver.join()
@@ -692,13 +701,14 @@ def main(args):
             break
 
     newest = saver.join()
-    problem = None
+    problem, verdict = None, evaluation.verdict(scores, learning_rate, ran_all=not stop)
     if is_main:
-        problem = finish(args, output_dir, jobs, outcome | {"steps": step}, token, push=args.push_to_hub and not stop)
+        facts_of_run = outcome | {"steps": step, "verdict": verdict}
+        problem = finish(args, output_dir, jobs, facts_of_run, token, push=args.push_to_hub and not stop)
         code, reason = (1, problem) if problem else (0, "done")
         code, reason = (128 + stop, f"stopped by {signal.Signals(stop).name}") if stop else (code, reason)
         code, reason = (BAD_OUTPUT, "the last checkpoint was not written") if saver.failed else (code, reason)
-        stopping.write_status(output_dir, code, reason, step, newest)
+        stopping.write_status(output_dir, code, reason, step, newest, verdict=verdict[0], verdict_sentences=verdict[1])
     patient_barrier()  # the launcher ends all processes soon after the first one is gone
     accelerator.end_training()
     if stop:
@@ -732,7 +742,8 @@ def finish(args, output_dir, jobs, facts, token, push):
         metrics.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
     except OSError as error:
         say(f"warning: the model card and the plot were not written ({error})")
-    made = output_dir / checkpoint.RESULTS[args.training_type].RESULT
+    made, (word, sentences) = output_dir / checkpoint.RESULTS[args.training_type].RESULT, facts["verdict"]
+    say(f"\nverdict: {word}. {' '.join(sentences)}")
     say(f"\nthe result: {made}\nhow to use it: {output_dir / 'README.md'}\nlosses: {output_dir / 'loss.png'}")
     if not push:
         return None

@@ -38,13 +38,14 @@ FREE_FLAGS = {
     "dataset_config_name", "caption_column", "video_column", "allow_external_paths", "pretrained_model_name_or_path", "revision",
     "variant", "dataloader_num_workers", "clip_timeout_seconds", "validation_prompt", "validation_prompt_separator",
     "num_validation_videos", "validation_epochs", "validation_steps", "guidance_scale", "use_dynamic_cfg", "num_inference_steps",
-    "validation_height", "validation_width", "validation_frames", "negative_prompt", "fixed_loss_clips", "num_train_epochs",
+    "validation_height", "validation_width", "validation_frames", "negative_prompt", "eval_clips", "eval_steps", "num_train_epochs",
     "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "gradient_checkpointing", "compile", "offload", "enable_slicing",
     "enable_tiling", "tracker_name", "push_to_hub", "hub_token", "hub_model_id", "report_to", "logging_steps", "allow_tf32",
     "process_timeout_minutes", "max_skipped_steps", "bad_videos", "max_bad_share", "init_lora", "bucket_sizes",
     "bucket_lengths", "dry_run", "prompts", "train_batch_size", "gradient_accumulation_steps", "overwrite_output_dir",
     # What these change in the data is seen in the hash of the clips and captions, whatever the flags say.
     "height", "width", "fps", "max_num_frames", "skip_frames_start", "skip_frames_end", "video_reshape_mode", "id_token",
+    "eval_share", "eval_data_root",
 }  # fmt: skip
 
 

@@ -1,13 +1,15 @@
 """From the data flags to encodings: read, check, report, encode. Every function here is called by every process."""
 
+import argparse
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, gather_object
 
 from cogvideox import cache as store
 from cogvideox import encode
+from cogvideox.evaluation import choose_held_out
 from cogvideox.folder import count_tokens, latent_shape, read_json, weight_files
 from cogvideox.launch import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, say
 from cogvideox.model import load_text_encoder, load_vae, usable_dtype
@@ -27,18 +29,28 @@ from dataset import Framing
 
 @dataclass
 class Data:
-    """The checked clips: records and facts side by side, tokens of each caption, and what is wrong (sentences)."""
+    """The checked clips: records and facts side by side, tokens of each caption, and what is wrong (sentences).
+
+    held_out: the numbers of the clips that are scored and never trained on; trained: the others.
+    """
 
     records: list
     clips: list
     tokens: list
     problems: list
     framing: Framing
+    held_out: list = field(default_factory=list)
+
+    @property
+    def trained(self):
+        return [number for number in range(len(self.records)) if number not in set(self.held_out)]
 
 
 def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     """List and decode every clip, print the report, and return the Data. Of the output folder only `dataset_report.txt` is written."""
     records, problems, layout = list_clips(args)
+    others, more_problems = list_eval_clips(args)
+    of_data, records, problems = len(records), records + others, problems + more_problems
     framing, cache = framing_of(args, facts), Path(args.encoding_cache_dir)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     mine = survey_clips(records[rank::world_size], framing, args.seed, cache, readers, show_progress=rank == 0)
@@ -51,13 +63,25 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     problems += [] if skipped else bad
     if bad and args.bad_videos == "skip" and not skipped:
         problems.append(f"--bad_videos skip: {len(bad)} of {len(records)} clips are bad, more than --max_bad_share {args.max_bad_share:g}")
-    if args.train_batch_size > 1 and not args.bucket and shapes_differ(clips):
+    kept = [i for i, clip in enumerate(clips) if "reason" not in clip]
+    own = [i for i in kept if i < of_data]
+    drawn = {own[i] for i in choose_held_out(len(own), args.eval_share, args.seed)} | {i for i in kept if i >= of_data}
+    held_out = [place for place, i in enumerate(kept) if i in drawn]
+    if own and drawn.issuperset(own):
+        problems.append(f"--eval_share {args.eval_share:g}: of {len(own)} clips none would be left to train on; give a smaller share, or 0")
+    if args.train_batch_size > 1 and not args.bucket and shapes_differ([clip for i, clip in enumerate(clips) if i not in drawn]):
         problems.append(
             f"--train_batch_size {args.train_batch_size}: the clips differ in length, and a batch has one shape; "
             "use --train_batch_size 1, --bucket, or a --max_num_frames that all reach"
         )
     report = list(table_lines(records, clips, tokens, facts.max_text_seq_length))
     summary = list(remarks(records, clips, tokens, facts.max_text_seq_length, framing))
+    if drawn:
+        names = ", ".join(printable(records[i].listed) for i in sorted(drawn))
+        summary.append(f"{len(drawn)} clips are held out: scored, and never trained on: {names}")
+        contents = {clips[i]["sha256"] for i in own if i not in drawn}
+        if copies := sum(clips[i]["sha256"] in contents for i in drawn):
+            summary.append(f"{copies} of the held-out clips have the same content as a trained one: their score cannot tell memorising")
     if accelerator.is_main_process:
         text = "\n".join([*report, "", *summary, *[f"ERROR: {problem}" for problem in problems]]) + "\n"
         store.write_bytes(Path(args.output_dir) / "dataset_report.txt", text.encode())
@@ -70,15 +94,26 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     if records:
         for record in records[:3]:
             say(f"  {printable(record.listed)}: {record.caption[:100]!r}")
-    kept = [i for i, clip in enumerate(clips) if "reason" not in clip]
-    return Data([records[i] for i in kept], [clips[i] for i in kept], [tokens[i] for i in kept], problems, framing)
+    return Data([records[i] for i in kept], [clips[i] for i in kept], [tokens[i] for i in kept], problems, framing, held_out)
+
+
+def list_eval_clips(args):
+    """The records of --eval_data_root, and what is wrong with it, each named as the second folder's."""
+    if not args.eval_data_root:
+        return [], []
+    of_folder = argparse.Namespace(**vars(args) | {"instance_data_root": args.eval_data_root, "dataset_name": None})
+    records, problems, _ = list_clips(of_folder)
+    if not records and not problems:
+        problems = ["holds no clips"]
+    records = [replace(record, where=f"--eval_data_root {record.where}") for record in records]
+    return records, [f"--eval_data_root: {problem}" for problem in problems]
 
 
 def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier):
     """Encode what the cache lacks, over all processes. Returns (Encodings, validation prompts, negative prompt, fingerprint).
 
     T5 is loaded only if a caption is missing, the VAE only if a clip is, one after the other; both have left memory when
-    this returns. The fingerprint is a hash of all clips, captions and how they were encoded.
+    this returns. The fingerprint is a hash of all trained clips, their captions and how they were encoded.
     """
     cache, rank, world_size = Path(args.encoding_cache_dir), accelerator.process_index, accelerator.num_processes
     device, variant = accelerator.device, args.variant
@@ -115,7 +150,8 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
     encodings = store.Encodings(cache, clip_keys[0], clip_keys[-1], prompt_keys, keys[""])
     prompts = [store.read_entry(store.entry_path(cache, "captions", keys[prompt])) for prompt in args.prompts]
     negative = store.read_entry(store.entry_path(cache, "captions", keys[args.negative_prompt]))
-    return encodings, prompts, negative, {"clips": store.key_of(clip_keys, prompt_keys), "transformer": transformer_identity}
+    trained_keys = [[row[clip] for clip in data.trained] for row in clip_keys], [prompt_keys[clip] for clip in data.trained]
+    return encodings, prompts, negative, {"clips": store.key_of(*trained_keys), "transformer": transformer_identity}
 
 
 def plan_encodings(args, folder, facts, data, captions, cache, device):

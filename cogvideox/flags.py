@@ -22,6 +22,8 @@ def add_data_flags(parser):
     flag("--allow_external_paths", action="store_true", help="allow listed files outside --instance_data_root by .. or links")
     flag("--bad_videos", choices=("error", "skip"), default="error", help="clips that cannot be used: end the run, or train without them")
     flag("--max_bad_share", type=float, default=0.1, help="with --bad_videos skip: end the run if more than this share is bad")
+    flag("--eval_share", type=float, default=0.0, help="share of the clips that is held out of training and scored (0: none; 0.1 of 50)")
+    flag("--eval_data_root", help="a second data folder like --instance_data_root, all of it held out and scored")
     flag("--id_token", help="identifier put before every training caption, with a space")
     flag("--height", type=int, default=480, help="pixels, a multiple of 16 for CogVideoX")
     flag("--width", type=int, default=720, help="pixels, a multiple of 16 for CogVideoX")
@@ -64,6 +66,10 @@ def check_data_flags(args):
     problems += below(args, 0, "dataloader_num_workers") + not_above_zero(args, "fps", "clip_timeout_seconds")
     if not 0 <= args.max_bad_share <= 1:
         problems.append(f"--max_bad_share {args.max_bad_share}: a share from 0 to 1")
+    if not 0 <= args.eval_share < 1:
+        problems.append(f"--eval_share {args.eval_share}: a share from 0 to below 1, such as 0.1")
+    if args.eval_share and args.eval_data_root:
+        problems.append("--eval_share and --eval_data_root: both hold clips out; give one of them")
     args.bucket_sizes, args.bucket_lengths = [], []
     for word in args.bucket:
         if match := re.fullmatch(r"(\d+)x(\d+)", word):
@@ -78,7 +84,7 @@ def check_data_flags(args):
         problems.append("--instance_data_root and --dataset_name: give one of them")
     if args.dataset_name and importlib.util.find_spec("datasets") is None:
         problems.append("--dataset_name needs the datasets package: pip install datasets")
-    for name in ("instance_data_root", "dataset_name", "cache_dir", "encoding_cache_dir"):
+    for name in ("instance_data_root", "eval_data_root", "dataset_name", "cache_dir", "encoding_cache_dir"):
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     args.encoding_cache_dir = args.encoding_cache_dir or os.path.join(

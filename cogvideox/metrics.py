@@ -15,10 +15,10 @@ class MetricsFile:
     """metrics.jsonl: one JSON object a line. A resumed run first drops the lines after the step it goes on from."""
 
     def __init__(self, path, first_step, enabled):
-        self.file = None
+        self.file, self.path = None, Path(path)
         if not enabled:
             return
-        path = Path(path)
+        path = self.path
         kept = [line for line in read_metrics(path) if line["step"] <= first_step] if path.exists() and first_step else []
         write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.file = path.open("a", encoding="utf-8")
@@ -46,7 +46,7 @@ def read_metrics(path):
 
 
 def plot_losses(metrics_path, picture_path):
-    """loss.png: training loss (and its running mean), loss on fixed noise, learning rate and gradient norm over steps."""
+    """loss.png: training loss (and its running mean), the scores on fixed noise, learning rate and gradient norm over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -54,18 +54,24 @@ def plot_losses(metrics_path, picture_path):
 
     lines = read_metrics(metrics_path)
     trained = [line for line in lines if "loss" in line]
-    fixed = [line for line in lines if "fixed_loss" in line]
+    scored = [line for line in lines if "eval_train_loss" in line]
     figure, axes = pyplot.subplots(3, 1, figsize=(9, 9), sharex=True, height_ratios=[3, 1, 1])
     steps = [line["step"] for line in trained]
     running, means = None, []
     for line in trained:
         running = line["loss"] if running is None else 0.9 * running + 0.1 * line["loss"]
         means.append(running)
-    axes[0].plot(steps, [line["loss"] for line in trained], color="tab:blue", alpha=0.3, label="training loss, one step")
-    axes[0].plot(steps, means, color="tab:blue", label="training loss, running mean")
-    axes[0].plot(
-        [f["step"] for f in fixed], [f["fixed_loss"] for f in fixed], "o-", color="tab:red", label="fixed clips, noise and timesteps"
-    )
+    axes[0].plot(steps, [line["loss"] for line in trained], color="tab:blue", alpha=0.25, label="training loss, one step")
+    axes[0].plot(steps, means, color="tab:blue", alpha=0.6, label="training loss, running mean")
+    for name, words, color in (("train", "trained clips", "tab:red"), ("held_out", "held-out clips", "tab:orange")):
+        line = [(one["step"], one[f"eval_{name}_loss"], one[f"eval_{name}_base_loss"]) for one in scored]
+        line = [values for values in line if values[1] is not None]
+        if line:
+            at, losses, base = zip(*line, strict=True)
+            axes[0].plot(at, losses, "o-", color=color, label=f"{words}, fixed noise")
+            axes[0].plot(at, base, "--", color=color, alpha=0.6, label=f"{words}, base model")
+    if scored and scored[-1]["best_step"]:
+        axes[0].axvline(scored[-1]["best_step"], color="tab:orange", linestyle=":", label="lowest on held-out clips")
     axes[0].set_ylabel("velocity loss")
     axes[0].legend()
     axes[1].plot(steps, [line["learning_rate"] for line in trained], color="tab:green")

@@ -47,10 +47,11 @@ def epoch_order(seed, epoch, shapes, clips_per_step):
     return [clip for step in torch.randperm(len(steps), generator=generator).tolist() for clip in steps[step]]
 
 
-def clip_at(seed, position, shapes, clips_per_step):
-    """The index of the clip that is trained at a position."""
+def clip_at(seed, position, shapes, clips_per_step, clips=None):
+    """The number of the clip that is trained at a position. clips: the numbers of those that `shapes` speaks of (None: all)."""
     epoch, place = divmod(position, epoch_length(shapes, clips_per_step))
-    return epoch_order(seed, epoch, shapes, clips_per_step)[place]
+    chosen = epoch_order(seed, epoch, shapes, clips_per_step)[place]
+    return chosen if clips is None else clips[chosen]
 
 
 def positions_of(rank, world_size, batch_size, accumulation, first_step, total_steps):

@@ -65,9 +65,9 @@ def leave_if_wanted():
         raise SystemExit(128 + wanted())
 
 
-def write_status(output_dir, code, reason, step, checkpoint=None):
-    """`status.json`: how the run ended, for whoever started it. Both launchers turn every exit code into 1."""
-    content = {"code": code, "reason": reason, "step": step, "checkpoint": str(checkpoint) if checkpoint else None}
+def write_status(output_dir, code, reason, step, checkpoint=None, **more):
+    """`status.json`: how the run ended, for whoever started it. Both launchers turn every exit code into 1. more: further values."""
+    content = {"code": code, "reason": reason, "step": step, "checkpoint": str(checkpoint) if checkpoint else None} | more
     with contextlib.suppress(OSError):  # a full disk; the message on the terminal says the same
         write_durably(Path(output_dir) / "status.json", json.dumps(content, indent=1).encode())
 

@@ -1,4 +1,4 @@
-"""Write a tiny random CogVideoX folder in the real layout: `python -m demo.make_model demo/model`.
+"""Write a tiny random CogVideoX folder in the real layout: `python -m demo.make_model demo/tiny_model`.
 
 The real tokenizer, a T5 encoder, the causal video VAE with its true 4 x 8 x 8 compression, a transformer and the 2B's
 scheduler, all seeded. It teaches nothing about video; it runs every line that the real weights would run, on a CPU.
@@ -84,7 +84,7 @@ def imitate_trained_moments(vae):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", default="demo/model")
+    parser.add_argument("folder", nargs="?", default="demo/tiny_model")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     print(f"wrote {make_model(options.folder, options.seed)}")

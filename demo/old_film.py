@@ -40,12 +40,6 @@ def old_film(frames, seed):
     return np.repeat(made.clip(0, 255).astype(np.uint8)[..., None], 3, axis=3)
 
 
-def saturation(frames):
-    """Mean saturation of uint8 frames [..., 3], from 0 (grey) to 1: HSV's, (max - min) / max, each pixel weighted by its brightness."""
-    frames = np.asarray(frames, np.float64)
-    return float((frames.max(-1) - frames.min(-1)).sum() / max(frames.max(-1).sum(), 1))
-
-
 def write_dataset(folder):
     """The data folder of the demo's LoRA: the clips of demo/dataset in old film, and their captions without its trigger word."""
     partial = folder.with_name(folder.name + ".partial")

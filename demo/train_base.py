@@ -9,7 +9,6 @@ The film is resources/bbb.mp4 in moviepy_10_minutes.zip in the sdist of moviepy 
 """
 
 import argparse
-import math
 import shutil
 import subprocess
 import time
@@ -240,7 +239,7 @@ def encode_windows(vae, film, chosen, frames, path):
     return torch.load(path, mmap=True)
 
 
-def train_transformer(sets, captions, token_ids, work_dir, steps, seed, make_samples, learning_rate=1e-3, batch=8, ema_decay=0.998):
+def train_transformer(sets, captions, token_ids, work_dir, steps, seed, make_samples, learning_rate=2e-3, muon_learning_rate=0.02, batch=8):
     """Train transformer and T5 together on the velocity loss. Returns the averaged (transformer, text encoder).
 
     sets: (latents, shot of each clip, share of the steps) for each size. Two thirds of the steps see 64 text tokens, the rest
@@ -251,10 +250,11 @@ def train_transformer(sets, captions, token_ids, work_dir, steps, seed, make_sam
     see_text(transformer, 64)
     parameters = [*transformer.parameters(), *text_encoder.parameters()]
     averages = [parameter.detach().clone() for parameter in parameters]
-    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 100, 0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
-    )
+    blocks = {id(parameter) for part in (transformer.transformer_blocks, text_encoder.encoder.block) for parameter in part.parameters()}
+    matrices = [parameter for parameter in parameters if id(parameter) in blocks and parameter.ndim == 2]
+    chosen = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in parameters if id(parameter) not in chosen]
+    optimizer, muon = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0), Muon(matrices)
     lengthened, curve = steps * 2 // 3, []
     bar = tqdm(range(steps), "transformer", unit="step")
     for step in bar:
@@ -279,10 +279,13 @@ def train_transformer(sets, captions, token_ids, work_dir, steps, seed, make_sam
         loss = (predicted - scheduler.get_velocity(clean, noise, timestep)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        scale = min((step + 1) / 50, 0.02 + 0.98 * (1 - step / steps))
+        optimizer.param_groups[0]["lr"] = learning_rate * scale
         optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        torch._foreach_lerp_(averages, [parameter.detach() for parameter in parameters], 1 - min(ema_decay, (step + 1) / (step + 10)))
+        muon.step(muon_learning_rate * scale)
+        for parameter in parameters:
+            parameter.grad = None
+        torch._foreach_lerp_(averages, [parameter.detach() for parameter in parameters], max(0.005, 9 / (step + 10)))
         curve.append(loss.item())
         bar.set_postfix({"loss": f"{np.mean(curve[-100:]):.4f}"})
         if (step + 1) % 500 == 0 or step + 1 == steps:
@@ -389,6 +392,6 @@ if __name__ == "__main__":
     parser.add_argument("film", type=Path, help="bbb.mp4")
     parser.add_argument("--work_dir", type=Path, default=Path("base"))
     parser.add_argument("--vae_steps", type=int, default=1500)
-    parser.add_argument("--transformer_steps", type=int, default=3000)
+    parser.add_argument("--transformer_steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())

@@ -100,7 +100,7 @@ def words(model, data, output, cache, **flags):
         "learning_rate": 1e-2,
         "max_train_steps": 2,
         "num_inference_steps": 2,
-        "fixed_loss_clips": 0,
+        "eval_clips": 0,
         "gradient_checkpointing": "none",  # auto takes a step more before the first one, and tests count steps
         "report_to": "none",
     }

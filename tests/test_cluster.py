@@ -18,7 +18,7 @@ from tools.chaos import family, strike
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SMALL = ["--height", "32", "--width", "48", "--max_num_frames", "9", "--rank", "4", "--learning_rate", "1e-2", "--mixed_precision", "no"]
-SMALL += ["--num_inference_steps", "2", "--fixed_loss_clips", "0", "--gradient_checkpointing", "none", "--report_to", "none"]
+SMALL += ["--num_inference_steps", "2", "--eval_clips", "0", "--gradient_checkpointing", "none", "--report_to", "none"]
 SMALL += ["--validation_prompt", "a rabbit"]
 
 # Prints its arguments and what of its environment could confuse a trainer; `python` stands for the count of GPUs.

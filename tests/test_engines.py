@@ -58,7 +58,7 @@ def result_of(folder):
 
 def losses_of(folder):
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line.get("loss", line.get("fixed_loss")) for line in lines]
+    return [line.get("loss", line.get("eval_train_loss")) for line in lines]
 
 
 def worst_difference(a, b):
@@ -77,7 +77,7 @@ def alone(tmp_path_factory, tiny_model, six_clips, encodings):
         GradientState._reset_state()
         folders[kind] = tmp_path_factory.mktemp("alone") / "run"
         flags = {"training_type": kind if kind != "other seed" else "lora", "seed": 43 if kind == "other seed" else 42}
-        flags |= {"train_batch_size": 2, "fixed_loss_clips": 2, "learning_rate": LEARNING_RATE[flags["training_type"]]} | TWO_STEPS_AND_TWO
+        flags |= {"train_batch_size": 2, "eval_clips": 2, "learning_rate": LEARNING_RATE[flags["training_type"]]} | TWO_STEPS_AND_TWO
         script.main(script.parse_args(words(tiny_model, six_clips, folders[kind], encodings, **flags)))
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -96,7 +96,7 @@ def unfinished(folder, target):
 @pytest.mark.parametrize("kind", ["lora", "sft"])
 @pytest.mark.parametrize("name", ["ddp", *deepspeed_too])
 def test_two_processes_train_what_one_does_and_one_goes_on_from_theirs(name, kind, tiny_model, six_clips, tmp_path, alone, train):
-    flags = TWO_STEPS_AND_TWO | {"training_type": kind, "learning_rate": LEARNING_RATE[kind], "fixed_loss_clips": 2}
+    flags = TWO_STEPS_AND_TWO | {"training_type": kind, "learning_rate": LEARNING_RATE[kind], "eval_clips": 2}
     flags |= {"validation_prompt": "a rabbit:::a bird:::a frog"}
     code, output = launch(name, tmp_path, words(tiny_model, six_clips, tmp_path / "two", tmp_path / "cache", **flags))
     assert code == 0, output[-3000:]
@@ -124,7 +124,7 @@ def test_two_processes_go_on_from_what_one_has_saved(name, kind, tiny_model, six
     if name != "fsdp2" and not shutil.which("g++"):
         pytest.skip("DeepSpeed compiles its CPU collectives")
     begun = unfinished(alone[kind], tmp_path / "begun")
-    flags = TWO_STEPS_AND_TWO | {"training_type": kind, "learning_rate": LEARNING_RATE[kind], "fixed_loss_clips": 2}
+    flags = TWO_STEPS_AND_TWO | {"training_type": kind, "learning_rate": LEARNING_RATE[kind], "eval_clips": 2}
     line = words(tiny_model, six_clips, begun, encodings, resume_from_checkpoint="latest", **flags)
     code, output = launch(name, tmp_path, line)
     assert code == 0, output[-3000:]
@@ -138,7 +138,7 @@ def test_two_processes_go_on_from_what_one_has_saved(name, kind, tiny_model, six
 @pytest.mark.timeout(300)
 def test_fsdp2_in_bf16_with_accumulation_checkpointing_and_an_average(tiny_model, six_clips, tmp_path, encodings, train):
     flags = {"training_type": "sft", "learning_rate": 1e-3, "mixed_precision": "bf16", "gradient_checkpointing": "attention"}
-    flags |= {"max_train_steps": 3, "ema_decay": 0.9, "fixed_loss_clips": 2}
+    flags |= {"max_train_steps": 3, "ema_decay": 0.9, "eval_clips": 2}
     code, output = launch(
         "fsdp2", tmp_path, words(tiny_model, six_clips, tmp_path / "two", encodings, **flags, gradient_accumulation_steps=2)
     )

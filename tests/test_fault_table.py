@@ -699,7 +699,7 @@ def test_more_processes_than_clips_train_each_clip_with_noise_of_its_own(tiny_mo
         (data / name).write_text((six_clips / name).read_text().splitlines()[0] + "\n")
     listed = (data / "videos.txt").read_text().strip()
     shutil.copy(six_clips / listed, data / listed)
-    run = start(TWO, words(tiny_model, data, tmp_path / "two", tmp_path / "cache", max_train_steps=3, fixed_loss_clips=2))
+    run = start(TWO, words(tiny_model, data, tmp_path / "two", tmp_path / "cache", max_train_steps=3, eval_clips=2))
     output = run.communicate(timeout=120)[0]
     assert run.returncode == 0, output[-2000:]
     assert "1 clips; 1 a batch x 2 processes" in output

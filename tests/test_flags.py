@@ -161,7 +161,7 @@ SEEN_BY = {
     "use_dynamic_cfg": "test_validation_flags_change_the_videos",
     "num_inference_steps": "test_validation_flags_change_the_videos",
     "negative_prompt": "test_validation_flags_change_the_videos",
-    "fixed_loss_clips": "test_metrics_hold_one_line_a_step_and_the_fixed_loss",
+    "eval_clips": "test_metrics_hold_one_line_a_step_and_the_scores",
     "output_dir": "test_a_run_writes_exactly_these_files",
     "overwrite_output_dir": "test_an_earlier_run_is_not_written_over_unasked",
     "checkpointing_steps": "test_a_run_writes_exactly_these_files",

@@ -138,7 +138,7 @@ def test_held_layers_train_the_same_lora_bit_for_bit(train, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp8", "int8", "nf4"])
 def test_a_lora_trains_on_a_base_of_fewer_bits_and_goes_on_with_the_same_bits(train, tmp_path, precision):
-    settings = {"base_precision": precision, "max_train_steps": 4, "checkpointing_steps": 2, "fixed_loss_clips": 1}
+    settings = {"base_precision": precision, "max_train_steps": 4, "checkpointing_steps": 2, "eval_clips": 1}
     folder = train(**settings)
     straight = lora_of(folder)
     assert not same(straight, lora_of(train(**settings | {"base_precision": "stored"})))
@@ -164,7 +164,7 @@ def test_offloading_changes_no_bit(train):
 @pytest.mark.slow
 def test_compiled_blocks_train_the_same_to_rounding_and_are_compiled_once(train):
     torch._dynamo.reset()
-    settings = {"max_train_steps": 4, "fixed_loss_clips": 1, "checkpointing_steps": 2, "learning_rate": 1e-3}
+    settings = {"max_train_steps": 4, "eval_clips": 1, "checkpointing_steps": 2, "learning_rate": 1e-3}
     plain = lora_of(train(**settings))
     torch._dynamo.utils.counters.clear()
     compiled = lora_of(train(compile=True, **settings))

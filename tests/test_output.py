@@ -66,13 +66,13 @@ def test_prompts_that_begin_alike_or_are_signs_get_names_of_their_own():
 def test_tensorboard_gets_the_numbers_and_the_videos_but_no_token(train, capfd):
     token = "hf_" + "s" * 30
     flags = {"report_to": "tensorboard", "logging_dir": "tb", "tracker_name": "mine", "hub_token": token}
-    folder = train(validation_prompt="a rabbit", max_train_steps=2, fixed_loss_clips=1, **flags)
+    folder = train(validation_prompt="a rabbit", max_train_steps=2, eval_clips=1, **flags)
     events = EventAccumulator(str(folder / "tb/mine"), size_guidance={"images": 0})
     events.Reload()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert [e.value for e in events.Scalars("loss")] == pytest.approx(losses, rel=1e-6)
-    assert len(events.Scalars("fixed_loss")) == 2
+    assert len(events.Scalars("eval_train_loss")) == 2
     pictures = events.Images(next(tag for tag in events.Tags()["images"] if tag.startswith("validation/")))
     assert [p.step for p in pictures] == [0, 2]
     assert pictures[0].encoded_image_string.startswith(b"GIF")
@@ -244,7 +244,7 @@ def test_resuming_on_another_base_model_is_refused(finished, train, tmp_path, ti
 
 def test_resuming_with_flags_that_only_watch_or_move_things_is_allowed(finished, train, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
-    train(output=folder, resume_from_checkpoint="latest", max_train_steps=3, checkpointing_steps=7, fixed_loss_clips=1, logging_steps=3)
+    train(output=folder, resume_from_checkpoint="latest", max_train_steps=3, checkpointing_steps=7, eval_clips=1, logging_steps=3)
     assert same(lora_of(folder), lora_of(train(max_train_steps=3)))
 
 

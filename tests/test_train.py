@@ -11,7 +11,7 @@ from tests.conftest import lora_of, same
 
 
 def test_a_run_writes_exactly_these_files(train):
-    folder = train(validation_prompt="a rabbit:::a bird", max_train_steps=4, checkpointing_steps=2, fixed_loss_clips=2, validation_steps=2)
+    folder = train(validation_prompt="a rabbit:::a bird", max_train_steps=4, checkpointing_steps=2, eval_clips=2, validation_steps=2)
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     videos = {"a rabbit", "a bird", "contact sheet", "videos.json"}
     states = {"adapter.safetensors", "manifest.json", "optimizer.safetensors", "pytorch_lora_weights.safetensors", "state.json"}
@@ -24,11 +24,11 @@ def test_a_run_writes_exactly_these_files(train):
     assert len([name for name in names if name.startswith("validation")]) == 3 * len(videos)
 
 
-def test_metrics_hold_one_line_a_step_and_the_fixed_loss(train):
-    folder = train(max_train_steps=3, fixed_loss_clips=2)
+def test_metrics_hold_one_line_a_step_and_the_scores(train):
+    folder = train(max_train_steps=3, eval_clips=2)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
-    assert [line["step"] for line in lines if "fixed_loss" in line] == [0, 3]
+    assert [line["step"] for line in lines if "eval_train_loss" in line] == [0, 3]
     wanted = {"step", "epoch", "loss", "grad_norm", "learning_rate", "seconds_per_step", "data_wait_percent", "peak_memory_gib"}
     assert all(wanted == set(line) for line in lines if "loss" in line)
     assert all(line["grad_norm"] > 0 for line in lines if "loss" in line)
@@ -37,11 +37,11 @@ def test_metrics_hold_one_line_a_step_and_the_fixed_loss(train):
 def test_training_lowers_the_loss_on_fixed_noise_and_a_learning_rate_of_zero_does_not(train):
     def fixed(folder):
         lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        return [line["fixed_loss"] for line in lines if "fixed_loss" in line]
+        return [line["eval_train_loss"] for line in lines if "eval_train_loss" in line]
 
-    start, end = fixed(train(max_train_steps=30, fixed_loss_clips=4, rank=16))
+    start, end = fixed(train(max_train_steps=30, eval_clips=4, rank=16))
     assert end < start - 0.02
-    start, end = fixed(train(max_train_steps=3, fixed_loss_clips=4, rank=16, learning_rate=0))
+    start, end = fixed(train(max_train_steps=3, eval_clips=4, rank=16, learning_rate=0))
     assert end == start
 
 
@@ -156,7 +156,7 @@ def test_resuming_a_finished_run_trains_nothing(train, capsys):
 @pytest.mark.slow
 def test_validation_changes_no_bit_of_training(train):
     plain = train(max_train_steps=4)
-    watched = train(max_train_steps=4, validation_prompt="a rabbit", validation_steps=1, fixed_loss_clips=3, checkpointing_steps=1)
+    watched = train(max_train_steps=4, validation_prompt="a rabbit", validation_steps=1, eval_clips=3, checkpointing_steps=1)
     assert same(lora_of(plain), lora_of(watched))
 
 

@@ -724,7 +724,7 @@ def run_flags(options, shape, steps):
 
 def our_flags(options, flags):
     """The shared flags with those that only ours has."""
-    return flags | {"report_to": "none", "fixed_loss_clips": 0, "gradient_checkpointing": options.gradient_checkpointing}
+    return flags | {"report_to": "none", "eval_clips": 0, "gradient_checkpointing": options.gradient_checkpointing}
 
 
 def reference_flags(options, flags):

@@ -51,7 +51,7 @@ def command(model, clips, output, cache, processes, steps):
         "validation_prompt": "a rabbit",
         "validation_steps": steps // 4,
         "num_inference_steps": 2,
-        "fixed_loss_clips": 1,
+        "eval_clips": 1,
         "report_to": "none",
         "resume_from_checkpoint": "latest",
     }
@@ -214,7 +214,7 @@ def main():
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the training")
     parser.add_argument("--longest", type=float, default=14.0, help="a strike comes at most so many seconds after the start")
     parser.add_argument("--seed", type=int, default=0, help="seed of the strikes")
-    parser.add_argument("--model", default=str(ROOT / "demo/model"), help="model folder (make demo-model writes the demo's)")
+    parser.add_argument("--model", default=str(ROOT / "demo/tiny_model"), help="model folder (python -m demo.make_model writes a tiny one)")
     parser.add_argument("--report", help="write the table here as well")
     options = parser.parse_args()
     work, counts, wrong = Path(tempfile.mkdtemp(prefix="chaos-")), Counter(), []

@@ -1,0 +1,251 @@
+"""Is it learning? Clips that are never trained on, scored again and again at the same noise and timesteps; and a verdict.
+
+The training loss is noise for the most part: every step draws other clips, other noise and other timesteps. Here the three
+are the same every time, so two numbers of a run differ by what was learned in between and by nothing else.
+"""
+
+import torch
+from torch.utils.data import default_collate
+
+from cogvideox.lora import lora_modules
+from cogvideox.order import TrainingClips, seeded_generator
+from cogvideox.validation import undisturbed
+
+BANDS = 4  # timesteps are the middles of so many equal parts of the schedule
+SMALL = 0.01  # a change of the loss by less than this share of the base's is called none
+CAPTIONS_COUNT = 0.002  # with another clip's caption the loss has to be higher by this share of the base's
+
+
+def choose_held_out(count, share, seed):
+    """The clips of `count` that are held out: round(share * count) of them, at least one, a function of the seed alone."""
+    if not share:
+        return []
+    return sorted(torch.randperm(count, generator=seeded_generator(seed, "held out"))[: max(1, round(share * count))].tolist())
+
+
+def spread(clips, most):
+    """At most `most` of some clips, evenly spaced."""
+    count = min(most, len(clips))
+    return [clips[i * len(clips) // count] for i in range(count)]
+
+
+class Captions:
+    """Encodings in which some clips have the caption of another. swapped: clip -> the clip whose caption it gets."""
+
+    def __init__(self, encodings, swapped):
+        self.encodings, self.swapped, self.moments = encodings, swapped, encodings.moments
+
+    def prompt(self, clip):
+        return self.encodings.prompt(self.swapped.get(clip, clip))
+
+
+def score(accelerator, transformer, losses, encodings, sets, captions, seed, scaling_factor, num_train_timesteps):
+    """The mean loss of each set of clips in each band of timesteps: {"train": [...], "held_out": [...] or None, "swapped": ...}.
+
+    losses: batch -> loss of each clip. sets: {"train": clips, "held_out": clips}. "swapped" scores the
+    held-out clips (without any: the trained ones), each with the caption of another: how much a caption tells the model
+    about its clip. captions: clip -> its caption. Every process scores its share; a collective.
+    """
+    shown = sets["held_out"] or sets["train"]
+    partners = {clip: next((p for p in shown[i + 1 :] + shown[:i] if captions[p] != captions[clip]), None) for i, clip in enumerate(shown)}
+    partners = {clip: partner for clip, partner in partners.items() if partner is not None}
+    groups = {**sets, "swapped": list(partners)}
+    jobs = [(name, clip, band) for name, clips in groups.items() for clip in clips for band in range(BANDS)]
+    names = list(groups)
+    totals = torch.zeros(len(names), BANDS, dtype=torch.float64)
+    with undisturbed(transformer):
+        for name, clip, band in jobs[accelerator.process_index :: accelerator.num_processes]:
+            source = Captions(encodings, partners) if name == "swapped" else encodings
+            item = TrainingClips(source, None, f"{seed}/fixed/{band}", scaling_factor, num_train_timesteps).item(clip, position=clip)
+            item["timestep"] = torch.tensor(middle_of(band, num_train_timesteps))
+            batch = {name: value.to(accelerator.device) for name, value in default_collate([item]).items()}
+            totals[names.index(name), band] += losses(batch).double().sum().cpu()
+    totals = accelerator.reduce(totals.float().to(accelerator.device), "sum").cpu()
+    return {name: (totals[i] / len(groups[name])).tolist() if groups[name] else None for i, name in enumerate(names)}
+
+
+def middle_of(band, num_train_timesteps):
+    """The timestep that stands for a band."""
+    return int((band + 0.5) / BANDS * num_train_timesteps)
+
+
+def evaluate(step, transformer, with_lora, score_of, earlier, num_train_timesteps):
+    """One evaluation: the line of metrics.jsonl. score_of: transformer -> `score`. earlier: this run's evaluations so far.
+
+    The base model is scored at the first evaluation: with the LoRA switched off, or, where all weights are trained, as it is
+    before the first step. It never changes, so later ones read it from the lines. A collective.
+    """
+    scores = score_of(transformer)
+    base = base_of(earlier) or (base_score(transformer, score_of) if with_lora else scores)
+    return line_of(step, scores, base, update_share(transformer), earlier, num_train_timesteps)
+
+
+def base_score(transformer, score_of):
+    """The score with the LoRA switched off."""
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    transformer.disable_adapters()
+    try:
+        return score_of(transformer)
+    finally:
+        transformer.enable_adapters()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def update_share(transformer):
+    """The size of what the LoRA adds against what it is added to: the Frobenius norm of all s B A over that of all W.
+
+    |B A|^2 = sum of (B^T B) * (A A^T), which are rank x rank. None where there is no LoRA, or W is not held as numbers.
+    """
+    added = whole = 0.0
+    for _, layer in lora_modules(transformer):
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+            return None
+        a, b = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
+        added += layer.scaling["default"] ** 2 * ((b.T @ b) * (a @ a.T)).sum().item()
+        whole += weight.float().square().sum().item()
+    return (max(added, 0.0) / whole) ** 0.5 if whole else None
+
+
+def line_of(step, scores, base, share, earlier, num_train_timesteps):
+    """The line of metrics.jsonl for one evaluation. earlier: the lines before it, for the best step so far (never step 0)."""
+
+    def mean(values):
+        return None if values is None else sum(values) / len(values)
+
+    line = {"step": step, "eval_train_loss": mean(scores["train"]), "eval_held_out_loss": mean(scores["held_out"])}
+    line |= {"eval_train_base_loss": mean(base["train"]), "eval_held_out_base_loss": mean(base["held_out"])}
+    line |= {"eval_swapped_loss": mean(scores["swapped"]), "eval_swapped_base_loss": mean(base["swapped"])}
+    columns = {"train": scores["train"], "held_out": scores["held_out"], "train_base": base["train"], "held_out_base": base["held_out"]}
+    line["eval_bands"] = [
+        {"timestep": middle_of(band, num_train_timesteps)}
+        | {name: None if values is None else values[band] for name, values in columns.items()}
+        for band in range(BANDS)
+    ]
+    line["update_share"] = share
+    best = best_of([*earlier, line])
+    return line | {"best_step": best["step"] if best else None}
+
+
+def evaluations(lines):
+    """The evaluations among the lines of metrics.jsonl."""
+    return [line for line in lines if "eval_train_loss" in line]
+
+
+def best_of(lines):
+    """The evaluation with the lowest held-out loss, not counting step 0; None if there is none."""
+    held_out = [line for line in evaluations(lines) if line["step"] > 0 and line["eval_held_out_loss"] is not None]
+    return min(held_out, key=lambda line: line["eval_held_out_loss"], default=None)
+
+
+def base_of(lines):
+    """The base model's score as the lines have it, as `score` gives it; None without lines. For a run that is resumed."""
+    if not (found := evaluations(lines)):
+        return None
+    bands, swapped = found[0]["eval_bands"], found[0]["eval_swapped_base_loss"]
+    held_out = None if bands[0]["held_out_base"] is None else [band["held_out_base"] for band in bands]
+    return {"train": [b["train_base"] for b in bands], "held_out": held_out, "swapped": None if swapped is None else [swapped] * BANDS}
+
+
+def sentence_of(line):
+    """One evaluation as a person would say it."""
+    parts = []
+    for words, name in (("trained clips", "train"), ("held-out clips", "held_out")):
+        loss, base = line[f"eval_{name}_loss"], line[f"eval_{name}_base_loss"]
+        if loss is not None:
+            parts.append(f"{words} {loss:.5f} (base {base:.5f}, {percent(loss / base - 1)})")
+    if line["update_share"] is not None:
+        parts.append(f"the update is {100 * line['update_share']:.2g} % of the weights")
+    return f"step {line['step']}: loss on fixed noise: {'; '.join(parts)}"
+
+
+def percent(share):
+    """A change in percent, with its sign."""
+    return f"{100 * share:+.1f} %"
+
+
+# -----------------------------------------------------------------------------
+# The verdict
+
+NOTHING, WORSE, LEARNING, MEMORISING = "nothing happening", "getting worse", "learning", "memorising"
+LOOK_ONLY, UNKNOWN = "learning the look, not the captions", "not measured"
+
+
+def verdict(lines, learning_rate, ran_all=True):
+    """What the evaluations of a run say: (a word, sentences). lines: those of metrics.jsonl.
+
+    The rules, with changes as shares of the base model's loss on the same clips, and `SMALL` = 1 % counted as none:
+    - getting worse: the loss on the trained clips ended above the base's.
+    - nothing happening: neither loss has moved.
+    - memorising: the loss on the trained clips fell, and on held-out clips it either fell by less than a tenth of that, or
+      rose again from its lowest by more than 1 % and a quarter of what it had gained, while that on the trained clips went on.
+    - learning: else. If another clip's caption now fits a clip (almost) as well as its own, though the base could tell them
+      apart: the look was learned, not the captions.
+    ran_all: whether the run reached its last step.
+    """
+    found = evaluations(lines)
+    if len(found) < 2:
+        return UNKNOWN, ["Nothing was scored after the first step (--eval_clips, --checkpointing_steps, --eval_steps)."]
+    last, held_out = found[-1], found[-1]["eval_held_out_loss"] is not None
+    base = last["eval_train_base_loss"]
+    train_change = last["eval_train_loss"] / base - 1
+    sentences = [f"After step {last['step']} the loss on trained clips is {percent(train_change)} against the base model's."]
+    change = train_change
+    if held_out:
+        held_out_base = last["eval_held_out_base_loss"]
+        change = last["eval_held_out_loss"] / held_out_base - 1
+        sentences.append(f"On clips that were never trained on it is {percent(change)}.")
+    if train_change > SMALL:
+        sentences.append(f"The LoRA does harm: try a lower --learning_rate (it was {learning_rate:g}).")
+        return WORSE, sentences
+    if abs(train_change) <= SMALL and abs(change) <= SMALL:
+        return NOTHING, [*sentences, why_nothing(last, learning_rate)]
+    if not held_out:
+        sentences.append("Without held-out clips memorising cannot be told from learning: --eval_share 0.1 holds some out.")
+        return with_captions(last, sentences)
+    best = best_of(found)
+    gained, lost = held_out_base - best["eval_held_out_loss"], last["eval_held_out_loss"] - best["eval_held_out_loss"]
+    turned = lost > max(SMALL * held_out_base, gained / 4) and last["eval_train_loss"] < best["eval_train_loss"]
+    if change > 0.1 * train_change or turned:
+        where = f"from step {best['step']} on" if turned else "from the start"
+        sentences.append(f"It learns these clips by heart {where}: what it learns of them does not help with others.")
+        sentences.append(f"The lowest loss on held-out clips was at step {best['step']}: use best/.")
+        sentences.append("More clips, a lower rank or fewer steps help.")
+        return MEMORISING, sentences
+    if best["step"] != last["step"]:
+        sentences.append(f"The lowest loss on held-out clips was at step {best['step']}: best/ has that LoRA.")
+    elif ran_all:
+        sentences.append("It was still falling at the end: more steps may help.")
+    return with_captions(last, sentences)
+
+
+def with_captions(last, sentences):
+    """The verdict on a run that learns, after a look at whether the captions still count."""
+    held_out = last["eval_held_out_loss"] is not None
+    own, own_base = ("eval_held_out_loss", "eval_held_out_base_loss") if held_out else ("eval_train_loss", "eval_train_base_loss")
+    if last["eval_swapped_loss"] is None:
+        return LEARNING, sentences
+    gap, base_gap = last["eval_swapped_loss"] - last[own], last["eval_swapped_base_loss"] - last[own_base]
+    least = CAPTIONS_COUNT * last[own_base]
+    if base_gap > least and gap < max(least, base_gap / 2):
+        sentences.append(
+            f"Captions count less than before: another clip's caption raises the loss by {gap / last[own]:.1%}, for the base model it "
+            f"was {base_gap / last[own_base]:.1%}. Check that each line of the captions belongs to its clip."
+        )
+        return LOOK_ONLY, sentences
+    return LEARNING, sentences
+
+
+def why_nothing(last, learning_rate):
+    """The likely cause of a loss that does not move."""
+    share = last["update_share"]
+    if learning_rate == 0 or share == 0:
+        return f"The LoRA has not changed at all: the learning rate is {learning_rate:g}; raise --learning_rate."
+    if share is not None and share < 1e-3:
+        return (
+            f"The LoRA changes the weights by {100 * share:.1g} % only: raise --learning_rate (it was {learning_rate:g}) or "
+            "--lora_alpha, or train for more steps."
+        )
+    return "The weights have moved but no loss has: the clips may be nothing new to the model, or too unlike; look at the videos."

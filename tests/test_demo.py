@@ -1,0 +1,105 @@
+"""The demo: a base model that knows the film, data with an effect that anyone sees, and a run that shows it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cogvideox.folder import read_facts, stored_precision
+from cogvideox.model import decode_latents, encode_frames, load_scheduler, load_vae
+from cogvideox.video import read_video
+from demo.make_model import TOKENIZER, make_model
+from demo.measure import measure, saturation
+from demo.old_film import old_film, write_dataset
+from demo.train_base import read_shots
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL, CLIPS = ROOT / "demo/model", ROOT / "demo/dataset"
+
+
+def test_the_base_model_is_a_small_folder_of_the_2b_kind():
+    files = [path for path in MODEL.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 20e6
+    facts, scheduler = read_facts(MODEL), load_scheduler(MODEL)
+    assert (facts.latent_compression, facts.frames_per_latent, facts.latent_channels) == (8, 4, 16)
+    assert facts.max_text_seq_length == 226
+    config = json.loads((MODEL / "transformer/config.json").read_text())
+    assert not config["use_rotary_positional_embeddings"]
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert scheduler.config.snr_shift_scale == 3.0
+    assert stored_precision(MODEL, "transformer", None) == "fp16"
+    for path in TOKENIZER.iterdir():
+        assert (MODEL / "tokenizer" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_no_frame_of_the_demos_clips_is_trained_on():
+    rows = [line.split("\t") for line in (CLIPS / "film_frames.txt").read_text().splitlines() if not line.startswith("#")]
+    assert sorted(row[0] for row in rows) == sorted((CLIPS / "videos.txt").read_text().split())
+    held_out = {frame for _, first, end in rows for frame in range(int(first), int(end))}
+    trained = [frame for first, end, _ in read_shots() for frame in range(first, end)]
+    assert len(held_out) == 38 * 49
+    assert len(trained) > 9000
+    assert not held_out & set(trained)
+
+
+def error(vae, frames):
+    """Mean absolute error of the VAE's reconstruction, of 255."""
+    moments = encode_frames(vae, frames)
+    made = decode_latents(vae, moments[:16].transpose(0, 1) * vae.config.scaling_factor)
+    return np.abs(made.astype(float) - frames).mean()
+
+
+def test_the_vae_knows_clips_it_was_not_trained_on(tmp_path):
+    device = torch.device("cpu")
+    frames = read_video(CLIPS / "videos/60.mp4")[:17, ::2, ::2]
+    frames = frames[:, :64, :96]
+    trained = error(load_vae(MODEL, device), frames)
+    assert trained < 12
+    assert error(load_vae(make_model(tmp_path / "random"), device), frames) > 3 * trained
+
+
+def test_old_film_is_grey_moves_and_depends_on_its_seed_alone():
+    frames = read_video(CLIPS / "videos/60.mp4")[:9]
+    made = old_film(frames, 3)
+    assert saturation(made) == 0 < 0.2 < saturation(frames)
+    assert made.shape == frames.shape
+    assert np.array_equal(made, old_film(frames, 3))
+    assert not np.array_equal(made, old_film(frames, 4))
+    assert np.abs(made[1:].astype(int) - made[:-1]).mean() > np.abs(frames[1:].astype(int) - frames[:-1]).mean()
+
+
+def test_saturation_of_known_colours():
+    assert saturation(np.full((2, 2, 3), 90, np.uint8)) == 0
+    assert saturation(np.array([[200, 0, 0]], np.uint8)) == 1
+    assert saturation(np.array([[100, 50, 75]], np.uint8)) == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_demo_takes_the_colour_out_and_says_so(tmp_path):
+    """The flags of `make demo`, from the Makefile itself, with other folders."""
+    write_dataset(tmp_path / "old_film")
+    recipe = subprocess.run(["make", "-n", "-W", "demo/old_film.py", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = recipe[recipe.index("bash finetune_single_gpu.sh") :].split("--overwrite_output_dir")[0].replace("\\\n", " ")
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "MODEL_PATH": str(MODEL),
+        "DATASET_PATH": str(tmp_path / "old_film"),
+        "OUTPUT_PATH": str(tmp_path / "output"),
+        "CACHE_PATH": str(tmp_path / "cache"),
+    }
+    subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, check=True, timeout=1400)
+    rows = measure(tmp_path / "output")
+    assert len(rows) == 2
+    assert sum(after for _, _, after in rows) < 0.4 * sum(before for _, before, _ in rows)
+    status = json.loads((tmp_path / "output/status.json").read_text())
+    assert status["verdict"] == "learning"
+    lines = [json.loads(line) for line in (tmp_path / "output/metrics.jsonl").read_text().splitlines()]
+    scores = [line for line in lines if line.get("eval_held_out_loss")]
+    assert scores[-1]["eval_held_out_loss"] < scores[-1]["eval_held_out_base_loss"]
+    assert "<video" in (tmp_path / "output/report.html").read_text()
