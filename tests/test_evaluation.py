@@ -1,0 +1,258 @@
+"""Is it learning? Held-out clips, scores that only learning moves, the best LoRA, and the verdict."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_cogvideox_lora as script
+from cogvideox import evaluation
+from cogvideox.metrics import read_metrics
+from tests.conftest import ROOT, environment, lora_of, same, words
+
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+KEYS = {"step", "eval_train_loss", "eval_held_out_loss", "eval_train_base_loss", "eval_held_out_base_loss", "eval_swapped_loss"}
+KEYS |= {"eval_swapped_base_loss", "eval_bands", "update_share", "best_step"}
+
+
+def scores_of(folder):
+    return evaluation.evaluations(read_metrics(folder / "metrics.jsonl"))
+
+
+def losses_of(folder):
+    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+
+
+def test_a_score_has_both_sets_with_the_lora_on_and_off(train):
+    folder = train(eval_share=0.34, eval_clips=2, max_train_steps=4, eval_steps=2, rank=16)
+    lines = scores_of(folder)
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    assert all(set(line) == KEYS for line in lines)
+    first, last = lines[0], lines[-1]
+    for name in ("train", "held_out"):
+        assert first[f"eval_{name}_loss"] == first[f"eval_{name}_base_loss"] == last[f"eval_{name}_base_loss"]
+        assert last[f"eval_{name}_loss"] != first[f"eval_{name}_loss"]
+        bands = [band[name] for band in last["eval_bands"]]
+        assert sum(bands) / 4 == pytest.approx(last[f"eval_{name}_loss"])
+        assert len(set(bands)) == 4
+    assert first["eval_train_loss"] != first["eval_held_out_loss"]
+    assert first["eval_swapped_loss"] != first["eval_held_out_loss"]
+    assert [band["timestep"] for band in first["eval_bands"]] == [125, 375, 625, 875]
+    assert first["update_share"] == 0 < last["update_share"] < 1
+
+
+def test_the_base_is_the_model_with_the_lora_off_whatever_the_run_starts_from(train):
+    trained = train(max_train_steps=3, rank=16)
+    plain = train(max_train_steps=1, eval_clips=2)
+    from_trained = train(max_train_steps=1, eval_clips=2, init_lora=trained, rank=16)
+    first = scores_of(from_trained)[0]
+    assert first["eval_train_base_loss"] == scores_of(plain)[0]["eval_train_base_loss"]
+    assert first["eval_train_loss"] != first["eval_train_base_loss"]
+    assert first["update_share"] > 0
+
+
+def test_scoring_disturbs_nothing(train):
+    watched = train(max_train_steps=4, eval_clips=2, eval_steps=1, lora_dropout=0.3)
+    alone = train(max_train_steps=4, eval_clips=0, lora_dropout=0.3)
+    other = train(max_train_steps=4, eval_clips=0, lora_dropout=0.3, seed=1)
+    assert losses_of(watched) == losses_of(alone) != losses_of(other)
+    assert same(lora_of(watched), lora_of(alone))
+    assert len(scores_of(watched)) == 5
+    assert not scores_of(alone)
+
+
+def test_held_out_clips_are_never_trained_on(train, monkeypatch):
+    drawn = []
+    plain = script.TrainingClips.item
+    monkeypatch.setattr(script.TrainingClips, "item", lambda self, clip, position: drawn.append(clip) or plain(self, clip, position))
+    train(eval_share=0.34, eval_clips=0, max_train_steps=12)
+    assert set(drawn) == set(range(6)) - set(evaluation.choose_held_out(6, 0.34, 42))
+    drawn.clear()
+    train(eval_clips=0, max_train_steps=12)
+    assert set(drawn) == set(range(6))
+
+
+def test_which_clips_are_held_out_depends_on_the_seed_and_the_share():
+    assert evaluation.choose_held_out(20, 0.0, 1) == []
+    assert len(evaluation.choose_held_out(20, 0.25, 1)) == 5
+    assert len(evaluation.choose_held_out(20, 0.001, 1)) == 1
+    assert evaluation.choose_held_out(20, 0.25, 1) == evaluation.choose_held_out(20, 0.25, 1) != evaluation.choose_held_out(20, 0.25, 2)
+
+
+def test_a_second_folder_is_held_out_whole(train, clips, tmp_path, capsys):
+    second = shutil.copytree(clips, tmp_path / "second")
+    for name in ("prompts.txt", "videos.txt"):
+        lines = (clips / name).read_text().splitlines()
+        (clips / name).write_text("\n".join(lines[:4]) + "\n")
+        (second / name).write_text("\n".join(lines[4:]) + "\n")
+    folder = train(data=clips, eval_data_root=second, eval_clips=4, max_train_steps=1)
+    assert "2 clips are held out" in (folder / "dataset_report.txt").read_text()
+    assert "\n4 clips; 1 a batch" in capsys.readouterr().out
+    alone = train(data=clips, max_train_steps=1, eval_clips=4)
+    assert scores_of(folder)[0]["eval_train_loss"] == scores_of(alone)[0]["eval_train_loss"]
+    assert scores_of(folder)[0]["eval_held_out_loss"] is not None
+    assert scores_of(alone)[0]["eval_held_out_loss"] is None
+    # Another set to look at does not make it another run; other clips to train on do.
+    train(data=clips, output=folder, max_train_steps=2, resume_from_checkpoint="latest")
+    with pytest.raises(SystemExit) as stop:
+        train(data=clips, output=folder, max_train_steps=3, resume_from_checkpoint="latest", eval_share=0.25)
+    assert stop.value.code == 4
+
+
+def test_copies_in_both_sets_are_told(train, six_clips):
+    folder = train(eval_data_root=six_clips, max_train_steps=1)
+    assert "6 of the held-out clips have the same content as a trained one" in (folder / "dataset_report.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"eval_share": 1.0}, "--eval_share 1.0: a share from 0 to below 1"),
+        ({"eval_share": "nan"}, "--eval_share nan: a share"),
+        ({"eval_share": 0.1, "eval_data_root": "."}, "--eval_share and --eval_data_root: both hold clips out"),
+        ({"eval_clips": -1}, "--eval_clips -1: at least 0"),
+        ({"eval_steps": -1}, "--eval_steps -1: at least 0"),
+    ],
+)
+def test_wrong_flags_are_sentences(tiny_model, six_clips, tmp_path, capsys, flags, sentence):
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args(words(tiny_model, six_clips, tmp_path / "out", tmp_path / "cache", **flags))
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["missing", "nothing left"])
+def test_wrong_data_is_told_before_a_model_loads(train, capsys, what):
+    flags = {"eval_data_root": "/nowhere"} if what == "missing" else {"eval_share": 0.95}
+    with pytest.raises(SystemExit) as stop:
+        train(**flags)
+    assert stop.value.code == 3
+    assert ("--eval_data_root" if what == "missing" else "none would be left to train on") in capsys.readouterr().err
+
+
+def test_the_best_lora_is_kept_through_a_resume(train):
+    flags = {"eval_share": 0.34, "eval_clips": 2, "eval_steps": 1, "checkpointing_steps": 1, "rank": 16}
+    folder = train(max_train_steps=2, **flags)
+    train(output=folder, max_train_steps=5, resume_from_checkpoint="latest", **flags)
+    unbroken = train(max_train_steps=5, **flags)
+    lines = scores_of(folder)
+    assert lines == scores_of(unbroken)
+    best = min(lines[1:], key=lambda line: line["eval_held_out_loss"])["step"]
+    assert lines[-1]["best_step"] == best
+    assert same(lora_of(folder / "best"), lora_of(folder / f"checkpoint-{best}"))
+    assert not same(lora_of(folder / "best"), lora_of(folder / f"checkpoint-{1 if best != 1 else 2}"))
+    assert not (train(max_train_steps=1, eval_clips=2) / "best").exists()
+
+
+def test_the_best_of_full_fine_tuning_and_its_base(train):
+    folder = train(
+        training_type="sft", rank=None, learning_rate=1e-3, eval_share=0.34, eval_clips=1, max_train_steps=2, checkpointing_steps=1
+    )
+    lines = scores_of(folder)
+    assert lines[0]["eval_train_loss"] == lines[-1]["eval_train_base_loss"] != lines[-1]["eval_train_loss"]
+    best = folder / "best/transformer/diffusion_pytorch_model.safetensors"
+    assert same(load_file(best), load_file(folder / f"checkpoint-{lines[-1]['best_step']}/transformer/diffusion_pytorch_model.safetensors"))
+
+
+def test_a_learning_rate_of_zero_changes_nothing_and_the_verdict_says_so(train, capsys):
+    folder = train(learning_rate=0, eval_share=0.34, eval_clips=2, max_train_steps=3)
+    first, last = scores_of(folder)
+    assert {**first, "step": 0, "best_step": None} == {**last, "step": 0, "best_step": None}
+    status = json.loads((folder / "status.json").read_text())
+    assert status["verdict"] == "nothing happening"
+    assert "has not changed at all: the learning rate is 0" in " ".join(status["verdict_sentences"])
+    assert "verdict: nothing happening." in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_scores_of_two_processes_are_those_of_one(train, tiny_model, six_clips, encodings, tmp_path):
+    flags = {"eval_share": 0.34, "eval_clips": 3, "max_train_steps": 2, "checkpointing_steps": 1}
+    one = train(train_batch_size=2, **flags)
+    line = words(tiny_model, six_clips, tmp_path / "two", encodings, **flags)
+    two = subprocess.run([*TWO, "train_cogvideox_lora.py", *line], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=380)
+    assert two.returncode == 0, two.stdout + two.stderr
+    assert "x 2 processes x" in two.stdout
+    for a, b in zip(scores_of(one), scores_of(tmp_path / "two"), strict=True):
+        for name in KEYS - {"step", "eval_bands", "best_step"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-7), name
+    assert scores_of(one)[0]["eval_train_loss"] != scores_of(one)[-1]["eval_train_loss"]
+
+
+# -----------------------------------------------------------------------------
+# The verdict
+
+
+def run_of(train, held_out=None, swapped=None, share=0.05):
+    """Lines as a run would write them: losses by evaluation, the first of each the base model's. swapped: (first, last)."""
+    lines = []
+    for number, loss in enumerate(train):
+        held = None if held_out is None else held_out[number]
+        scores = {"train": [loss] * 4, "held_out": None if held is None else [held] * 4}
+        base = {"train": [train[0]] * 4, "held_out": None if held is None else [held_out[0]] * 4, "swapped": None}
+        scores["swapped"] = None
+        if swapped:
+            scores["swapped"], base["swapped"] = [swapped[1 if number else 0]] * 4, [swapped[0]] * 4
+        lines.append(evaluation.line_of(100 * number, scores, base, share if number else 0.0, lines, 1000))
+    return lines
+
+
+def test_the_word_for_each_kind_of_run():
+    def word(*args, **kwargs):
+        return evaluation.verdict(run_of(*args, **kwargs), 1e-4)[0]
+
+    assert word([1.0, 0.9, 0.8], [1.0, 0.92, 0.85]) == "learning"
+    assert word([1.0, 0.9, 0.8], [1.0, 0.95, 1.1]) == "memorising"
+    assert word([1.0, 0.7, 0.5], [1.0, 0.9, 0.96]) == "memorising"
+    assert word([1.0, 0.9, 0.8], [1.0, 1.0, 0.999]) == "memorising"
+    assert word([1.0, 0.998, 0.995], [1.0, 0.999, 0.998]) == "nothing happening"
+    assert word([1.0, 1.1, 1.2], [1.0, 1.1, 1.3]) == "getting worse"
+    assert word([1.0, 0.9, 0.8]) == "learning"
+    assert word([1.0, 1.0]) == "nothing happening"
+    assert word([1.0]) == "not measured"
+    assert word([1.0, 0.8], [1.0, 0.85], swapped=(1.1, 0.86)) == "learning the look, not the captions"
+    assert word([1.0, 0.8], [1.0, 0.85], swapped=(1.1, 0.95)) == "learning"
+    assert word([1.0, 0.8], [1.0, 0.85], swapped=(1.0, 0.85)) == "learning"  # the base model could not tell them apart either
+
+
+def test_the_sentences_name_the_step_the_cause_and_the_way_out():
+    def said(*args, rate=1e-4, **kwargs):
+        return " ".join(evaluation.verdict(run_of(*args, **kwargs), rate)[1])
+
+    memorising = said([1.0, 0.7, 0.5], [1.0, 0.9, 0.99])
+    assert "from step 100 on" in memorising
+    assert "use best/" in memorising
+    assert "-50.0 %" in memorising
+    assert "--eval_share 0.1" in said([1.0, 0.9])
+    assert "--eval_share" not in said([1.0, 0.9], [1.0, 0.9])
+    assert "raise --learning_rate (it was 1e-09)" in said([1.0, 0.9999], [1.0, 1.0], share=1e-6, rate=1e-9)
+    assert "look at the videos" in said([1.0, 0.9999], [1.0, 1.0], share=0.1)
+    assert "lower --learning_rate (it was 0.1)" in said([1.0, 2.0], [1.0, 2.0], rate=0.1)
+    assert "still falling" in said([1.0, 0.8], [1.0, 0.9])
+    assert "best/ has that LoRA" in said([1.0, 0.8, 0.79], [1.0, 0.8, 0.801])
+
+
+def test_the_size_of_the_update_is_that_of_the_products():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4))
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=6, target_modules=["0", "1"]), model)
+    assert evaluation.update_share(model) == 0
+    added, whole = [], []
+    for layer in model:
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+        added.append(3 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
+        whole.append(layer.get_base_layer().weight)
+    expected = torch.cat([a.flatten() for a in added]).norm() / torch.cat([w.flatten() for w in whole]).norm()
+    assert evaluation.update_share(model) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_plot_has_what_was_scored(train):
+    folder = train(eval_share=0.34, eval_clips=2, max_train_steps=2)
+    assert os.path.getsize(folder / "loss.png") > 10_000
