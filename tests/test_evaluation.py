@@ -93,7 +93,7 @@ def test_a_second_folder_is_held_out_whole(train, clips, tmp_path, capsys):
         (second / name).write_text("\n".join(lines[4:]) + "\n")
     folder = train(data=clips, eval_data_root=second, eval_clips=4, max_train_steps=1)
     assert "2 clips are held out" in (folder / "dataset_report.txt").read_text()
-    assert "\n4 clips; 1 a batch" in capsys.readouterr().out
+    assert "\n4 clips; 1 a batch" in capsys.readouterr().err
     alone = train(data=clips, max_train_steps=1, eval_clips=4)
     assert scores_of(folder)[0]["eval_train_loss"] == scores_of(alone)[0]["eval_train_loss"]
     assert scores_of(folder)[0]["eval_held_out_loss"] is not None
@@ -167,7 +167,7 @@ def test_a_learning_rate_of_zero_changes_nothing_and_the_verdict_says_so(train, 
     status = json.loads((folder / "status.json").read_text())
     assert status["verdict"] == "nothing happening"
     assert "has not changed at all: the learning rate is 0" in " ".join(status["verdict_sentences"])
-    assert "verdict: nothing happening." in capsys.readouterr().out
+    assert "verdict: nothing happening." in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def test_scores_of_two_processes_are_those_of_one(train, tiny_model, six_clips, 
     line = words(tiny_model, six_clips, tmp_path / "two", encodings, **flags)
     two = subprocess.run([*TWO, "train_cogvideox_lora.py", *line], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=380)
     assert two.returncode == 0, two.stdout + two.stderr
-    assert "x 2 processes x" in two.stdout
+    assert "x 2 processes x" in two.stderr
     for a, b in zip(scores_of(one), scores_of(tmp_path / "two"), strict=True):
         for name in KEYS - {"step", "eval_bands", "best_step"}:
             assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-7), name
