@@ -223,7 +223,7 @@ def ticks(low, high, count=5):
     """Round numbers from low to high, about `count` of them, 1, 2 or 5 times a power of ten apart."""
     rough = (high - low) / count
     scale = 10.0 ** math.floor(math.log10(rough))
-    gap = next(scale * factor for factor in (1, 2, 5, 10) if scale * factor >= rough * 0.999)
+    gap = min((scale * factor for factor in (1, 2, 5, 10)), key=lambda gap: abs(math.log(gap / rough)))
     return [i * gap for i in range(math.ceil(low / gap - 1e-9), math.floor(high / gap + 1e-9) + 1)]
 
 
@@ -312,7 +312,9 @@ def bars(title, bands, note):
                     parts.append(f'<rect class="bar {style}" {size}><title>{words}</title></rect>')
                 left += width
     parts.append(f'<text class="tick" text-anchor="middle" x="{(WIDTH + LEFT) / 2:.0f}" y="{HEIGHT - 4}">timestep (0: no noise)</text>')
-    legend = [(f"{label}, {words}", f"{kind}{end}") for label, kind, _ in shown for words, end in (("base model", " base"), ("now", ""))]
+    legend = [
+        (f"{label}, {words}", f"{kind} {end}") for label, kind, _ in shown for words, end in (("base model", "pale"), ("now", "full"))
+    ]
     return figure(title, parts, legend, note)
 
 
@@ -625,16 +627,20 @@ h3{font-size:1rem;margin:.6em 0 .2em}p{margin:.4em 0;overflow-wrap:anywhere}
 .controls input{flex:1;min-width:140px;accent-color:var(--one)}.controls select{flex:1;min-width:0;max-width:100%}
 button,select{font:inherit;color:inherit;background:var(--page);border:1px solid var(--edge);border-radius:6px;padding:.25em .8em}
 button{cursor:pointer}label{min-width:6.5em}
-.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:12px}
+.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:12px;
+margin-bottom:12px}
 figure{margin:0;background:var(--panel);border:1px solid var(--edge);border-radius:8px;padding:4px 10px 8px}
 svg{width:100%;height:auto;display:block}.tick{fill:var(--soft);font-size:12px}
 .grid{stroke:var(--edge);stroke-width:1}.line{fill:none;stroke-width:2;stroke-linejoin:round}.hover{fill:transparent}
 .hover:hover{fill:var(--soft);fill-opacity:.15}.mark{stroke:var(--good);stroke-width:1.5;stroke-dasharray:2 3}
 .one{stroke:var(--one);--c:var(--one)}.two{stroke:var(--two);--c:var(--two)}
 .faint{stroke:var(--one);--c:var(--one);opacity:.4}
-.line.faint{stroke-width:1}.line.base{stroke-dasharray:6 4;stroke-width:1.5}.dot{fill:var(--c)}.bar{fill:var(--c)}.bar.base{fill-opacity:.25}
+.line.faint{stroke-width:1}.line.base{stroke-dasharray:6 4;stroke-width:1.5}
+.dot{fill:var(--c)}.bar{fill:var(--c)}.bar.base{fill-opacity:.25}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px}.key i{display:inline-block;width:18px;height:0;border-top:3px solid var(--c);
-vertical-align:middle;margin-right:5px}.key i.base{border-top-style:dashed;border-top-width:2px}.marked{--c:var(--good)}
+vertical-align:middle;margin-right:5px}.key i.base{border-top-style:dashed;border-top-width:2px}
+.key i.pale,.key i.full{width:12px;border-top-width:12px}.key i.pale{opacity:.3}.marked{--c:var(--good)}
+.key i.marked{border-top-style:dotted}
 img{max-width:100%;border-radius:4px}.code{position:relative}#copy{position:absolute;right:8px;top:8px}
 pre{background:var(--panel);border:1px solid var(--edge);border-radius:8px;padding:12px;overflow-x:auto;font-size:.85rem}
 @media(max-width:600px){.pair{gap:4px}.videos video{width:150px}main{padding:10px}#copy{position:static}}
@@ -648,6 +654,11 @@ const cells = [...document.querySelectorAll("video[data-step]")];
 for (const video of cells) {
   const bytes = Uint8Array.from(atob(video.getAttribute("src").split(",")[1]), c => c.charCodeAt(0));
   video.src = URL.createObjectURL(new Blob([bytes], {type: "video/mp4"}));
+  // Controls would cover a small picture; they come with the pointer, a touch or the tabulator.
+  video.controls = false;
+  video.tabIndex = 0;
+  video.onmouseenter = video.onfocus = () => { video.controls = true; };
+  video.onmouseleave = video.onblur = () => { video.controls = false; };
 }
 if (cells.length) {
   const [left, right] = [$("left"), $("right")];
