@@ -10,7 +10,8 @@ Several engines:        CONFIG_PATH=configs/fsdp2.yaml bash finetune_multi_gpus_
 
 What comes out, in --output_dir: pytorch_lora_weights.safetensors (weight 1.0 is the trained strength in every loader) or,
 of full fine-tuning, transformer/ (an ordinary diffusers folder), and beside it
-README.md (the model card), metrics.jsonl, loss.png, dataset_report.txt, validation/step-*/, checkpoint-*/.
+README.md (the model card), report.html (the run on a page), metrics.jsonl, loss.png, dataset_report.txt, best/ (the lowest
+held-out loss), validation/step-*/, checkpoint-*/.
 """
 
 import argparse
@@ -32,9 +33,10 @@ from cogvideox.launcher import end_with_launcher
 # -----------------------------------------------------------------------------
 # Flags. Nothing heavy is imported before them, so that a wrong one is told in a second.
 
-OPTIMIZER_NAMES = ("adamw", "adam", "prodigy", "adamw8bit", "adam8bit")
+OPTIMIZER_NAMES = ("adamw", "adam", "prodigy", "muon", "adamw8bit", "adam8bit")
 SCHEDULE_NAMES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRAINING_TYPES = ("lora", "sft")
+TIMESTEP_SAMPLINGS = ("uniform", "spread", "logit_normal")
 BASE_PRECISIONS = ("stored", "fp8", "int8", "nf4")
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -64,6 +66,10 @@ def build_parser():
     flag(
         "--caption_dropout", type=float, default=0.0, help="share of clips trained with the empty caption (0: off; 0.1 was CogVideoX's own)"
     )
+    flag(
+        "--timestep_sampling", choices=TIMESTEP_SAMPLINGS, default="uniform", help="uniform, spread (evenly over neighbours), logit_normal"
+    )
+    flag("--snr_gamma", type=float, help="min-SNR weighting of the loss, such as 5 (default: the plain velocity error)")
     flag("--seed", type=int, default=42, help="seed of everything random")
     flag(
         "--mixed_precision",
@@ -87,7 +93,7 @@ def build_parser():
         type=str.lower,
         choices=OPTIMIZER_NAMES,
         default="adamw",
-        help="AdamW, Adam, Prodigy, AdamW8bit or Adam8bit, in any case",
+        help="AdamW, Adam, Prodigy, Muon, AdamW8bit or Adam8bit, in any case",
     )
     flag("--use_8bit_adam", action="store_true", help="the same as --optimizer AdamW8bit, or Adam8bit (needs bitsandbytes)")
     flag("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
@@ -185,7 +191,7 @@ def check_flags(args):
         args, 0, "lr_warmup_steps", "validation_epochs", "validation_steps", "eval_clips", "eval_steps", "seed", "guidance_scale"
     )
     problems += below(args, 0, "learning_rate", "lr_power", "adam_weight_decay", "max_grad_norm")
-    problems += not_above_zero(args, "lora_alpha", "adam_epsilon", "process_timeout_minutes")
+    problems += not_above_zero(args, "lora_alpha", "snr_gamma", "adam_epsilon", "process_timeout_minutes")
     for name in ("adam_beta1", "adam_beta2", "prodigy_beta3", "lora_dropout", "ema_decay"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < 1:
@@ -247,7 +253,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from cogvideox import checkpoint, engine, evaluation, hub, lora, memory, metrics, rehearsal, sft, stopping, validation
+from cogvideox import checkpoint, engine, evaluation, hub, lora, memory, metrics, rehearsal, report, sft, stopping, validation
 from cogvideox.cache import known_components
 from cogvideox.data import check_data, encode_data, free
 from cogvideox.files import try_writing
@@ -312,6 +318,15 @@ def velocity_loss(transformer, scheduler, batch, rotary, dtype):
     return (predicted.float() - target).pow(2).mean(dim=(1, 2, 3, 4))
 
 
+def loss_weights(scheduler, snr_gamma, device):
+    """The weight of the velocity error at each timestep, fp32 [T]: min(SNR, gamma) / (SNR + 1), where SNR = abar / (1 - abar).
+
+    Hang et al., 2023, "Efficient diffusion training via min-SNR weighting strategy", section 3.4, for v-prediction.
+    """
+    abar = scheduler.alphas_cumprod.to(device, torch.float32)
+    return torch.minimum(abar, snr_gamma * (1 - abar))
+
+
 # -----------------------------------------------------------------------------
 # The run
 
@@ -365,6 +380,7 @@ def holds_earlier_run(output_dir):
 def remove_earlier_run(output_dir, logging_dir):
     """Delete what a run writes, and nothing else, from a folder that holds one."""
     names = [lora.RESULT, sft.RESULT, "README.md", "metrics.jsonl", "loss.png", "status.json", "validation", "encoded", "best", logging_dir]
+    names += [report.NAME, "run.json"]
     checkpoints = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+(\.partial|\.abandoned)?", path.name)]
     for path in [*checkpoints, *(output_dir / name for name in names)]:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
@@ -463,13 +479,16 @@ def main(args):
     update_average = functools.partial(average.step, parameters) if average else lambda: None
     whole = functools.partial(engine.whole_model, accelerator, transformer, build, dtype)
 
+    weight_of = loss_weights(scheduler, args.snr_gamma, device) if args.snr_gamma else None
+
     def loss_of(batch):
-        return velocity_loss(model, scheduler, batch, rotary_of(batch), dtype).mean()
+        losses = velocity_loss(model, scheduler, batch, rotary_of(batch), dtype)
+        return (losses if weight_of is None else losses * weight_of[batch["timestep"]]).mean()
 
     num_timesteps = scheduler.config.num_train_timesteps
     clip_of = functools.partial(clip_at, args.seed, shapes=shapes, clips_per_step=clips_per_step, clips=to_train)
     clips = TrainingClips(
-        encodings, clip_of, args.seed, facts.scaling_factor, num_timesteps, args.caption_dropout, args.random_flip
+        encodings, clip_of, args.seed, facts.scaling_factor, num_timesteps, args.caption_dropout, args.random_flip, args.timestep_sampling
     )  # fmt: skip
 
     # Is it learning? The same trained and held-out clips, noises and timesteps are scored again and again.
@@ -528,6 +547,13 @@ def main(args):
         f"engine: {engine.engine_of(accelerator)}\n"
     )
 
+    if is_main:
+        facts_of_run = {"device": report.device_name(device), "processes": accelerator.num_processes}
+        facts_of_run |= {"engine": engine.engine_of(accelerator), "clips": len(to_train), "clips_per_step": clips_per_step}
+        defaults = {action.dest: action.default for action in build_parser()._actions}
+        problem = report.write_run_facts(output_dir, checkpoint.public_flags(args), facts_of_run | {"total_steps": total_steps}, defaults)
+        warn_of(problem)
+
     jobs = validation.video_jobs(args.prompts, args.num_validation_videos, args.seed)
     (frames, height, width), _ = Counter((clip["frames"], clip["height"], clip["width"]) for clip in data.clips).most_common(1)[0]
     settings = {
@@ -566,6 +592,8 @@ def main(args):
             except Exception as error:  # Pillow and the video reader raise many kinds; no picture is worth the run
                 say(f"warning: no contact sheet of step {step} ({type(error).__name__}: {error})")
             metrics.track_videos(trackers, shown, jobs, args.prompts, step, args.fps)
+        if is_main:
+            warn_of(report.write_report(output_dir))
 
     def keep_best(step):
         """Write what has the lowest held-out loss so far to best/, ready to use."""
@@ -602,6 +630,7 @@ def main(args):
             problem = finish(args, output_dir, jobs, outcome | {"steps": first_step, "verdict": verdict}, token, push=args.push_to_hub)
             ended, said = output_dir / f"checkpoint-{first_step}", {"verdict": verdict[0], "verdict_sentences": verdict[1]}
             stopping.write_status(output_dir, 1 if problem else 0, problem or "done", first_step, ended, **said)
+            warn_of(report.write_report(output_dir))
             if problem:
                 fail(1, problem)
         accelerator.end_training()
@@ -656,6 +685,7 @@ def main(args):
                 path = saver.join()
                 if is_main:
                     stopping.write_status(output_dir, BAD_NUMBERS, "gradients not finite", step, path)
+                    warn_of(report.write_report(output_dir))
                 kept = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
                 row = "step" if skipped == 1 else "steps in a row"
                 fail(BAD_NUMBERS, f"{skipped} {row} had no finite gradient (--learning_rate, --mixed_precision); {kept}")
@@ -709,6 +739,7 @@ def main(args):
         code, reason = (128 + stop, f"stopped by {signal.Signals(stop).name}") if stop else (code, reason)
         code, reason = (BAD_OUTPUT, "the last checkpoint was not written") if saver.failed else (code, reason)
         stopping.write_status(output_dir, code, reason, step, newest, verdict=verdict[0], verdict_sentences=verdict[1])
+        warn_of(report.write_report(output_dir))
     patient_barrier()  # the launcher ends all processes soon after the first one is gone
     accelerator.end_training()
     if stop:
@@ -718,6 +749,12 @@ def main(args):
         fail(BAD_OUTPUT, f"the last checkpoint was not written; the newest is {newest}")
     if problem:
         fail(1, problem)
+
+
+def warn_of(problem):
+    """Tell what failed without costing the run, if anything did."""
+    if problem:
+        say(f"warning: {problem}")
 
 
 def describe_bad_step(micro_batches, clips, records):
@@ -744,7 +781,7 @@ def finish(args, output_dir, jobs, facts, token, push):
         say(f"warning: the model card and the plot were not written ({error})")
     made, (word, sentences) = output_dir / checkpoint.RESULTS[args.training_type].RESULT, facts["verdict"]
     say(f"\nverdict: {word}. {' '.join(sentences)}")
-    say(f"\nthe result: {made}\nhow to use it: {output_dir / 'README.md'}\nlosses: {output_dir / 'loss.png'}")
+    say(f"\nthe result: {made}\nhow to use it: {output_dir / 'README.md'}\nthe run on a page: {output_dir / report.NAME}")
     if not push:
         return None
     try:

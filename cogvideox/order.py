@@ -65,14 +65,46 @@ def positions_of(rank, world_size, batch_size, accumulation, first_step, total_s
             yield list(range(start, start + batch_size))
 
 
+GOLDEN_RATIO = 0.6180339887498949  # its multiples, without their whole part, never leave a large gap between them
+
+
+def sampled_timestep(kind, seed, position, num_train_timesteps, generator):
+    """The timestep of a position, of 0 to num_train_timesteps - 1. generator: the position's own.
+
+    uniform: drawn alone. spread: the fractional parts of u + position * golden ratio, with u drawn once a run: uniform as
+    well, but any few neighbours (the clips of a step, the steps of a minute) cover the schedule evenly, so that the gradient's
+    mean is the same and its noise smaller (a Kronecker sequence; Kingma et al., 2021, "Variational diffusion models",
+    appendix I.1, spread those of a batch so). logit_normal: those, with the middle of the schedule more often: sigmoid of a
+    standard normal (Esser et al., 2024, "Scaling rectified flow transformers", section 3.1).
+    """
+    drawn = torch.randint(0, num_train_timesteps, (), generator=generator)
+    if kind == "uniform":
+        return drawn
+    share = (torch.rand((), dtype=torch.float64, generator=seeded_generator(seed, "timesteps")).item() + position * GOLDEN_RATIO) % 1
+    if kind == "logit_normal":
+        share = torch.special.ndtri(torch.tensor(share, dtype=torch.float64)).sigmoid().item()
+    return torch.tensor(min(int(share * num_train_timesteps), num_train_timesteps - 1))
+
+
 class TrainingClips(Dataset):
     """What the loss needs of a position, as CPU tensors: latents, noise, timestep and prompt embedding.
 
     encodings: has `moments(clip, flipped)` [2C, F', H', W'] and `prompt(clip or None)` [T, D]; None is the empty caption.
-    clip_of: position -> clip, as `clip_at` tells it.
+    clip_of: position -> clip, as `clip_at` tells it. timestep_sampling: as in `sampled_timestep`.
     """
 
-    def __init__(self, encodings, clip_of, seed, scaling_factor, num_train_timesteps, caption_dropout=0.0, random_flip=False):
+    def __init__(
+        self,
+        encodings,
+        clip_of,
+        seed,
+        scaling_factor,
+        num_train_timesteps,
+        caption_dropout=0.0,
+        random_flip=False,
+        timestep_sampling="uniform",
+    ):
+        self.timestep_sampling = timestep_sampling
         self.encodings, self.clip_of, self.seed, self.scaling_factor = encodings, clip_of, seed, scaling_factor
         self.num_train_timesteps = num_train_timesteps
         self.caption_dropout, self.random_flip = caption_dropout, random_flip
@@ -83,7 +115,7 @@ class TrainingClips(Dataset):
     def item(self, clip, position):
         """What a given clip would be at a given position."""
         generator = seeded_generator(self.seed, "noise", position)
-        timestep = torch.randint(0, self.num_train_timesteps, (), generator=generator)
+        timestep = sampled_timestep(self.timestep_sampling, self.seed, position, self.num_train_timesteps, generator)
         # Drawn whether used or not, so that turning one option on does not change the noise of the others.
         drop, flip = torch.rand(2, generator=generator).tolist()
         moments = self.encodings.moments(clip, flipped=self.random_flip and flip < 0.5)

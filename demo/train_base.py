@@ -242,12 +242,13 @@ def encode_windows(vae, film, chosen, frames, path):
 def train_transformer(sets, captions, token_ids, work_dir, steps, seed, make_samples, learning_rate=2e-3, muon_learning_rate=0.02, batch=8):
     """Train transformer and T5 together on the velocity loss. Returns the averaged (transformer, text encoder).
 
-    sets: (latents, shot of each clip, share of the steps) for each size. Two thirds of the steps see 64 text tokens, the rest
-    the 226 that the pipeline pads to: padding carries nothing and costs half of a step.
+    sets: (latents, shot of each clip, share of the steps) for each size. Seven of eight steps see clips of the first size and
+    32 text tokens, as many as the longest caption needs; the rest all sizes and the 226 that the pipeline pads to: padding
+    carries nothing and makes a step three times as long.
     """
     torch.manual_seed(seed)
     scheduler, text_encoder, transformer = make_scheduler(), make_text_encoder(), make_transformer()
-    see_text(transformer, 64)
+    see_text(transformer, 32)
     parameters = [*transformer.parameters(), *text_encoder.parameters()]
     averages = [parameter.detach().clone() for parameter in parameters]
     blocks = {id(parameter) for part in (transformer.transformer_blocks, text_encoder.encoder.block) for parameter in part.parameters()}
@@ -255,7 +256,7 @@ def train_transformer(sets, captions, token_ids, work_dir, steps, seed, make_sam
     chosen = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in parameters if id(parameter) not in chosen]
     optimizer, muon = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0), Muon(matrices)
-    lengthened, curve = steps * 2 // 3, []
+    lengthened, curve = steps * 7 // 8, []
     bar = tqdm(range(steps), "transformer", unit="step")
     for step in bar:
         if step == lengthened:
@@ -288,7 +289,7 @@ def train_transformer(sets, captions, token_ids, work_dir, steps, seed, make_sam
         torch._foreach_lerp_(averages, [parameter.detach() for parameter in parameters], max(0.005, 9 / (step + 10)))
         curve.append(loss.item())
         bar.set_postfix({"loss": f"{np.mean(curve[-100:]):.4f}"})
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if (step + 1) % 1500 == 0 or step + 1 == steps:
             np.savetxt(work_dir / "transformer_curve.txt", curve, fmt="%.5f")
             live = [parameter.detach().clone() for parameter in parameters]
             torch._foreach_copy_([parameter.data for parameter in parameters], averages)
@@ -392,6 +393,6 @@ if __name__ == "__main__":
     parser.add_argument("film", type=Path, help="bbb.mp4")
     parser.add_argument("--work_dir", type=Path, default=Path("base"))
     parser.add_argument("--vae_steps", type=int, default=1500)
-    parser.add_argument("--transformer_steps", type=int, default=1600)
+    parser.add_argument("--transformer_steps", type=int, default=4600)
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())
