@@ -16,6 +16,7 @@ held-out loss), validation/step-*/, checkpoint-*/.
 
 import argparse
 import functools
+import hashlib
 import importlib.util
 import math
 import os
@@ -493,7 +494,8 @@ def main(args):
 
     # Is it learning? The same trained and held-out clips, noises and timesteps are scored again and again.
     sets = {"train": evaluation.spread(to_train, args.eval_clips), "held_out": evaluation.spread(data.held_out, args.eval_clips)}
-    captions = [record.caption for record in data.records]
+    captions, scored_clips = [record.caption for record in data.records], {name: len(clips) for name, clips in sets.items()}
+    scored_clips["sha256"] = hashlib.sha256("".join(data.clips[i]["sha256"] for i in sum(sets.values(), [])).encode()).hexdigest()[:12]
 
     def score_of(looked_at):
         def losses(batch):
@@ -519,6 +521,14 @@ def main(args):
         accelerator.end_training()
         return
 
+    # The base model's score, before anything changes it; a resumed run knows it from its metrics, if it scores the same clips.
+    metrics_path, resumed = output_dir / "metrics.jsonl", bool(args.resume_from_checkpoint)
+    known = [evaluation.evaluations(metrics.read_metrics(metrics_path), scored_clips) if is_main and resumed else []]
+    base_scores = evaluation.base_of(broadcast_object_list(known)[0])
+    if args.eval_clips and not base_scores:
+        with whole() as looked_at:
+            base_scores = evaluation.base_score(looked_at, score_of)
+
     # Resume. There is no random state to restore: what a position trains is a function of the seed and the position.
     run_facts = {"flags": checkpoint.public_flags(args), "clips_per_step": clips_per_step, **identities}
     first_step = checkpoint.resume(args, accelerator, result, transformer, optimizer, parameters, schedule, run_facts, average)
@@ -534,8 +544,10 @@ def main(args):
         DataLoader(clips, batch_sampler=list(positions), num_workers=args.dataloader_num_workers, pin_memory=device.type == "cuda")
     )
 
-    log = metrics.MetricsFile(output_dir / "metrics.jsonl", first_step, enabled=is_main)
-    scores = broadcast_object_list([evaluation.evaluations(metrics.read_metrics(log.path)) if is_main else None])[0]
+    log = metrics.MetricsFile(metrics_path, first_step, enabled=is_main)
+    scores = broadcast_object_list([evaluation.evaluations(metrics.read_metrics(log.path), scored_clips) if is_main else None])[0]
+    if is_main and first_step == 0:
+        shutil.rmtree(output_dir / "best", ignore_errors=True)  # of a run that ended before its first checkpoint
     trackers = metrics.start_trackers(args, accelerator, run_facts)
     passes, precision = total_steps * clips_per_step / epoch_clips, args.mixed_precision.replace("no", "fp32")
     what = f"rank {args.rank}, alpha {args.lora_alpha:g}" if args.training_type == "lora" else "full fine-tuning"
@@ -572,7 +584,9 @@ def main(args):
             return
         with checkpoint.averaged(average, parameters), whole() as looked_at:
             if scored:
-                scores.append(evaluation.evaluate(step, looked_at, args.training_type == "lora", score_of, scores, num_timesteps))
+                untouched = step == 0 and not args.init_lora  # a LoRA begins as nothing
+                share, now = evaluation.update_share(looked_at), base_scores if untouched else score_of(looked_at)
+                scores.append(evaluation.line_of(step, now, base_scores, scored_clips, share, scores, num_timesteps))
                 log.write(scores[-1])
                 accelerator.log({name: value for name, value in scores[-1].items() if isinstance(value, float)}, step=step)
                 say(evaluation.sentence_of(scores[-1]))

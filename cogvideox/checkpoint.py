@@ -32,6 +32,8 @@ FORMAT = 1
 RESULTS = {"lora": lora, "sft": sft}  # --training_type: the module that knows what is trained and how it is shipped
 VERSIONS = {module.__name__: module.__version__.split("+")[0] for module in (torch, diffusers, transformers, accelerate, peft)}
 
+# What older checkpoints were trained with, before there were flags for it.
+FLAGS_ONCE_MISSING = {"training_type": "lora", "ema_decay": 0.0, "timestep_sampling": "uniform", "snr_gamma": None}
 # Flags that say where things lie, how often something is looked at, or how long to train: a resumed run may change them.
 FREE_FLAGS = {
     "output_dir", "logging_dir", "cache_dir", "encoding_cache_dir", "resume_from_checkpoint", "instance_data_root", "dataset_name",
@@ -46,6 +48,7 @@ FREE_FLAGS = {
     # What these change in the data is seen in the hash of the clips and captions, whatever the flags say.
     "height", "width", "fps", "max_num_frames", "skip_frames_start", "skip_frames_end", "video_reshape_mode", "id_token",
     "eval_share", "eval_data_root",
+    "fixed_loss_clips",  # of older checkpoints
 }  # fmt: skip
 
 
@@ -312,7 +315,7 @@ def choose_checkpoint(wanted, output_dir):
 
 def changed_settings(stored, current):
     """What differs between a checkpoint's facts and this run's in ways that would train something else, as sentences."""
-    flags = {"training_type": "lora", "ema_decay": 0.0} | stored["flags"], current["flags"]  # older checkpoints lack these two
+    flags = FLAGS_ONCE_MISSING | stored["flags"], current["flags"]
     changes = [
         f"--{name} was {flags[0].get(name)!r} and is {flags[1].get(name)!r}"
         for name in sorted(set(flags[0]) | set(flags[1]))

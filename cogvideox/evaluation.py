@@ -13,7 +13,7 @@ from cogvideox.validation import undisturbed
 
 BANDS = 4  # timesteps are the middles of so many equal parts of the schedule
 SMALL = 0.01  # a change of the loss by less than this share of the base's is called none
-CAPTIONS_COUNT = 0.002  # with another clip's caption the loss has to be higher by this share of the base's
+CAPTIONS_COUNT = 0.005  # with another clip's caption the loss has to be higher by this share of itself
 
 
 def choose_held_out(count, share, seed):
@@ -69,19 +69,13 @@ def middle_of(band, num_train_timesteps):
     return int((band + 0.5) / BANDS * num_train_timesteps)
 
 
-def evaluate(step, transformer, with_lora, score_of, earlier, num_train_timesteps):
-    """One evaluation: the line of metrics.jsonl. score_of: transformer -> `score`. earlier: this run's evaluations so far.
-
-    The base model is scored at the first evaluation: with the LoRA switched off, or, where all weights are trained, as it is
-    before the first step. It never changes, so later ones read it from the lines. A collective.
-    """
-    scores = score_of(transformer)
-    base = base_of(earlier) or (base_score(transformer, score_of) if with_lora else scores)
-    return line_of(step, scores, base, update_share(transformer), earlier, num_train_timesteps)
-
-
 def base_score(transformer, score_of):
-    """The score with the LoRA switched off."""
+    """The score of the base model: with the LoRA switched off, or of all weights as they are now. score_of: transformer -> `score`.
+
+    To be called before a step or a checkpoint changes a weight. A collective.
+    """
+    if not lora_modules(transformer):
+        return score_of(transformer)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     transformer.disable_adapters()
     try:
@@ -109,8 +103,11 @@ def update_share(transformer):
     return (max(added, 0.0) / whole) ** 0.5 if whole else None
 
 
-def line_of(step, scores, base, share, earlier, num_train_timesteps):
-    """The line of metrics.jsonl for one evaluation. earlier: the lines before it, for the best step so far (never step 0)."""
+def line_of(step, scores, base, clips, share, earlier, num_train_timesteps):
+    """The line of metrics.jsonl for one evaluation. scores, base: of the trained model and of the base. clips: what tells which were scored.
+
+    earlier: the lines before it, for the best step so far (never step 0).
+    """
 
     def mean(values):
         return None if values is None else sum(values) / len(values)
@@ -124,14 +121,14 @@ def line_of(step, scores, base, share, earlier, num_train_timesteps):
         | {name: None if values is None else values[band] for name, values in columns.items()}
         for band in range(BANDS)
     ]
-    line["update_share"] = share
+    line |= {"eval_clips": clips, "update_share": share}
     best = best_of([*earlier, line])
     return line | {"best_step": best["step"] if best else None}
 
 
-def evaluations(lines):
-    """The evaluations among the lines of metrics.jsonl."""
-    return [line for line in lines if "eval_train_loss" in line]
+def evaluations(lines, clips=None):
+    """The evaluations among the lines of metrics.jsonl. clips: only those of the same clips, which can be compared."""
+    return [line for line in lines if "eval_train_loss" in line and clips in (None, line["eval_clips"])]
 
 
 def best_of(lines):
@@ -141,10 +138,10 @@ def best_of(lines):
 
 
 def base_of(lines):
-    """The base model's score as the lines have it, as `score` gives it; None without lines. For a run that is resumed."""
-    if not (found := evaluations(lines)):
+    """The base model's score as evaluations have it, as `score` gives it; None without any. For a run that is resumed."""
+    if not lines:
         return None
-    bands, swapped = found[0]["eval_bands"], found[0]["eval_swapped_base_loss"]
+    bands, swapped = lines[0]["eval_bands"], lines[0]["eval_swapped_base_loss"]
     held_out = None if bands[0]["held_out_base"] is None else [band["held_out_base"] for band in bands]
     return {"train": [b["train_base"] for b in bands], "held_out": held_out, "swapped": None if swapped is None else [swapped] * BANDS}
 
@@ -181,8 +178,7 @@ def verdict(lines, learning_rate, ran_all=True):
     - nothing happening: neither loss has moved.
     - memorising: the loss on the trained clips fell, and on held-out clips it either fell by less than a tenth of that, or
       rose again from its lowest by more than 1 % and a quarter of what it had gained, while that on the trained clips went on.
-    - learning: else. If another clip's caption now fits a clip (almost) as well as its own, though the base could tell them
-      apart: the look was learned, not the captions.
+    - learning: else. If another clip's caption fits a clip as well as its own: the look was learned, not the captions.
     ran_all: whether the run reached its last step.
     """
     found = evaluations(lines)
@@ -227,15 +223,15 @@ def with_captions(last, sentences):
     own, own_base = ("eval_held_out_loss", "eval_held_out_base_loss") if held_out else ("eval_train_loss", "eval_train_base_loss")
     if last["eval_swapped_loss"] is None:
         return LEARNING, sentences
-    gap, base_gap = last["eval_swapped_loss"] - last[own], last["eval_swapped_base_loss"] - last[own_base]
-    least = CAPTIONS_COUNT * last[own_base]
-    if base_gap > least and gap < max(least, base_gap / 2):
-        sentences.append(
-            f"Captions count less than before: another clip's caption raises the loss by {gap / last[own]:.1%}, for the base model it "
-            f"was {base_gap / last[own_base]:.1%}. Check that each line of the captions belongs to its clip."
-        )
-        return LOOK_ONLY, sentences
-    return LEARNING, sentences
+    gap, base_gap = last["eval_swapped_loss"] / last[own] - 1, last["eval_swapped_base_loss"] / last[own_base] - 1
+    if gap >= CAPTIONS_COUNT:
+        sentences.append(f"Captions count: with another clip's the loss is {percent(gap)} (base model: {percent(base_gap)}).")
+        return LEARNING, sentences
+    sentences.append(
+        f"Another clip's caption fits as well as the own one: with it the loss is {percent(gap)} (base model: {percent(base_gap)}). "
+        "Check that each caption belongs to its clip, and says what is in it."
+    )
+    return LOOK_ONLY, sentences
 
 
 def why_nothing(last, learning_rate):

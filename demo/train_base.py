@@ -393,6 +393,6 @@ if __name__ == "__main__":
     parser.add_argument("film", type=Path, help="bbb.mp4")
     parser.add_argument("--work_dir", type=Path, default=Path("base"))
     parser.add_argument("--vae_steps", type=int, default=1500)
-    parser.add_argument("--transformer_steps", type=int, default=4600)
+    parser.add_argument("--transformer_steps", type=int, default=3200)
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())

@@ -18,7 +18,7 @@ from tests.conftest import ROOT, environment, lora_of, same, words
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 KEYS = {"step", "eval_train_loss", "eval_held_out_loss", "eval_train_base_loss", "eval_held_out_base_loss", "eval_swapped_loss"}
-KEYS |= {"eval_swapped_base_loss", "eval_bands", "update_share", "best_step"}
+KEYS |= {"eval_swapped_base_loss", "eval_bands", "eval_clips", "update_share", "best_step"}
 
 
 def scores_of(folder):
@@ -199,7 +199,7 @@ def run_of(train, held_out=None, swapped=None, share=0.05):
         scores["swapped"] = None
         if swapped:
             scores["swapped"], base["swapped"] = [swapped[1 if number else 0]] * 4, [swapped[0]] * 4
-        lines.append(evaluation.line_of(100 * number, scores, base, share if number else 0.0, lines, 1000))
+        lines.append(evaluation.line_of(100 * number, scores, base, {}, share if number else 0.0, lines, 1000))
     return lines
 
 
@@ -218,7 +218,9 @@ def test_the_word_for_each_kind_of_run():
     assert word([1.0]) == "not measured"
     assert word([1.0, 0.8], [1.0, 0.85], swapped=(1.1, 0.86)) == "learning the look, not the captions"
     assert word([1.0, 0.8], [1.0, 0.85], swapped=(1.1, 0.95)) == "learning"
-    assert word([1.0, 0.8], [1.0, 0.85], swapped=(1.0, 0.85)) == "learning"  # the base model could not tell them apart either
+    assert word([1.0, 0.8], [1.0, 0.85], swapped=(0.97, 0.84)) == "learning the look, not the captions"
+    assert word([1.0, 0.8], swapped=(1.1, 0.85)) == "learning"
+    assert word([1.0, 0.999], [1.0, 0.999], swapped=(1.0, 1.0)) == "nothing happening"
 
 
 def test_the_sentences_name_the_step_the_cause_and_the_way_out():
@@ -256,3 +258,21 @@ def test_the_size_of_the_update_is_that_of_the_products():
 def test_the_plot_has_what_was_scored(train):
     folder = train(eval_share=0.34, eval_clips=2, max_train_steps=2)
     assert os.path.getsize(folder / "loss.png") > 10_000
+
+
+def test_a_resumed_run_that_scores_other_clips_scores_the_base_again(train):
+    folder = train(max_train_steps=2, eval_clips=2, rank=16)
+    plain = scores_of(train(max_train_steps=1, eval_clips=3))[0]
+    train(output=folder, max_train_steps=4, eval_clips=3, rank=16, resume_from_checkpoint="latest")
+    two, three = [line for line in scores_of(folder) if line["step"] == 2], scores_of(folder)[-1]
+    assert two[0]["eval_train_base_loss"] != three["eval_train_base_loss"] == plain["eval_train_base_loss"]
+    assert three["eval_train_loss"] != three["eval_train_base_loss"]
+    assert three["best_step"] is None
+    again = train(output=folder, max_train_steps=5, eval_clips=3, rank=16, resume_from_checkpoint="latest")
+    assert scores_of(again)[-1]["eval_train_base_loss"] == three["eval_train_base_loss"]
+
+
+def test_what_an_earlier_run_left_in_best_is_not_taken_for_this_ones(train, tmp_path):
+    (tmp_path / "out/best").mkdir(parents=True)
+    (tmp_path / "out/best/pytorch_lora_weights.safetensors").write_bytes(b"of another run")
+    assert not (train(output=tmp_path / "out", max_train_steps=1, eval_clips=0) / "best").exists()
