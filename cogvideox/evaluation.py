@@ -104,7 +104,7 @@ def update_share(transformer):
 
 
 def line_of(step, scores, base, clips, share, earlier, num_train_timesteps):
-    """The line of metrics.jsonl for one evaluation. scores, base: of the trained model and of the base. clips: what tells which were scored.
+    """The line of metrics.jsonl for one evaluation. scores, base: of the trained model and of the base. clips: which were scored.
 
     earlier: the lines before it, for the best step so far (never step 0).
     """

@@ -121,6 +121,9 @@ CHANGES_THE_LORA = [
     ("prodigy_use_bias_correction", False, PRODIGY),
     ("prodigy_safeguard_warmup", False, PRODIGY | WARM | {"max_train_steps": 8}),
     ("max_grad_norm", 1e-4, {"adam_epsilon": 1e-2}),
+    ("timestep_sampling", "spread", {}),
+    ("timestep_sampling", "logit_normal", {"timestep_sampling": "spread"}),
+    ("snr_gamma", 1.0, {"adam_epsilon": 1e-2}),
 ]
 # These are seen elsewhere: flag -> the test that would fail if nothing read it.
 SEEN_BY = {

@@ -2,7 +2,7 @@
 
 import torch
 
-from cogvideox.order import TrainingClips, clip_at, epoch_length, epoch_order, positions_of
+from cogvideox.order import TrainingClips, clip_at, epoch_length, epoch_order, positions_of, sampled_timestep, seeded_generator
 
 FIVE = (0,) * 5
 
@@ -92,3 +92,33 @@ def test_with_several_shapes_every_step_holds_one_and_every_epoch_every_clip():
         assert all(len({shapes[clip] for clip in order[i : i + 4]}) == 1 for i in range(0, 16, 4))
     extra = {next(clip for clip in order if clip < 7 and order.count(clip) == 2) for order in epochs}
     assert len(extra) > 1  # not always the same clip is the one that comes twice
+
+
+def timesteps(kind, positions, seed=1):
+    return [int(sampled_timestep(kind, seed, p, 1000, seeded_generator(seed, "noise", p))) for p in positions]
+
+
+def test_spread_timesteps_cover_the_schedule_evenly_in_any_few_neighbours_and_uniform_ones_do_not():
+    def fullest_tenth(kind, first):
+        return max(sum(low <= t < low + 100 for t in timesteps(kind, range(first, first + 30))) for low in range(0, 1000, 100))
+
+    starts = (0, 17, 4000, 10**7)
+    assert max(fullest_tenth("spread", first) for first in starts) <= 5
+    assert max(fullest_tenth("uniform", first) for first in starts) > 5
+    assert timesteps("spread", range(9)) == timesteps("spread", range(9)) != timesteps("spread", range(9), seed=2)
+
+
+def test_logit_normal_timesteps_are_the_sigmoid_of_a_normal():
+    drawn = torch.tensor(timesteps("logit_normal", range(4000)), dtype=torch.float64) / 1000
+    assert 0 <= drawn.min() < 0.05 < 0.95 < drawn.max() < 1
+    # Half of a standard normal lies within 0.6745 of 0: sigmoid(-0.6745) = 0.3375.
+    assert abs(((drawn > 0.3375) & (drawn < 0.6625)).double().mean() - 0.5) < 0.02
+    uniform = torch.tensor(timesteps("uniform", range(4000)), dtype=torch.float64) / 1000
+    assert abs(((uniform > 0.3375) & (uniform < 0.6625)).double().mean() - 0.5) > 0.1
+
+
+def test_how_timesteps_are_drawn_changes_nothing_else_of_a_position():
+    plain, spread = clips()[3], clips(timestep_sampling="spread")[3]
+    assert plain["timestep"] != spread["timestep"]
+    assert torch.equal(plain["noise"], spread["noise"])
+    assert torch.equal(plain["latents"], spread["latents"])

@@ -7,6 +7,7 @@ memory   peak memory of whole runs (encoding, training, validation), and that it
 encode   clips a second of decoding, VAE and T5, each against its own limit
 decode   clips a second of decoding, in four ways
 scale    ours on 1, 2, 4 processes under each engine: seconds a step, bytes sent, memory of each process
+quality  steps and seconds until a held-out loss is reached, with the guide's settings and with the defaults (tools/quality.py)
 
 The baseline is tools/reference.py: how the original trainer works, on the same machine, model and data. Every measurement is
 a process of its own; the variants take turns (A B C A B C ...), and a ratio is the median over the turns of baseline / ours
@@ -933,7 +934,8 @@ def build_parser():
         prog="python -m tools.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     measurements = parser.add_subparsers(dest="what", required=True, metavar="|".join(MEASUREMENTS))
-    everything = {}
+    everything, summary = {}, "steps and seconds to a held-out loss, by settings"
+    measurements.add_parser("quality", help=summary, add_help=False)  # has its own flags
     for name, summary, shape, repeats, steps in (
         ("step", "seconds of an optimizer step", "9x96x96 9x192x288", 3, 5),
         ("growth", "how the seconds of our step grow", "9x96x96", 2, 2),
@@ -1033,6 +1035,11 @@ def main(words=None):
     if words[:1] == ["worker"]:
         job = json.loads(words[1])
         print(json.dumps(JOBS[job["job"]](job)))
+        return
+    if words[:1] == ["quality"]:
+        from tools import quality
+
+        quality.main(words[1:])
         return
     parser = build_parser()
     options = parser.parse_args(words)

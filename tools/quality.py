@@ -1,0 +1,165 @@
+"""How soon settings get to a held-out loss on the demo's model and clips: python -m tools.benchmark quality [flags].
+
+Every run is the trainer itself, on 30 of the demo's clips as an old film, scored on the 8 others at fixed noise. Settings take
+turns, seed by seed. The target is a held-out loss that lies by --target below the base model's. Seconds are those of training
+steps alone, without loading, encoding and scoring. The ratio is the median over the seeds of the first settings' seconds / theirs.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from cogvideox.evaluation import evaluations
+from cogvideox.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = "--id_token OLDFILM --height 64 --width 96 --max_num_frames 17 --mixed_precision no --gradient_checkpointing none"
+# What is compared: flags of the trainer. "guide" has all that the guide says about learning, "defaults" none of it.
+SETTINGS = {
+    "guide": "--rank 128 --lora_alpha 128 --learning_rate 1e-4 --lr_scheduler constant --lr_warmup_steps 0 --optimizer AdamW "
+    "--adam_beta1 0.9 --adam_beta2 0.95 --max_grad_norm 1 --train_batch_size 1 --timestep_sampling uniform",
+    "defaults": "",
+}
+HELD_OUT = 5  # every fifth clip
+
+
+def write_halves(source, work_dir):
+    """Split a data folder in two, `train` and `held_out`, in work_dir. Returns both."""
+    rows = [(source / name).read_text(encoding="utf-8").splitlines() for name in ("prompts.txt", "videos.txt")]
+    folders = work_dir / "train", work_dir / "held_out"
+    for folder, held_out in zip(folders, (False, True), strict=True):
+        (folder / "videos").mkdir(parents=True, exist_ok=True)
+        chosen = [row for number, row in enumerate(zip(*rows, strict=True)) if (number % HELD_OUT == 2) == held_out]
+        (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt, _ in chosen), encoding="utf-8")
+        (folder / "videos.txt").write_text("".join(f"{video}\n" for _, video in chosen), encoding="utf-8")
+        for _, video in chosen:
+            shutil.copyfile(source / video, folder / video)
+    return folders
+
+
+def train(name, seed, folders, options, work_dir):
+    """One run of the trainer, unless work_dir has it already. Returns its output folder."""
+    output_dir = work_dir / f"{name}-seed{seed}"
+    if (output_dir / "status.json").exists():
+        return output_dir
+    flags = ["--pretrained_model_name_or_path", options.model, "--instance_data_root", folders[0], "--eval_data_root", folders[1]]
+    flags += ["--encoding_cache_dir", work_dir / "cache", "--output_dir", output_dir, "--overwrite_output_dir", *SIZE.split()]
+    flags += ["--max_train_steps", options.steps, "--eval_steps", options.eval_steps, "--logging_steps", options.eval_steps]
+    flags += ["--checkpointing_steps", options.steps, "--eval_clips", 8, "--report_to", "none", "--seed", seed, *SETTINGS[name].split()]
+    command = [sys.executable, ROOT / "train_cogvideox_lora.py", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{name}, seed {seed}: the trainer ended with {done.returncode}\n{done.stderr[-2000:]}")
+    return output_dir
+
+
+def course_of(output_dir):
+    """[(step, seconds of training until then, held-out loss against the base's as a share)] of a run."""
+    lines = read_metrics(output_dir / "metrics.jsonl")
+    seconds, last_step, at = 0.0, 0, {0: 0.0}
+    for line in lines:
+        if "seconds_per_step" in line:
+            seconds, last_step = seconds + line["seconds_per_step"] * (line["step"] - last_step), line["step"]
+            at[last_step] = seconds
+    return [
+        (line["step"], at[line["step"]], line["eval_held_out_loss"] / line["eval_held_out_base_loss"] - 1) for line in evaluations(lines)
+    ]
+
+
+def reached(course, target):
+    """(step, seconds) of the first score at or below the target, between scores as on a straight line; None if there is none."""
+    before = course[0]
+    for now in course[1:]:
+        if now[2] <= -target:
+            part = (before[2] + target) / (before[2] - now[2])
+            return tuple(before[i] + part * (now[i] - before[i]) for i in (0, 1))
+        before = now
+    return None
+
+
+def rows_of(courses, target):
+    """The table. courses: settings -> one course a seed; the first settings are what the others are compared with."""
+    first, rows = next(iter(courses)), []
+    for name, runs in courses.items():
+        found = [reached(course, target) for course in runs]
+        got = [place for place in found if place]
+        pairs = [(a, b) for a, b in zip([reached(course, target) for course in courses[first]], found, strict=True) if a]
+        # A run that never got there counts as infinitely long.
+        ratios = sorted(a[1] / b[1] if b else 0.0 for a, b in pairs)
+        lowest, ends = [min(course, key=lambda score: score[2]) for course in runs], [course[-1][2] for course in runs]
+        rows.append(
+            {
+                "settings": name,
+                "got_there": f"{len(got)} of {len(runs)}",
+                "steps": f"{statistics.median(p[0] for p in got):.0f} ({min(p[0] for p in got):.0f}-{max(p[0] for p in got):.0f})"
+                if got
+                else "",
+                "seconds": f"{statistics.median(p[1] for p in got):.1f}" if got else "",
+                "times_faster": f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})" if ratios else "",
+                "held_out_at_the_end": f"{100 * statistics.median(ends):+.1f} %",
+                "lowest": f"{100 * statistics.median(low[2] for low in lowest):+.1f} %",
+            }
+        )
+    return rows
+
+
+def main(words=None):
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.benchmark quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flag = parser.add_argument
+    flag("--settings", nargs="+", choices=list(SETTINGS), default=["guide", "defaults"], help="what takes turns (default: guide defaults)")
+    flag("--seeds", type=int, default=5, help="runs of each (default: 5)")
+    flag("--steps", type=int, default=300, help="optimizer steps of a run (default: 300, the guide's ten epochs)")
+    flag("--eval_steps", type=int, default=20, help="score every N steps (default: 20)")
+    flag("--target", type=float, default=0.2, help="how far below the base model's the loss has to be, as a share (default: 0.2)")
+    flag("--model", default=str(ROOT / "demo/model"), help="model folder (default: the demo's)")
+    flag("--work_dir", type=Path, help="keep the runs here, and take those that are there (default: a temporary folder)")
+    flag("--threads", type=int, default=1, help="OMP_NUM_THREADS of a run (default: 1)")
+    flag("--json", type=Path, help="write all courses here as well")
+    options = parser.parse_args(words)
+    problems = [
+        f"--{name} {getattr(options, name)}: at least 1"
+        for name in ("seeds", "steps", "eval_steps", "threads")
+        if getattr(options, name) < 1
+    ]
+    problems += [] if 0 < options.target < 1 else [f"--target {options.target}: a share between 0 and 1"]
+    problems += [] if Path(options.model).is_dir() else [f"--model {options.model}: no such folder"]
+    if problems:
+        parser.exit(2, "".join(f"ERROR[2]: {problem}\n" for problem in problems))
+    from demo.old_film import write_dataset
+
+    work_dir = Path(options.work_dir or tempfile.mkdtemp(prefix="quality-"))
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        if not (work_dir / "old_film").exists():
+            write_dataset(work_dir / "old_film")
+        folders = write_halves(work_dir / "old_film", work_dir)
+        turns, courses = [(seed, name) for seed in range(options.seeds) for name in options.settings], {}
+        with tqdm(turns, "training", unit="run") as bar:
+            for seed, name in bar:
+                bar.set_postfix_str(f"{name}, seed {seed}")
+                courses.setdefault(name, []).append(course_of(train(name, seed, folders, options, work_dir)))
+    finally:
+        if not options.work_dir:
+            shutil.rmtree(work_dir, ignore_errors=True)
+    from tools.benchmark import table
+
+    rows = rows_of(courses, options.target)
+    print(f"held-out loss {options.target:.0%} below the base model's, {options.seeds} seeds, {options.steps} steps\n\n{table(rows)}")
+    if options.json:
+        options.json.write_text(json.dumps({"rows": rows, "courses": courses, "settings": SETTINGS}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
