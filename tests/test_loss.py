@@ -114,3 +114,13 @@ def test_ten_steps_give_the_losses_on_record(train):
     golden = json.loads((script.Path(__file__).parent / "golden_losses.json").read_text())
     torch.testing.assert_close([line["loss"] for line in lines], golden, rtol=2e-4, atol=0)
     assert max(golden) - min(golden) > 0.05
+
+
+def test_min_snr_weights_of_the_velocity_error():
+    schedule = scheduler()
+    weights = script.loss_weights(schedule, 5.0, torch.device("cpu"))
+    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    expected = snr.clamp(max=5.0) / (snr + 1)
+    assert torch.allclose(weights.double(), expected, atol=1e-6)
+    assert weights[999] == 0
+    assert not torch.allclose(script.loss_weights(schedule, 1.0, torch.device("cpu")).double(), expected, atol=1e-2)
