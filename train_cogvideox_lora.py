@@ -203,6 +203,8 @@ def check_flags(args):
         for name, off in (("init_lora", None), ("lora_dropout", 0.0), ("base_precision", "stored"), ("offload", False)):
             if getattr(args, name) != off:
                 problems.append(f"--{name}: of a LoRA or its frozen base; --training_type sft has neither")
+        if args.optimizer == "muon":
+            problems.append("--optimizer muon: for the matrices of a LoRA; --training_type sft has weights of other shapes")
     if args.overwrite_output_dir and args.resume_from_checkpoint:
         problems.append("--overwrite_output_dir and --resume_from_checkpoint: one removes what the other needs; give one of them")
     if args.use_8bit_adam and args.optimizer == "prodigy":
