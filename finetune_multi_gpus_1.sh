@@ -57,7 +57,7 @@ TRAIN_ARGS=(
   --num_train_epochs 10                  # passes over the clips
   --gradient_accumulation_steps 1        # batches per optimizer step
   --gradient_checkpointing auto          # recompute activations as far as the memory asks for it; all: least memory
-  --learning_rate 1e-4
+  --learning_rate 1e-4                   # the guide's; 5e-4, the default, gets there sooner (docs/quality.md)
   --optimizer AdamW
   --adam_beta1 0.9
   --adam_beta2 0.95

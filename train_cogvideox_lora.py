@@ -34,9 +34,10 @@ from cogvideox.launcher import end_with_launcher
 # -----------------------------------------------------------------------------
 # Flags. Nothing heavy is imported before them, so that a wrong one is told in a second.
 
-OPTIMIZER_NAMES = ("adamw", "adam", "prodigy", "muon", "adamw8bit", "adam8bit")
+OPTIMIZER_NAMES = ("adamw", "adam", "prodigy", "adamw8bit", "adam8bit")
 SCHEDULE_NAMES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 TRAINING_TYPES = ("lora", "sft")
+LEARNING_RATES = {"lora": 5e-4, "sft": 1e-5}  # docs/quality.md
 TIMESTEP_SAMPLINGS = ("uniform", "spread", "logit_normal")
 BASE_PRECISIONS = ("stored", "fp8", "int8", "nf4")
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -83,7 +84,7 @@ def build_parser():
     flag("--num_train_epochs", type=int, default=10, help="passes over the clips, unless --max_train_steps is given")
     flag("--max_train_steps", type=int, help="optimizer steps (default: from --num_train_epochs)")
     flag("--gradient_accumulation_steps", type=int, default=1, help="batches summed into one optimizer step")
-    flag("--learning_rate", type=float, default=1e-4, help="peak learning rate (Prodigy: near 1)")
+    flag("--learning_rate", type=float, help="peak learning rate (default: 5e-4, 1e-5 for all weights, 1 for Prodigy; the guide: 1e-4)")
     flag("--scale_lr", action="store_true", help="multiply the learning rate by clips a step")
     flag("--lr_scheduler", choices=SCHEDULE_NAMES, default="constant", help="shape of the learning rate over optimizer steps")
     flag("--lr_warmup_steps", type=int, default=0, help="optimizer steps of warm-up (0: off)")
@@ -94,7 +95,7 @@ def build_parser():
         type=str.lower,
         choices=OPTIMIZER_NAMES,
         default="adamw",
-        help="AdamW, Adam, Prodigy, Muon, AdamW8bit or Adam8bit, in any case",
+        help="AdamW, Adam, Prodigy, AdamW8bit or Adam8bit, in any case",
     )
     flag("--use_8bit_adam", action="store_true", help="the same as --optimizer AdamW8bit, or Adam8bit (needs bitsandbytes)")
     flag("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
@@ -203,8 +204,6 @@ def check_flags(args):
         for name, off in (("init_lora", None), ("lora_dropout", 0.0), ("base_precision", "stored"), ("offload", False)):
             if getattr(args, name) != off:
                 problems.append(f"--{name}: of a LoRA or its frozen base; --training_type sft has neither")
-        if args.optimizer == "muon":
-            problems.append("--optimizer muon: for the matrices of a LoRA; --training_type sft has weights of other shapes")
     if args.overwrite_output_dir and args.resume_from_checkpoint:
         problems.append("--overwrite_output_dir and --resume_from_checkpoint: one removes what the other needs; give one of them")
     if args.use_8bit_adam and args.optimizer == "prodigy":
@@ -230,6 +229,8 @@ def check_flags(args):
         if getattr(args, name):
             setattr(args, name, os.path.expanduser(getattr(args, name)))
     args.lora_alpha = args.lora_alpha or float(args.rank)
+    if args.learning_rate is None:
+        args.learning_rate = 1.0 if args.optimizer == "prodigy" else LEARNING_RATES[args.training_type]
     separator = args.validation_prompt_separator or "\n"
     args.prompts = [p.strip() for p in (args.validation_prompt or "").split(separator) if p.strip()]
     if args.validation_prompt and not args.prompts:

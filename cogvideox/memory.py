@@ -341,8 +341,6 @@ def optimizer_bytes(args, parameters):
         numbers = parameter.numel()
         if name == "prodigy":  # two moments, the first weights, and the sum for the step estimate
             total += (4 if args.adam_beta1 > 0 else 3) * 4 * numbers
-        elif name == "muon":  # one moment
-            total += 4 * numbers
         elif name.endswith("8bit") and numbers >= SMALLEST_8BIT:
             total += 2 * (numbers + 4 * math.ceil(numbers / 256))  # bytes, and a scale for each block of 256
         else:

@@ -28,10 +28,6 @@ def make_optimizer(args, parameters, learning_rate):
             safeguard_warmup=args.prodigy_safeguard_warmup,
             **common,
         )
-    if name == "muon":
-        # Its step is as long as AdamW's at the same learning rate. The matrices of a LoRA are what it is made for.
-        momentum = {"momentum": args.adam_beta2, "weight_decay": args.adam_weight_decay}
-        return torch.optim.Muon(parameters, lr=learning_rate, adjust_lr_fn="match_rms_adamw", **momentum)
     if name.endswith("8bit"):
         library = importlib.import_module("bitsandbytes").optim
         return (library.AdamW8bit if name == "adamw8bit" else library.Adam8bit)(parameters, **common)

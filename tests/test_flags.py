@@ -287,3 +287,11 @@ def test_defaults_are_the_practice_that_is_known_to_work():
     args = script.parse_args(["--pretrained_model_name_or_path", "m", "--instance_data_root", "d"])
     assert (args.rank, args.lora_alpha, args.optimizer, args.seed, args.gradient_checkpointing) == (128, 128, "adamw", 42, "auto")
     assert (args.report_to, args.mixed_precision, args.enable_tiling, args.enable_slicing) == ("tensorboard", None, True, True)
+
+
+def test_the_learning_rate_that_is_not_given_fits_what_is_trained():
+    def rate(**flags):
+        return script.parse_args(words("m", "d", "o", "c", learning_rate=None, **flags)).learning_rate
+
+    assert (rate(), rate(training_type="sft"), rate(optimizer="Prodigy")) == (5e-4, 1e-5, 1.0)
+    assert script.parse_args(words("m", "d", "o", "c", learning_rate=0.0)).learning_rate == 0

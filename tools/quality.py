@@ -23,10 +23,25 @@ from cogvideox.metrics import read_metrics
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = "--id_token OLDFILM --height 64 --width 96 --max_num_frames 17 --mixed_precision no --gradient_checkpointing none"
 # What is compared: flags of the trainer. "guide" has all that the guide says about learning, "defaults" none of it.
+# LoRA+ (Hayou et al., 2024) gives B a learning rate that is a ratio above A's. B begins at zero and Adam does not feel how long
+# a gradient is, so that is the same as an alpha that is the ratio above the rank; and rsLoRA is an alpha too, rank^1.5.
 SETTINGS = {
     "guide": "--rank 128 --lora_alpha 128 --learning_rate 1e-4 --lr_scheduler constant --lr_warmup_steps 0 --optimizer AdamW "
     "--adam_beta1 0.9 --adam_beta2 0.95 --max_grad_norm 1 --train_batch_size 1 --timestep_sampling uniform",
     "defaults": "",
+    # The defaults with one thing changed.
+    "learning_rate_2": "--learning_rate 1e-3",
+    "learning_rate_6": "--learning_rate 3e-3",
+    "lora_plus": "--learning_rate 1e-4 --lora_alpha 2048",
+    "rank_32": "--rank 32",
+    "warm_up": "--lr_scheduler constant_with_warmup --lr_warmup_steps 30",
+    "cosine": "--lr_scheduler cosine",
+    "spread": "--timestep_sampling spread",
+    "logit_normal": "--timestep_sampling logit_normal",
+    "min_snr": "--snr_gamma 5",
+    "average": "--ema_decay 0.98",
+    "beta2_999": "--adam_beta2 0.999",
+    "prodigy": "--optimizer prodigy --learning_rate 1",
 }
 HELD_OUT = 5  # every fifth clip
 
