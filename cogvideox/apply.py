@@ -82,7 +82,13 @@ def check_fit(file, layers, folder):
 
 
 def load_pairs(file):
-    """Yield (layer, lora_A [rank, in], lora_B [out, rank]) in fp32, one layer at a time. The update of its weight is B A."""
+    """Yield (layer, lora_A [rank, in], lora_B [out, rank]) in fp32, one layer at a time. The update of its weight is B A.
+
+    ValueError for weights that are not finite.
+    """
     with safe_open(file, framework="pt") as opened:
         for layer in sorted({name.removeprefix("transformer.").rsplit(".lora_", 1)[0] for name in opened.keys()}):  # noqa: SIM118
-            yield layer, *(opened.get_tensor(f"transformer.{layer}.lora_{side}.weight").float() for side in "AB")
+            down, up = (opened.get_tensor(f"transformer.{layer}.lora_{side}.weight").float() for side in "AB")
+            if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+                raise ValueError(f"--lora {file}: the weights of {layer} are not finite")
+            yield layer, down, up

@@ -90,6 +90,7 @@ def main(words=None):
         file = find_lora(args.lora)
         for layer in read_layers(file):
             comfyui_name(layer)
+        tensors = exported(file)
         if output.resolve() == file.resolve():
             problems.append(f"--output {output}: is the LoRA itself; name another file")
     except ValueError as error:
@@ -98,7 +99,7 @@ def main(words=None):
         parser.exit(2, "".join(f"ERROR[2]: {problem}\n" for problem in problems))
 
     try:
-        write_durably(output, save(exported(file), metadata={"format": "pt"}))
+        write_durably(output, save(tensors, metadata={"format": "pt"}))
     except OSError as error:
         parser.exit(4, f"ERROR[4]: --output {output}: cannot be written ({error.strerror})\n")
     try:
