@@ -1,14 +1,18 @@
-"""A trained LoRA read from its file: where it lies, which layers it changes, and whether it fits a model."""
+"""What was trained, put to use: found, checked against a model by headers and configs, read, and run in diffusers' pipeline."""
 
 import json
 import re
 from pathlib import Path
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from peft import get_peft_model_state_dict
 from safetensors import safe_open
+from tqdm.auto import tqdm
 
-from cogvideox.folder import safetensors_header
+from cogvideox import model
+from cogvideox.folder import broken_safetensors, count_tokens, load_tokenizer, read_facts, read_json, safetensors_header, weight_files
+from cogvideox.launch import say
 from cogvideox.lora import LORA_FILE
 
 
@@ -41,10 +45,8 @@ def read_layers(file):
     for name, entry in header.items():
         found = re.fullmatch(r"transformer\.(.+)\.lora_([AB])\.weight", name)
         if not found or len(entry["shape"]) != 2:
-            comfyui = " (ComfyUI's names: give the file that this one was exported from)" if name.startswith("diffusion_model.") else ""
-            raise ValueError(
-                f"--lora {file}: {name} is not a weight of a LoRA in diffusers' names, transformer.LAYER.lora_A.weight{comfyui}"
-            )
+            hint = " (ComfyUI's names: give the file that this one was exported from)" if name.startswith("diffusion_model.") else ""
+            raise ValueError(f"--lora {file}: {name} is not a LoRA's weight in diffusers' names, transformer.LAYER.lora_A.weight{hint}")
         shapes.setdefault(found[1], {})[found[2]] = entry["shape"]
     if not shapes:
         raise ValueError(f"--lora {file}: holds no weights")
@@ -92,3 +94,77 @@ def load_pairs(file):
             if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
                 raise ValueError(f"--lora {file}: the weights of {layer} are not finite")
             yield layer, down, up
+
+
+def find_transformer(name, folder):
+    """The folder whose transformer/ is meant by `name`. ValueError if it is none, or not of the kind of the base in `folder`."""
+    path = Path(name).expanduser()
+    run = path.parent if path.name == "transformer" and (path / "config.json").is_file() else path
+    if not (run / "transformer/config.json").is_file():
+        raise ValueError(f"--transformer {name}: no transformer/config.json; give a run of --training_type sft, or its transformer/")
+    files, problem = weight_files(run / "transformer")
+    if problem := problem or next((f"{file}: {reason}" for file in files if (reason := broken_safetensors(file))), None):
+        raise ValueError(f"--transformer {name}: {problem}")
+    base, found = read_json(folder / "transformer/config.json"), read_json(run / "transformer/config.json")
+    for key in base.keys() & found.keys():
+        if not key.startswith("_") and base[key] != found[key]:
+            raise ValueError(f"--transformer {name}: made from another model: its {key} is {found[key]}, the base model's {base[key]}")
+    return run
+
+
+# -----------------------------------------------------------------------------
+# Videos
+
+
+def encode_prompts(folder, texts, device, variant=None):
+    """The T5 embedding of each text, made once: text -> [T, D] on the CPU. Says which are too long for the model."""
+    tokenizer, length, texts = load_tokenizer(folder), read_facts(folder).max_text_seq_length, list(dict.fromkeys(texts))
+    for text, tokens in zip(texts, count_tokens(tokenizer, texts), strict=True):
+        if tokens > length:
+            say(f"warning: the model reads {length} tokens and this prompt has {tokens}, so its end is cut: {text[:60]} ...")
+    encoder = model.load_text_encoder(folder, device, variant)
+    return {text: model.encode_captions(tokenizer, encoder, [text], length)[0].cpu() for text in tqdm(texts, "encoding", unit="prompt")}
+
+
+def load_pipeline(args, folder, trained_folder, dtype, device):
+    """diffusers' pipeline of the base in `folder`, without its T5, with the LoRA if there is one, placed as --offload says.
+
+    trained_folder: whose transformer to take. ValueError if the loader leaves weights of the LoRA out.
+    """
+    transformer = model.load_transformer(trained_folder, dtype, args.variant if trained_folder == folder else None)
+    vae = model.load_vae(folder, device, args.variant, args.enable_slicing, args.enable_tiling)
+    scheduler = model.load_scheduler(folder)
+    pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    if args.lora:
+        pipeline.load_lora_weights(str(args.lora.parent), weight_name=args.lora.name, adapter_name="lora", local_files_only=True)
+        used, held = len(get_peft_model_state_dict(transformer, adapter_name="lora")), 2 * len(read_layers(args.lora))
+        if used != held:
+            raise ValueError(f"--lora {args.lora}: diffusers' loader used {used} of its {held} weights")
+    offload = {"model": pipeline.enable_model_cpu_offload, "sequential": pipeline.enable_sequential_cpu_offload}
+    offload.get(args.offload, pipeline.to)(device=device)
+    return pipeline
+
+
+@torch.no_grad()
+def make_video(pipeline, embeddings, seed, scale, device, after_step, **settings):
+    """uint8 frames [F, H, W, 3] of one video.
+
+    embeddings: of the prompt and the negative one, [T, D] each; scale: strength of the LoRA (0: the base; None: there is
+    none); after_step: called after each denoising step; settings: what else the pipeline is told.
+    """
+    if scale is not None:
+        (pipeline.enable_lora if scale else pipeline.disable_lora)()
+        pipeline.set_adapters("lora", scale)
+
+    def count(pipeline, step, timestep, tensors):
+        after_step()
+        return tensors
+
+    prompt, negative = (text[None].to(device, pipeline.transformer.dtype) for text in embeddings)
+    settings |= {"prompt_embeds": prompt, "negative_prompt_embeds": negative, "callback_on_step_end": count, "output_type": "latent"}
+    latents = pipeline(generator=torch.Generator().manual_seed(seed), **settings).frames
+    video = pipeline.decode_latents(latents.to(pipeline.vae.dtype))[0].float()  # [3, F, H, W]
+    pipeline.maybe_free_model_hooks()
+    video = video[:, -settings["num_frames"] :]  # of an even number of latents the VAE makes three frames too many, at the start
+    return ((video / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()

@@ -1,0 +1,208 @@
+"""Make videos with a trained LoRA, in diffusers' own pipeline, beside the base model if asked.
+
+    python -m tools.generate --pretrained_model_name_or_path THUDM/CogVideoX-2b --lora my-lora --prompt "BUNNY a rabbit"
+    python -m tools.generate ... --lora_scale 0.5 0.75 1 --compare_base --seed 1 2 3     a sweep of strengths
+    python -m tools.generate ... --transformer my-finetuned                              after --training_type sft
+
+--lora is the folder of a run, its best/, a checkpoint-N/, or the file. Each prompt, seed and strength gives one mp4. The
+noise of a video depends on its seed alone and is drawn on the CPU, so a video is the same whatever else is made with it.
+With several strengths, or --compare_base, a grid video for each prompt has them side by side, a row for each seed.
+contact_sheet.png has a few frames of every video, videos.json the settings. What lies in --output_dir already stays, but
+for files of the same names, which are written over: videos of the same prompts, seeds and strengths, the sheet, videos.json.
+"""
+
+import argparse
+import itertools
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from tqdm.auto import tqdm
+
+from cogvideox import apply
+from cogvideox.data import free
+from cogvideox.files import file_sha256, try_writing, write_bytes
+from cogvideox.flags import below, not_above_zero
+from cogvideox.folder import check_geometry, check_model_folder, find_model, read_facts, read_json, stored_dtype
+from cogvideox.launch import BAD_OUTPUT, fail, say
+from cogvideox.model import usable_dtype
+from cogvideox.validation import video_jobs
+from cogvideox.video import contact_sheet, film_strip, read_video, write_video
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SAMPLING = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "use_dynamic_cfg")
+GRID_WIDTH, GRID_HEIGHT, LABEL_HEIGHT = 1920, 2160, 18  # pixels; larger videos do not play everywhere
+
+
+def build_parser():
+    """All flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flag, switch = parser.add_argument, argparse.BooleanOptionalAction
+    flag("--pretrained_model_name_or_path", required=True, help="folder or hub id of the base model, such as THUDM/CogVideoX-2b")
+    flag("--lora", help="folder of a run, its best/, a checkpoint-N/, or the .safetensors file")
+    flag("--transformer", help="instead of --lora: folder of a run of full fine-tuning, or its transformer/ (also that of tools.merge)")
+    flag("--prompt", nargs="+", default=[], help="what the videos should show")
+    flag("--prompts_file", help="more prompts, one a line")
+    flag("--negative_prompt", default="", help="what the videos should not show")
+    flag("--seed", nargs="+", type=int, default=[42], help="a video for each")
+    flag("--lora_scale", nargs="+", type=float, help="strengths of the LoRA, a video for each (default: 1, as trained; 0: the base)")
+    flag("--compare_base", action="store_true", help="make each video with the base model too")
+    flag("--height", type=int, help="pixels (default: as the model's config has it)")
+    flag("--width", type=int, help="pixels (default: as the model's config has it)")
+    flag("--num_frames", type=int, help="frames (default: as the model's config has it)")
+    flag("--num_inference_steps", type=int, default=50, help="denoising steps")
+    flag("--guidance_scale", type=float, default=6.0, help="classifier-free guidance (1: off)")
+    flag("--use_dynamic_cfg", action="store_true", help="guidance that grows over the denoising steps")
+    flag("--fps", type=float, default=8.0, help="frames a second of the mp4 files")
+    flag("--output_dir", default="videos", help="where they go; files of the same names are written over, others stay")
+    flag("--dtype", choices=DTYPES, help="what the transformer computes in (default: as stored; fp32 for fp16 on a CPU)")
+    flag("--offload", choices=("none", "model", "sequential"), default="none", help="models, or layers, not in use wait in host memory")
+    flag("--enable_slicing", action=switch, default=True, help="VAE: decode one video at a time")
+    flag("--enable_tiling", action=switch, default=True, help="VAE: large frames in tiles, a third of the memory")
+    flag("--revision", help="branch, tag or commit of a hub model")
+    flag("--variant", help="file variant of the weights, such as fp16")
+    flag("--cache_dir", help="where downloaded models are stored (default: the hub client's own place)")
+    return parser
+
+
+def check_flags(args):
+    """Every mistake that the flags alone show, each a sentence. Fills in args.prompts."""
+    problems = below(args, 1, "height", "width", "num_frames", "num_inference_steps") + below(args, 0, "guidance_scale")
+    problems += not_above_zero(args, "fps")
+    args.prompts = [prompt.strip() for prompt in args.prompt]
+    try:
+        lines = Path(args.prompts_file).expanduser().read_text("utf-8").splitlines() if args.prompts_file else []
+        args.prompts += [line.strip() for line in lines if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"--prompts_file {args.prompts_file}: cannot be read ({getattr(error, 'strerror', None) or error})")
+    if not args.prompts or not all(args.prompts):
+        problems.append("--prompt: give what the videos should show, or --prompts_file with one prompt a line")
+    if (args.lora is None) == (args.transformer is None):
+        problems.append("--lora or --transformer: give what was trained, one of them")
+    if args.transformer and args.lora_scale:
+        problems.append("--lora_scale: is the strength of a LoRA, and --transformer has none; leave it out")
+    args.lora_scale = [scale + 0.0 for scale in args.lora_scale or [1.0]]  # -0 is 0
+    problems += [f"--lora_scale {scale}: a number" for scale in args.lora_scale if not math.isfinite(scale)]
+    problems += [f"--seed {seed}: from 0 to 2^63 - 1" for seed in args.seed if not 0 <= seed < 2**63]
+    for name, words in (("prompt", args.prompts), ("seed", args.seed), ("lora_scale", [f"{scale:g}" for scale in args.lora_scale])):
+        problems += [f"--{name} {word}: given twice; once is enough" for word, times in Counter(words).items() if times > 1]
+    if not torch.cuda.is_available():
+        if args.offload != "none":
+            problems.append(f"--offload {args.offload}: moves weights between a GPU and host memory, and here is no GPU; leave it out")
+        if args.dtype == "fp16":
+            problems.append("--dtype fp16: this machine has no GPU, and CPUs have no fast fp16; use bf16 or fp32")
+    return problems
+
+
+def parse(words):
+    """(flags, model folder, columns). Ends with exit code 2 and all problems, before any weight is read.
+
+    columns: what is compared, from left to right: (name in files, label, folder of the transformer, strength, or None: no LoRA).
+    """
+    parser = build_parser()
+    args = parser.parse_args(words)
+    problems, columns, folder, layers = check_flags(args), [], None, {}
+    args.output_dir = Path(args.output_dir).expanduser()
+    try:
+        if args.lora:
+            args.lora = apply.find_lora(args.lora)
+            layers = apply.read_layers(args.lora)
+    except ValueError as error:
+        problems.append(str(error))
+    try:
+        folder = find_model(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir)
+        if broken := check_model_folder(folder, args.variant):
+            raise ValueError("\n".join(broken))
+        facts, config = read_facts(folder), read_json(folder / "transformer/config.json")
+        args.height = args.height or config.get("sample_height", 60) * facts.latent_compression
+        args.width = args.width or config.get("sample_width", 90) * facts.latent_compression
+        args.num_frames = args.num_frames or config.get("sample_frames", 49)
+        problems += check_geometry(facts, args.height, args.width, args.num_frames, names=("--height", "--width", "--num_frames"))
+        most = read_json(folder / "scheduler/scheduler_config.json").get("num_train_timesteps", 1000)
+        if args.num_inference_steps > most:
+            problems.append(f"--num_inference_steps {args.num_inference_steps}: the model's schedule has {most} steps at most")
+        problems += apply.check_fit(args.lora, layers, folder)
+        base = ("base", "base model", folder, 0.0 if args.lora else None)
+        columns = [base if scale == 0 else (f"scale{scale:g}", f"LoRA {scale:g}", folder, scale) for scale in args.lora_scale]
+        if args.transformer:
+            columns = [("finetuned", "fine-tuned", apply.find_transformer(args.transformer, folder), None)]
+        columns = [base] * (args.compare_base and base not in columns) + columns
+    except ValueError as error:
+        problems += str(error).split("\n")
+    try:
+        if not problems:
+            try_writing(args.output_dir)
+    except OSError as error:
+        problems.append(f"--output_dir {args.output_dir}: cannot be written to ({error.strerror})")
+    if problems:
+        parser.exit(2, "".join(f"ERROR[2]: {problem}\n" for problem in problems))
+    return args, folder, columns
+
+
+def grid(rows):
+    """Videos side by side, each under its label, as one: uint8 [F, H, W, 3]. rows: [[(label, frames [F, H, W, 3])]]."""
+    height, width = rows[0][0][1].shape[1:3]
+    shrink = min(1, GRID_WIDTH / (width * len(rows[0])), GRID_HEIGHT / (height * len(rows)))
+    width, height = (max(2, int(shrink * side) // 2 * 2) for side in (width, height))
+
+    def cell(label, frames):
+        strip = Image.new("RGB", (width, LABEL_HEIGHT), "white")
+        ImageDraw.Draw(strip).text((4, 2), label, "black")
+        return np.stack([np.concatenate([strip, Image.fromarray(frame).resize((width, height))]) for frame in frames])
+
+    return np.concatenate([np.concatenate([cell(*video) for video in row], axis=2) for row in rows], axis=1)
+
+
+def write_overview(args, columns, jobs, settings):
+    """The grids, contact_sheet.png and videos.json of the videos of this call."""
+    sheet, videos = [], [(job, column, f"{job['stem']}-{column[0]}.mp4") for job in jobs for column in columns]
+    for prompt in args.prompts:
+        mine = [video for video in videos if video[0]["prompt"] == prompt]
+        cells = [(f"{column[1]}, seed {job['seed']}", read_video(args.output_dir / name)) for job, column, name in mine]
+        sheet += [(prompt, None)] + [(label, film_strip(frames)[None]) for label, frames in cells]
+        if len(columns) > 1:
+            rows = [cells[i : i + len(columns)] for i in range(0, len(cells), len(columns))]
+            stem = mine[0][0]["stem"].rsplit("-seed", 1)[0]
+            write_video(args.output_dir / f"{stem}-grid.mp4", grid(rows), args.fps)
+    contact_sheet(args.output_dir / "contact_sheet.png", sheet, ", ".join(f"{name} {settings[name]}" for name in SAMPLING[:5]))
+    record = [{"name": name, "prompt": job["prompt"], "seed": job["seed"], "made_with": column[1]} for job, column, name in videos]
+    write_bytes(args.output_dir / "videos.json", json.dumps({"settings": settings, "videos": record}, indent=1).encode())
+
+
+def main(words=None):
+    """The command line."""
+    args, folder, columns = parse(words)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[args.dtype] if args.dtype else usable_dtype(stored_dtype(folder, "transformer", args.variant), device)
+    settings = {name: getattr(args, name) for name in SAMPLING}
+    jobs = [job for seed in args.seed for job in video_jobs(args.prompts, 1, seed)]
+    jobs = [{"prompt": args.prompts[job["prompt"]], "seed": job["seed"], "stem": job["name"].removesuffix(".mp4")} for job in jobs]
+    count, size = len(jobs) * len(columns), f"{args.num_frames} frames of {args.height} x {args.width}"
+    say(f"{count} videos of {size}, {args.num_inference_steps} steps each, in {str(dtype).removeprefix('torch.')} on {device.type}")
+    try:
+        embeddings = apply.encode_prompts(folder, [*args.prompts, args.negative_prompt], device, args.variant)
+        with tqdm(total=count * args.num_inference_steps, desc="denoising", unit="step") as bar:
+            for trained_folder, group in itertools.groupby(columns, key=lambda column: column[2]):
+                pipeline = None  # before the next one is loaded
+                free(device)
+                pipeline = apply.load_pipeline(args, folder, trained_folder, dtype, device)
+                for job, column in itertools.product(jobs, list(group)):
+                    texts = embeddings[job["prompt"]], embeddings[args.negative_prompt]
+                    frames = apply.make_video(pipeline, texts, job["seed"], column[3], device, bar.update, **settings)
+                    write_video(args.output_dir / f"{job['stem']}-{column[0]}.mp4", frames, args.fps)
+        trained = {"lora": str(args.lora), "sha256": file_sha256(args.lora)} if args.lora else {"transformer": args.transformer}
+        facts = {"model": args.pretrained_model_name_or_path, "negative_prompt": args.negative_prompt, "fps": args.fps, "dtype": str(dtype)}
+        write_overview(args, columns, jobs, facts | trained | settings)
+    except torch.OutOfMemoryError:
+        fail(1, f"out of memory at {size}: try --offload model, then sequential, --dtype bf16, a smaller size or fewer frames")
+    except OSError as error:
+        fail(BAD_OUTPUT, f"--output_dir {args.output_dir}: {error.strerror or error}")
+    print(f"{count} videos: {args.output_dir}; all at a glance: {args.output_dir / 'contact_sheet.png'}")
+
+
+if __name__ == "__main__":
+    main()
