@@ -266,3 +266,13 @@ def test_too_little_memory_and_a_prompt_that_is_too_long_are_told(tiny_model, lo
     said = capsys.readouterr().err
     assert "out of memory at 5 frames of 32 x 48: try --offload model" in said
     assert "this prompt has" not in said
+
+
+@pytest.mark.slow
+def test_what_the_trainer_wrote_is_taken_from_the_run_its_best_and_a_checkpoint(train, tiny_model, tmp_path, frames):
+    run = train(eval_clips=1, eval_share=0.34, checkpointing_steps=1)
+    for folder in (run, run / "best", run / "checkpoint-1"):
+        assert apply.find_lora(folder) == folder / LORA_FILE
+        assert apply.check_fit(folder, apply.read_layers(folder / LORA_FILE), tiny_model) == []
+    generate.main(line(tiny_model, tmp_path / "out", lora=run, compare_base=True, num_inference_steps=1, lora_scale=20))
+    assert not np.array_equal(frames[f"{NAME}1-base.mp4"], frames[f"{NAME}1-scale20.mp4"])

@@ -182,7 +182,7 @@ def main(words=None):
     jobs = [job for seed in args.seed for job in video_jobs(args.prompts, 1, seed)]
     jobs = [{"prompt": args.prompts[job["prompt"]], "seed": job["seed"], "stem": job["name"].removesuffix(".mp4")} for job in jobs]
     count, size = len(jobs) * len(columns), f"{args.num_frames} frames of {args.height} x {args.width}"
-    say(f"{count} videos of {size}, {args.num_inference_steps} steps each, in {str(dtype).removeprefix('torch.')} on {device.type}")
+    say(f"videos: {count} of {size}, {args.num_inference_steps} steps each, in {str(dtype).removeprefix('torch.')} on {device.type}")
     try:
         embeddings = apply.encode_prompts(folder, [*args.prompts, args.negative_prompt], device, args.variant)
         with tqdm(total=count * args.num_inference_steps, desc="denoising", unit="step") as bar:
@@ -199,9 +199,11 @@ def main(words=None):
         write_overview(args, columns, jobs, facts | trained | settings)
     except torch.OutOfMemoryError:
         fail(1, f"out of memory at {size}: try --offload model, then sequential, --dtype bf16, a smaller size or fewer frames")
+    except KeyboardInterrupt:
+        fail(130, f"stopped; the videos that were done are in {args.output_dir}")
     except OSError as error:
         fail(BAD_OUTPUT, f"--output_dir {args.output_dir}: {error.strerror or error}")
-    print(f"{count} videos: {args.output_dir}; all at a glance: {args.output_dir / 'contact_sheet.png'}")
+    print(f"videos: {count} in {args.output_dir}; all at a glance: {args.output_dir / 'contact_sheet.png'}")
 
 
 if __name__ == "__main__":
