@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_FLAGS ?=
-DEMO_PROMPTS := OLDFILM a big white rabbit smiles under a blue sky:::OLDFILM a flying squirrel glides through a blue sky with white clouds
+DEMO_PROMPTS := OLDFILM the big white rabbit stretches in front of its mossy burrow in a green meadow.:::OLDFILM a brown flying squirrel and a red squirrel stand beside a tree trunk, a green nut in front of them.
 
 .PHONY: setup demo test quick chaos check clean
 
