@@ -500,11 +500,12 @@ def main(args):
     captions, scored_clips = [record.caption for record in data.records], {name: len(clips) for name, clips in sets.items()}
     scored_clips["sha256"] = hashlib.sha256("".join(data.clips[i]["sha256"] for i in sum(sets.values(), [])).encode()).hexdigest()[:12]
 
-    def score_of(looked_at):
+    def score_of(looked_at, with_gap=True):
         def losses(batch):
             return velocity_loss(looked_at, scheduler, batch, rotary_of(batch), dtype)
 
-        return evaluation.score(accelerator, looked_at, losses, encodings, sets, captions, args.seed, facts.scaling_factor, num_timesteps)
+        noise = args.seed, facts.scaling_factor, num_timesteps
+        return evaluation.score(accelerator, looked_at, losses, encodings, sets, captions, *noise, with_gap)
 
     # The rehearsal: what would have failed after ten hours fails in the first minute.
     memory_explained = functools.partial(
@@ -588,7 +589,8 @@ def main(args):
         with checkpoint.averaged(average, parameters), whole() as looked_at:
             if scored:
                 untouched = step == 0 and not args.init_lora  # a LoRA begins as nothing
-                share, now = evaluation.update_share(looked_at), base_scores if untouched else score_of(looked_at)
+                share = evaluation.update_share(looked_at)
+                now = base_scores if untouched else score_of(looked_at, with_gap=step == total_steps)
                 scores.append(evaluation.line_of(step, now, base_scores, scored_clips, share, scores, num_timesteps))
                 log.write(scores[-1])
                 accelerator.log({name: value for name, value in scores[-1].items() if isinstance(value, float)}, step=step)
@@ -732,7 +734,7 @@ def main(args):
             save(step)
 
         # Look at what has been learned. The clock of the training steps stands still meanwhile.
-        videos = last or validation.is_due(step, clips_per_step, epoch_clips, args)
+        videos = jobs and (last or validation.is_due(step, clips_per_step, epoch_clips, args))
         if saving or videos or scoring:
             paused = time.perf_counter()
             if last:

@@ -6,6 +6,7 @@ are the same every time, so two numbers of a run differ by what was learned in b
 
 import torch
 from torch.utils.data import default_collate
+from tqdm.auto import tqdm
 
 from cogvideox.lora import lora_modules
 from cogvideox.order import TrainingClips, seeded_generator
@@ -13,7 +14,8 @@ from cogvideox.validation import undisturbed
 
 BANDS = 4  # timesteps are the middles of so many equal parts of the schedule
 SMALL = 0.01  # a change of the loss by less than this share of the base's is called none
-CAPTIONS_COUNT = 0.005  # with another clip's caption the loss has to be higher by this share of itself
+LEAST_CAPTIONS = 4  # of fewer nothing is said
+CLEAR_GAP = 0.02  # a caption that changes the loss by this share counts, however few clips say so
 
 
 def choose_held_out(count, share, seed):
@@ -29,39 +31,55 @@ def spread(clips, most):
     return [clips[i * len(clips) // count] for i in range(count)]
 
 
-class Captions:
-    """Encodings in which some clips have the caption of another. swapped: clip -> the clip whose caption it gets."""
+class WithCaptionOf:
+    """Encodings in which every clip has the caption of one clip."""
 
-    def __init__(self, encodings, swapped):
-        self.encodings, self.swapped, self.moments = encodings, swapped, encodings.moments
+    def __init__(self, encodings, clip):
+        self.encodings, self.clip, self.moments = encodings, clip, encodings.moments
 
     def prompt(self, clip):
-        return self.encodings.prompt(self.swapped.get(clip, clip))
+        return self.encodings.prompt(self.clip)
 
 
-def score(accelerator, transformer, losses, encodings, sets, captions, seed, scaling_factor, num_train_timesteps):
-    """The mean loss of each set of clips in each band of timesteps: {"train": [...], "held_out": [...] or None, "swapped": ...}.
+def score(accelerator, transformer, losses, encodings, sets, captions, seed, scaling_factor, num_train_timesteps, with_gap):
+    """The mean loss of each set of clips in each band of timesteps, {"train": [...], "held_out": [...] or None}, and "gap".
 
-    losses: batch -> loss of each clip. sets: {"train": clips, "held_out": clips}. "swapped" scores the
-    held-out clips (without any: the trained ones), each with the caption of another: how much a caption tells the model
-    about its clip. captions: clip -> its caption. Every process scores its share; a collective.
+    losses: batch -> loss of each clip. sets: {"train": clips, "held_out": clips}. captions: clip -> its caption. gap: with
+    `with_gap`, `caption_gap` of the held-out clips (without any: the trained ones), in the noisier bands, where a caption
+    says what the picture does not; None if there are too few. Every process scores its share; a collective.
     """
-    shown = sets["held_out"] or sets["train"]
-    partners = {clip: next((p for p in shown[i + 1 :] + shown[:i] if captions[p] != captions[clip]), None) for i, clip in enumerate(shown)}
-    partners = {clip: partner for clip, partner in partners.items() if partner is not None}
-    groups = {**sets, "swapped": list(partners)}
-    jobs = [(name, clip, band) for name, clips in groups.items() for clip in clips for band in range(BANDS)]
-    names = list(groups)
-    totals = torch.zeros(len(names), BANDS, dtype=torch.float64)
+    jobs = [(name, clip, clip, band) for name, clips in sets.items() for clip in clips for band in range(BANDS)]
+    shown = list({captions[clip]: clip for clip in sets["held_out"] or sets["train"]}.values())  # one of each caption
+    crossed = shown if with_gap and len(shown) >= LEAST_CAPTIONS else []
+    jobs += [("crossed", clip, other, band) for clip in crossed for other in crossed for band in range(BANDS // 2, BANDS)]
+    found = torch.zeros(len(jobs), device=accelerator.device)
     with undisturbed(transformer):
-        for name, clip, band in jobs[accelerator.process_index :: accelerator.num_processes]:
-            source = Captions(encodings, partners) if name == "swapped" else encodings
-            item = TrainingClips(source, None, f"{seed}/fixed/{band}", scaling_factor, num_train_timesteps).item(clip, position=clip)
-            item["timestep"] = torch.tensor(middle_of(band, num_train_timesteps))
+        mine = range(accelerator.process_index, len(jobs), accelerator.num_processes)
+        for number in tqdm(mine, "scoring", unit="clip", leave=False, delay=3, disable=not accelerator.is_main_process):
+            _, clip, other, band = jobs[number]
+            source = TrainingClips(WithCaptionOf(encodings, other), None, f"{seed}/fixed/{band}", scaling_factor, num_train_timesteps)
+            item = source.item(clip, position=clip) | {"timestep": torch.tensor(middle_of(band, num_train_timesteps))}
             batch = {name: value.to(accelerator.device) for name, value in default_collate([item]).items()}
-            totals[names.index(name), band] += losses(batch).double().sum().cpu()
-    totals = accelerator.reduce(totals.float().to(accelerator.device), "sum").cpu()
-    return {name: (totals[i] / len(groups[name])).tolist() if groups[name] else None for i, name in enumerate(names)}
+            found[number] = losses(batch)[0]
+    found = accelerator.reduce(found, "sum").double().cpu()  # each was zero on all processes but one
+    scores, first = {}, 0
+    for name, clips in sets.items():
+        scores[name] = found[first : first + len(clips) * BANDS].view(-1, BANDS).mean(0).tolist() if clips else None
+        first += len(clips) * BANDS
+    scores["gap"] = caption_gap(found[first:].view(len(crossed), len(crossed), -1).mean(2)) if crossed else None
+    return scores
+
+
+def caption_gap(losses):
+    """How much higher the loss is with another clip's caption than with the own one, and the standard error: shares of the latter.
+
+    losses: [clip, caption], own captions on the diagonal. Some clips are harder and some captions fit all clips better; both
+    are taken out (the interactions of a two-way layout), so what is left is whether a caption belongs to its clip.
+    """
+    count, own = len(losses), losses.diagonal().mean()
+    interactions = losses - losses.mean(0, keepdim=True) - losses.mean(1, keepdim=True) + losses.mean()
+    gaps = -interactions.diagonal() * count / (count - 1)
+    return [(gaps.mean() / own).item(), (gaps.std() / count**0.5 / own).item()]
 
 
 def middle_of(band, num_train_timesteps):
@@ -114,7 +132,7 @@ def line_of(step, scores, base, clips, share, earlier, num_train_timesteps):
 
     line = {"step": step, "eval_train_loss": mean(scores["train"]), "eval_held_out_loss": mean(scores["held_out"])}
     line |= {"eval_train_base_loss": mean(base["train"]), "eval_held_out_base_loss": mean(base["held_out"])}
-    line |= {"eval_swapped_loss": mean(scores["swapped"]), "eval_swapped_base_loss": mean(base["swapped"])}
+    line |= {"eval_caption_gap": scores["gap"], "eval_caption_base_gap": base["gap"]}
     columns = {"train": scores["train"], "held_out": scores["held_out"], "train_base": base["train"], "held_out_base": base["held_out"]}
     line["eval_bands"] = [
         {"timestep": middle_of(band, num_train_timesteps)}
@@ -128,7 +146,7 @@ def line_of(step, scores, base, clips, share, earlier, num_train_timesteps):
 
 def evaluations(lines, clips=None):
     """The evaluations among the lines of metrics.jsonl. clips: only those of the same clips, which can be compared."""
-    return [line for line in lines if "eval_train_loss" in line and clips in (None, line["eval_clips"])]
+    return [line for line in lines if "eval_train_loss" in line and clips in (None, line.get("eval_clips"))]
 
 
 def best_of(lines):
@@ -141,9 +159,9 @@ def base_of(lines):
     """The base model's score as evaluations have it, as `score` gives it; None without any. For a run that is resumed."""
     if not lines:
         return None
-    bands, swapped = lines[0]["eval_bands"], lines[0]["eval_swapped_base_loss"]
+    bands, gap = lines[0]["eval_bands"], lines[0].get("eval_caption_base_gap")
     held_out = None if bands[0]["held_out_base"] is None else [band["held_out_base"] for band in bands]
-    return {"train": [b["train_base"] for b in bands], "held_out": held_out, "swapped": None if swapped is None else [swapped] * BANDS}
+    return {"train": [b["train_base"] for b in bands], "held_out": held_out, "gap": gap}
 
 
 def sentence_of(line):
@@ -219,16 +237,15 @@ def verdict(lines, learning_rate, ran_all=True):
 
 def with_captions(last, sentences):
     """The verdict on a run that learns, after a look at whether the captions still count."""
-    held_out = last["eval_held_out_loss"] is not None
-    own, own_base = ("eval_held_out_loss", "eval_held_out_base_loss") if held_out else ("eval_train_loss", "eval_train_base_loss")
-    if last["eval_swapped_loss"] is None:
+    if last.get("eval_caption_gap") is None:
         return LEARNING, sentences
-    gap, base_gap = last["eval_swapped_loss"] / last[own] - 1, last["eval_swapped_base_loss"] / last[own_base] - 1
-    if gap >= CAPTIONS_COUNT:
-        sentences.append(f"Captions count: with another clip's the loss is {percent(gap)} (base model: {percent(base_gap)}).")
+    (gap, error), (base_gap, _) = last["eval_caption_gap"], last["eval_caption_base_gap"]
+    numbers = f"{percent(gap)}, give or take {100 * error:.1f} (base model: {percent(base_gap)})"
+    if gap > error or gap > CLEAR_GAP:
+        sentences.append(f"Captions count: with another clip's the loss is {numbers}.")
         return LEARNING, sentences
     sentences.append(
-        f"Another clip's caption fits as well as the own one: with it the loss is {percent(gap)} (base model: {percent(base_gap)}). "
+        f"Another clip's caption fits as well as the own one: with it the loss is {numbers}. "
         "Check that each caption belongs to its clip, and says what is in it."
     )
     return LOOK_ONLY, sentences

@@ -497,7 +497,7 @@ def curves_part(lines):
 def newest_numbers(lines, newest):
     """What the newest evaluation and the newest step say, as a table."""
     rows = []
-    for words, name in (("training clips", "train"), ("held-out clips", "held_out"), ("training clips, captions swapped", "swapped")):
+    for words, name in (("training clips", "train"), ("held-out clips", "held_out")):
         now, base = number(newest.get(f"eval_{name}_loss")), number(newest.get(f"eval_{name}_base_loss"))
         if now is not None:
             change = f"{100 * (now - base) / base:+.1f} %" if base else ""
@@ -507,6 +507,9 @@ def newest_numbers(lines, newest):
     facts = []
     if number(newest.get("update_share")) is not None:
         facts.append(f"the update is {100 * newest['update_share']:.3g} % of the weights it is added to")
+    gap, base_gap = newest.get("eval_caption_gap"), newest.get("eval_caption_base_gap")
+    if gap and base_gap:
+        facts.append(f"with another clip's caption the loss is {100 * gap[0]:+.1f} % (base model: {100 * base_gap[0]:+.1f} %)")
     for name, words in (("data_wait_percent", "waiting for data {:.0f} % of a step"), ("peak_memory_gib", "peak memory {:.2f} GiB")):
         if points := points_of(lines, name):
             facts.append(words.format(points[-1][1]))

@@ -17,8 +17,8 @@ from tests.conftest import ROOT, environment, lora_of, same, words
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
-KEYS = {"step", "eval_train_loss", "eval_held_out_loss", "eval_train_base_loss", "eval_held_out_base_loss", "eval_swapped_loss"}
-KEYS |= {"eval_swapped_base_loss", "eval_bands", "eval_clips", "update_share", "best_step"}
+KEYS = {"step", "eval_train_loss", "eval_held_out_loss", "eval_train_base_loss", "eval_held_out_base_loss", "eval_caption_gap"}
+KEYS |= {"eval_caption_base_gap", "eval_bands", "eval_clips", "update_share", "best_step"}
 
 
 def scores_of(folder):
@@ -42,7 +42,7 @@ def test_a_score_has_both_sets_with_the_lora_on_and_off(train):
         assert sum(bands) / 4 == pytest.approx(last[f"eval_{name}_loss"])
         assert len(set(bands)) == 4
     assert first["eval_train_loss"] != first["eval_held_out_loss"]
-    assert first["eval_swapped_loss"] != first["eval_held_out_loss"]
+    assert last["eval_caption_gap"] is None  # two clips say nothing
     assert [band["timestep"] for band in first["eval_bands"]] == [125, 375, 625, 875]
     assert first["update_share"] == 0 < last["update_share"] < 1
 
@@ -189,16 +189,14 @@ def test_scores_of_two_processes_are_those_of_one(train, tiny_model, six_clips, 
 # The verdict
 
 
-def run_of(train, held_out=None, swapped=None, share=0.05):
-    """Lines as a run would write them: losses by evaluation, the first of each the base model's. swapped: (first, last)."""
+def run_of(train, held_out=None, gap=None, share=0.05):
+    """Lines as a run would write them: losses by evaluation, the first of each the base model's. gap: (of the last, its error)."""
     lines = []
     for number, loss in enumerate(train):
         held = None if held_out is None else held_out[number]
         scores = {"train": [loss] * 4, "held_out": None if held is None else [held] * 4}
-        base = {"train": [train[0]] * 4, "held_out": None if held is None else [held_out[0]] * 4, "swapped": None}
-        scores["swapped"] = None
-        if swapped:
-            scores["swapped"], base["swapped"] = [swapped[1 if number else 0]] * 4, [swapped[0]] * 4
+        base = {"train": [train[0]] * 4, "held_out": None if held is None else [held_out[0]] * 4, "gap": gap and (0.05, 0.02)}
+        scores["gap"] = gap if number == len(train) - 1 else None
         lines.append(evaluation.line_of(100 * number, scores, base, {}, share if number else 0.0, lines, 1000))
     return lines
 
@@ -216,11 +214,12 @@ def test_the_word_for_each_kind_of_run():
     assert word([1.0, 0.9, 0.8]) == "learning"
     assert word([1.0, 1.0]) == "nothing happening"
     assert word([1.0]) == "not measured"
-    assert word([1.0, 0.8], [1.0, 0.85], swapped=(1.1, 0.853)) == "learning the look, not the captions"
-    assert word([1.0, 0.8], [1.0, 0.85], swapped=(1.1, 0.95)) == "learning"
-    assert word([1.0, 0.8], [1.0, 0.85], swapped=(0.97, 0.84)) == "learning the look, not the captions"
-    assert word([1.0, 0.8], swapped=(1.1, 0.85)) == "learning"
-    assert word([1.0, 0.999], [1.0, 0.999], swapped=(1.0, 1.0)) == "nothing happening"
+    assert word([1.0, 0.8], [1.0, 0.85], gap=(0.003, 0.01)) == "learning the look, not the captions"
+    assert word([1.0, 0.8], [1.0, 0.85], gap=(-0.03, 0.01)) == "learning the look, not the captions"
+    assert word([1.0, 0.8], [1.0, 0.85], gap=(0.003, 0.002)) == "learning"
+    assert word([1.0, 0.8], [1.0, 0.85], gap=(0.06, 0.07)) == "learning"  # few clips, but much
+    assert word([1.0, 0.8], gap=(0.06, 0.01)) == "learning"
+    assert word([1.0, 0.999], [1.0, 0.999], gap=(0.0, 0.01)) == "nothing happening"
 
 
 def test_the_sentences_name_the_step_the_cause_and_the_way_out():
@@ -276,3 +275,29 @@ def test_what_an_earlier_run_left_in_best_is_not_taken_for_this_ones(train, tmp_
     (tmp_path / "out/best").mkdir(parents=True)
     (tmp_path / "out/best/pytorch_lora_weights.safetensors").write_bytes(b"of another run")
     assert not (train(output=tmp_path / "out", max_train_steps=1, eval_clips=0) / "best").exists()
+
+
+def test_the_caption_gap_sees_what_belongs_together_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    hard, plain = torch.rand(6, 1, generator=generator), torch.rand(1, 6, generator=generator)
+    mixed = 1 + hard + plain  # hard clips, and captions that fit all clips better
+    gap, error = evaluation.caption_gap(mixed)
+    assert abs(gap) < 1e-6
+    assert error < 1e-6
+    belonging = mixed - 0.1 * torch.eye(6)
+    gap, error = evaluation.caption_gap(belonging)
+    assert gap == pytest.approx(0.1 / belonging.diagonal().mean().item(), rel=1e-4)
+    assert error < 1e-6
+    off = (belonging.sum() - belonging.diagonal().sum()) / 30
+    assert gap == pytest.approx((off / belonging.diagonal().mean() - 1).item(), rel=1e-4)
+    gap, error = evaluation.caption_gap(mixed + torch.rand(6, 6, generator=generator))
+    assert abs(gap) < 3 * error
+
+
+def test_captions_are_swapped_at_the_first_and_the_last_score_of_enough_clips(train):
+    lines = scores_of(train(eval_clips=5, max_train_steps=4, eval_steps=2, rank=16))
+    first, between, last = (line["eval_caption_gap"] for line in lines)
+    assert first == lines[0]["eval_caption_base_gap"] == lines[2]["eval_caption_base_gap"]
+    assert between is None
+    assert last != first
+    assert len(last) == 2

@@ -32,7 +32,7 @@ def evaluation_line(step, loss):
     """A line as an evaluation logs it."""
     bands = [{"timestep": t, "train": loss, "held_out": loss + 0.1, "train_base": 1.4, "held_out_base": 1.5} for t in (125, 375, 625, 875)]
     losses = {"eval_train_loss": loss, "eval_held_out_loss": loss + 0.1, "eval_train_base_loss": 1.4, "eval_held_out_base_loss": 1.5}
-    rest = {"update_share": 0.01, "best_step": 2, "eval_swapped_loss": loss + 0.2, "eval_swapped_base_loss": 1.45}
+    rest = {"update_share": 0.01, "best_step": 2, "eval_caption_gap": [0.043, 0.01], "eval_caption_base_gap": [0.021, 0.01]}
     return {"step": step, "eval_bands": bands} | losses | rest
 
 

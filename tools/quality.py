@@ -137,7 +137,7 @@ def main(words=None):
     flag("--seeds", type=int, default=5, help="runs of each (default: 5)")
     flag("--steps", type=int, default=300, help="optimizer steps of a run (default: 300, the guide's ten epochs)")
     flag("--eval_steps", type=int, default=20, help="score every N steps (default: 20)")
-    flag("--target", type=float, default=0.2, help="how far below the base model's the loss has to be, as a share (default: 0.2)")
+    flag("--target", type=float, default=0.18, help="how far below the base model's the loss has to be, as a share (default: 0.18)")
     flag("--model", default=str(ROOT / "demo/model"), help="model folder (default: the demo's)")
     flag("--work_dir", type=Path, help="keep the runs here, and take those that are there (default: a temporary folder)")
     flag("--threads", type=int, default=1, help="OMP_NUM_THREADS of a run (default: 1)")
