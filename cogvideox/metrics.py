@@ -19,7 +19,7 @@ class MetricsFile:
         if not enabled:
             return
         path = self.path
-        kept = [line for line in read_metrics(path) if line["step"] <= first_step] if path.exists() and first_step else []
+        kept = [line for line in read_metrics(path) if line["step"] <= first_step] if first_step else []
         write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.file = path.open("a", encoding="utf-8")
 
@@ -35,7 +35,9 @@ class MetricsFile:
 
 
 def read_metrics(path):
-    """The lines of a metrics.jsonl; a last line cut by a kill is left out."""
+    """The lines of a metrics.jsonl: none of a run that wrote none yet. A last line cut by a kill is left out."""
+    if not Path(path).exists():
+        return []
     lines = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
