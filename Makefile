@@ -34,10 +34,10 @@ demo: demo/old_film/videos.txt
 	$(BIN)/python -m demo.measure demo/output
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 quick: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # A real training under sixty random kills and full disks; ends with the weights of an undisturbed one.
 chaos: demo/tiny_model/model_index.json
