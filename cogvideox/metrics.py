@@ -77,11 +77,12 @@ def plot_losses(metrics_path, picture_path):
     axes[0].set_ylabel("velocity loss")
     axes[0].legend()
     axes[1].plot(steps, [line["learning_rate"] for line in trained], color="tab:green")
+    axes[1].set_ylim(bottom=0)
     axes[1].set_ylabel("learning rate")
     axes[2].plot(steps, [line["grad_norm"] for line in trained], color="tab:purple")
     axes[2].set_ylabel("gradient norm")
     axes[2].set_xlabel("optimizer step")
-    figure.tight_layout()
+    figure.subplots_adjust(left=0.12, right=0.97, bottom=0.06, top=0.98, hspace=0.08)  # measuring the texts takes longer than drawing
     picture = io.BytesIO()
     figure.savefig(picture, dpi=100, format="png")
     pyplot.close(figure)

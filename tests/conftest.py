@@ -1,5 +1,6 @@
 """Fixtures: a tiny real CogVideoX folder, real clips, and the whole script run in this process."""
 
+import gc
 import os
 import shutil
 import socket
@@ -125,6 +126,9 @@ def train(tiny_model, six_clips, encodings, tmp_path):
         output = output or tmp_path / f"run-{len(runs)}"
         runs.append(output)
         script.main(script.parse_args(words(model, data, output, cache, **flags)))
+        if not gc.get_freeze_count():  # the libraries' million objects, which the script's own collections would walk each time
+            gc.collect()
+            gc.freeze()
         return Path(output)
 
     return run

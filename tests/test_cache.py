@@ -149,6 +149,7 @@ def test_every_setting_that_changes_an_encoding_changes_its_name():
     assert len({store.caption_key(*each) for each in captions}) == 5
 
 
+@pytest.mark.slow
 def test_a_damaged_entry_is_encoded_again(train, tmp_path):
     first = train(cache=tmp_path / "cache")
     whole = content(tmp_path / "cache")
@@ -281,6 +282,7 @@ def test_two_runs_may_fill_one_cache_at_once(tiny_model, six_clips, tmp_path):
 # Buckets and bad clips
 
 
+@pytest.mark.slow
 def test_clips_go_to_the_nearest_bucket_and_every_step_holds_one_shape(train, clips, monkeypatch):
     from cogvideox.video import write_video
 

@@ -294,6 +294,7 @@ def test_faults_of_the_model_the_size_and_the_data_are_told_together(clips, trai
     assert "videos/05.mp4: empty file" in told
 
 
+@pytest.mark.slow
 def test_clips_of_unlike_length_need_batches_of_one(clips, train, capsys):
     (clips / "videos/04.mp4").write_bytes(short_clip())
     with pytest.raises(SystemExit) as stop:

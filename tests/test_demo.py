@@ -57,6 +57,7 @@ def error(vae, frames):
     return np.abs(made.astype(float) - frames).mean()
 
 
+@pytest.mark.slow
 def test_the_vae_knows_clips_it_was_not_trained_on(tmp_path):
     device = torch.device("cpu")
     frames = read_video(CLIPS / "videos/60.mp4")[:17, ::2, ::2]

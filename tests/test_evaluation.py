@@ -136,6 +136,7 @@ def test_wrong_data_is_told_before_a_model_loads(train, capsys, what):
     assert ("--eval_data_root" if what == "missing" else "none would be left to train on") in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_best_lora_is_kept_through_a_resume(train):
     flags = {"eval_share": 0.34, "eval_clips": 2, "eval_steps": 1, "checkpointing_steps": 1, "rank": 16}
     folder = train(max_train_steps=2, **flags)
@@ -262,6 +263,7 @@ def test_the_plot_has_what_was_scored(train):
     assert os.path.getsize(folder / "loss.png") > 10_000
 
 
+@pytest.mark.slow
 def test_a_resumed_run_that_scores_other_clips_scores_the_base_again(train):
     folder = train(max_train_steps=2, eval_clips=2, rank=16)
     plain = scores_of(train(max_train_steps=1, eval_clips=3))[0]

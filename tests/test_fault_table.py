@@ -265,6 +265,7 @@ def test_strange_validation_prompts_make_files_inside_the_folder(train):
     assert all(path.name.isprintable() and len(path.name) < 100 for path in videos)
 
 
+@pytest.mark.slow
 def test_an_entry_of_another_shape_is_encoded_again(train, tmp_path):
     cache = tmp_path / "cache"
     right = train(cache=cache)
@@ -311,6 +312,7 @@ def test_a_full_disk_while_encoding_is_told_in_a_sentence(train, small_disk, cap
     assert "--encoding_cache_dir" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_encoding_leaves_whole_entries_that_the_next_run_uses(train, small_disk, monkeypatch):
     fill_after_first_entry(monkeypatch, small_disk)
     with pytest.raises((SystemExit, OSError)):

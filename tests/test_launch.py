@@ -244,6 +244,7 @@ def test_the_shell_scripts_use_flags_that_exist_and_say_what_each_is_for(name):
     assert {"MODEL_PATH", "DATASET_PATH", "OUTPUT_PATH", "CACHE_PATH"} <= set(variable_names)
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_see_each_other_are_refused(tiny_model, six_clips, tmp_path):
     """A launcher that starts two trainers which each believe to be alone would let both write one folder."""
     code = (
