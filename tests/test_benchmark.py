@@ -168,6 +168,7 @@ def test_an_exponent_is_fitted_and_a_point_off_the_curve_is_told():
     assert 0.1 < off < 0.3
 
 
+@pytest.mark.slow
 def test_growth_changes_one_quantity_at_a_time(report):
     words = "--shape", "9x32x32", "--frames", "9", "17", "--sides", "32", "64", "--ranks", "4", "8", "--batches", "1", "3"
     rows, written = report("growth", "--size", "tiny", "--precision", "no", "--steps", "1", *words)

@@ -57,6 +57,7 @@ def test_the_base_is_the_model_with_the_lora_off_whatever_the_run_starts_from(tr
     assert first["update_share"] > 0
 
 
+@pytest.mark.slow
 def test_scoring_disturbs_nothing(train):
     watched = train(max_train_steps=4, eval_clips=2, eval_steps=1, lora_dropout=0.3)
     alone = train(max_train_steps=4, eval_clips=0, lora_dropout=0.3)
@@ -85,6 +86,7 @@ def test_which_clips_are_held_out_depends_on_the_seed_and_the_share():
     assert evaluation.choose_held_out(20, 0.25, 1) == evaluation.choose_held_out(20, 0.25, 1) != evaluation.choose_held_out(20, 0.25, 2)
 
 
+@pytest.mark.slow
 def test_a_second_folder_is_held_out_whole(train, clips, tmp_path, capsys):
     second = shutil.copytree(clips, tmp_path / "second")
     for name in ("prompts.txt", "videos.txt"):

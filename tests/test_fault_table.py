@@ -256,6 +256,7 @@ def test_a_file_name_with_signs_that_move_a_cursor_is_escaped_in_the_log(clips, 
     assert "\x1b[3" not in told
 
 
+@pytest.mark.slow
 def test_strange_validation_prompts_make_files_inside_the_folder(train):
     prompt = "../../up:::/etc/passwd:::" + "long " * 2000 + ":::\x1b[31mred\0"
     folder = train(validation_prompt=prompt, max_train_steps=1)
@@ -278,6 +279,7 @@ def test_an_entry_of_another_shape_is_encoded_again(train, tmp_path):
     assert same(lora_of(right), lora_of(again))
 
 
+@pytest.mark.slow
 def test_numbers_in_the_cache_that_are_not_finite_are_named_and_train_nothing(train, tmp_path, capsys):
     cache = tmp_path / "cache"
     clean = train(cache=cache, max_train_steps=6)
@@ -337,6 +339,7 @@ def test_half_precision_on_a_machine_without_a_gpu_is_refused(train, capsys, mon
     assert script.choose_precision("bf16", None, None) == ("bf16", None)
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer_is_told_in_a_sentence_within_a_minute(tmp_path):
     code = (
         "import sys; sys.path.insert(0, '.'); from cogvideox.folder import find_model\n"
@@ -599,6 +602,7 @@ def test_a_checkpoint_folder_that_is_a_link_is_resumed_and_its_target_is_never_r
     assert not same(lora_of(folder), lora_of(straight / "checkpoint-2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["file", "link"])
 def test_something_in_the_place_of_a_checkpoint_does_not_cost_the_result(train, tmp_path, kind):
     folder = train(max_train_steps=1)

@@ -571,6 +571,7 @@ def test_a_cache_that_cannot_be_written_is_told_in_a_sentence(train, capsys, tmp
     assert "--encoding_cache_dir" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_validation_with_buckets_takes_the_most_common_trained_shape(train):
     folder = train(bucket=["64x48", "9"], validation_prompt="a rabbit")
     settings = json.loads((folder / "validation/step-000000/videos.json").read_text())["settings"]

@@ -96,6 +96,7 @@ def test_videos_are_those_of_the_stock_pipeline_at_each_strength(tiny_model, lor
     assert np.abs(stock[1] - stock[2]).max() > 3
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_video_whatever_is_made_with_it(tiny_model, lora, tmp_path, frames):
     generate.main(line(tiny_model, tmp_path / "alone", lora=lora))
     alone = dict(frames)
@@ -123,6 +124,7 @@ def test_a_fine_tuned_transformer_is_taken_by_its_run_or_itself(tiny_model, lora
     assert "no transformer/config.json" in refused(generate.main, capsys, *line(tiny_model, tmp_path / "c", transformer=tmp_path / "a"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rotary_model", "temporal_patch_model"])
 def test_the_other_families_and_the_size_that_the_config_names(kind, request, tmp_path, frames):
     model = request.getfixturevalue(kind)

@@ -178,6 +178,7 @@ def test_how_the_run_ended_is_told_and_a_resumed_one_runs_again(tmp_path, code, 
     assert "About 3.0 minutes of training left" in page
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_steps_make_a_small_page_quickly(tmp_path):
     rng = np.random.default_rng(0)
     lines = [training_line(step, loss=1 + float(rng.normal()) * 0.1) for step in range(1, 100_001)]
