@@ -60,6 +60,7 @@ def batch_of(seed):
     return {"latents": latents, "noise": noise, "timestep": torch.tensor([300, 900]), "prompt": prompt}
 
 
+@pytest.mark.numeric
 def test_the_baselines_loss_is_ours():
     transformer, scheduler = benchmark.make_transformer("tiny", torch.float32), make_scheduler()
     for parameter in lora.add_lora(transformer, 4, 4, 0.0, reference.TARGETS, seed=0):
@@ -75,6 +76,7 @@ def test_the_baselines_loss_is_ours():
     assert abs(others - ours) > 1e-3 * ours
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("variant", ["ours", "ours, plain linears"])
 def test_flops_are_those_counted_by_hand(variant, tmp_path):
     step, _ = benchmark.our_step(STEP | {"shape": SHAPE, "variant": variant}, tmp_path)
@@ -152,6 +154,7 @@ def test_step_prints_its_table(report):
     assert written["machine"]
 
 
+@pytest.mark.numeric
 def test_checkpointed_steps_count_no_recomputation(report):
     words = "step", "--size", "tiny", "--precision", "no", "--shape", "9x32x48", "--steps", "1", "--gradient_checkpointing"
     (_, none), (_, every) = report(*words, "none"), report(*words, "all")

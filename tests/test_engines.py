@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 import train_cogvideox_lora as script
 from cogvideox import checkpoint, engine
 from cogvideox.video import read_video, write_video
-from tests.conftest import ROOT, environment, words
+from tests.conftest import ROOT, STEADY_ADAM, environment, words
 from tests.test_launch import free_port, run
 
-TWO_STEPS_AND_TWO = {"max_train_steps": 4, "checkpointing_steps": 2}
+TWO_STEPS_AND_TWO = {"max_train_steps": 4, "checkpointing_steps": 2} | STEADY_ADAM
 LEARNING_RATE = {"lora": 1e-2, "sft": 1e-3}
 NAMES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed compiles its CPU collectives")
@@ -91,6 +91,7 @@ def unfinished(folder, target):
     return target
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize("kind", ["lora", "sft"])
@@ -117,6 +118,7 @@ def test_two_processes_train_what_one_does_and_one_goes_on_from_theirs(name, kin
     assert losses_of(begun) == pytest.approx(losses_of(alone[kind]), rel=1e-4)
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in ("fsdp2", "zero2", "zero3") for kind in ("lora", "sft")])
@@ -134,6 +136,7 @@ def test_two_processes_go_on_from_what_one_has_saved(name, kind, tiny_model, six
     assert losses_of(begun) == pytest.approx(losses_of(alone[kind]), rel=1e-4)
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_fsdp2_in_bf16_with_accumulation_checkpointing_and_an_average(tiny_model, six_clips, tmp_path, encodings, train):
@@ -216,6 +219,7 @@ def test_the_shipped_transformer_makes_the_live_models_video(train, tiny_model, 
         assert bool(difference < 1) is is_same, difference
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 def test_full_fine_tuning_resumes_bit_for_bit_and_another_seed_does_not(train):
     flags = {"training_type": "sft", "learning_rate": 1e-3, "checkpointing_steps": 2, "max_train_steps": 4, "ema_decay": 0.9}
@@ -229,6 +233,7 @@ def test_full_fine_tuning_resumes_bit_for_bit_and_another_seed_does_not(train):
     assert worst_difference(result_of(other), result_of(whole)) > 1e-4
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "sft"])
 def test_an_average_is_what_is_shipped_and_training_does_not_feel_it(kind, train):

@@ -173,6 +173,7 @@ def test_a_learning_rate_of_zero_changes_nothing_and_the_verdict_says_so(train, 
     assert "verdict: nothing happening." in capsys.readouterr().err
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_scores_of_two_processes_are_those_of_one(train, tiny_model, six_clips, encodings, tmp_path):
@@ -245,6 +246,7 @@ def test_the_sentences_name_the_step_the_cause_and_the_way_out():
     assert "best/ has that LoRA" in said([1.0, 0.8, 0.79], [1.0, 0.8, 0.801])
 
 
+@pytest.mark.numeric
 def test_the_size_of_the_update_is_that_of_the_products():
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -284,6 +286,7 @@ def test_what_an_earlier_run_left_in_best_is_not_taken_for_this_ones(train, tmp_
     assert not (train(output=tmp_path / "out", max_train_steps=1, eval_clips=0) / "best").exists()
 
 
+@pytest.mark.numeric
 def test_the_caption_gap_sees_what_belongs_together_and_nothing_else():
     generator = torch.Generator().manual_seed(0)
     hard, plain = torch.rand(6, 1, generator=generator), torch.rand(1, 6, generator=generator)

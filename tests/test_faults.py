@@ -340,6 +340,7 @@ def test_a_disk_too_small_for_a_checkpoint_is_told_before_the_first_step(train, 
 # Starting from a LoRA, two runs, dead processes, long validations
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 def test_a_run_can_start_from_the_lora_of_another(train, tmp_path, capsys):
     first = train(max_train_steps=5, rank=4, lora_alpha=2)

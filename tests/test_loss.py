@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
 
@@ -49,6 +50,7 @@ def double_velocity_loss(answer, schedule, values):
     return (answer - target).pow(2).mean(dim=(1, 2, 3, 4))
 
 
+@pytest.mark.numeric
 def test_the_velocity_loss_is_the_weighted_x0_loss_of_the_trainers_before():
     schedule, values = scheduler(), batch([0, 1, 100, 500, 998])
     schedule.alphas_cumprod = schedule.alphas_cumprod.double()
@@ -108,6 +110,7 @@ def test_gradients_reach_the_lora_alone(tiny_model):
     assert all(p.grad.abs().max() > 0 for name, p in transformer.named_parameters() if ".lora_B." in name)
 
 
+@pytest.mark.numeric
 def test_ten_steps_give_the_losses_on_record(train):
     """A refactoring must leave these as they are; a change of the maths says so by changing them."""
     lines = [json.loads(line) for line in (train(max_train_steps=10) / "metrics.jsonl").read_text().splitlines()]
@@ -116,6 +119,7 @@ def test_ten_steps_give_the_losses_on_record(train):
     assert max(golden) - min(golden) > 0.05
 
 
+@pytest.mark.numeric
 def test_min_snr_weights_of_the_velocity_error():
     schedule = scheduler()
     weights = script.loss_weights(schedule, 5.0, torch.device("cpu"))

@@ -46,6 +46,7 @@ def base_and_lora(model, lora, scale=None, dtype=torch.float32):
     return predicted(transformer)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("scale", [1.0, -0.5])
 def test_the_merged_model_computes_what_base_and_lora_do(tiny_model, tmp_path, scale, capsys):
     lora = make_lora(tiny_model, tmp_path / "run", [*ATTENTION, "ff.net.2", "norm1.linear", "proj_out", "text_proj"])
@@ -116,6 +117,7 @@ def test_sharded_weights_and_a_variant_give_the_same_weights(tiny_model, tmp_pat
         assert same(dict(CogVideoXTransformer3DModel.from_pretrained(output / "transformer").state_dict()), whole)
 
 
+@pytest.mark.numeric
 def test_a_whole_pipeline_loads_and_the_base_is_left_alone(tiny_model, tmp_path):
     lora, model = make_lora(tiny_model, tmp_path / "run"), shutil.copytree(tiny_model, tmp_path / "base")
     # A hub cache holds links to files beside it.

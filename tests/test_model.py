@@ -21,6 +21,7 @@ def pipeline(tiny_model):
     return CogVideoXPipeline.from_pretrained(tiny_model)
 
 
+@pytest.mark.numeric
 def test_captions_are_encoded_as_the_pipeline_encodes_prompts(tiny_model, pipeline):
     tokenizer, encoder = folder_of.load_tokenizer(tiny_model), model.load_text_encoder(tiny_model, torch.device("cpu"))
     captions = ["a rabbit", "", "a very long story " * 200]
@@ -31,6 +32,7 @@ def test_captions_are_encoded_as_the_pipeline_encodes_prompts(tiny_model, pipeli
     assert (ours[0] - ours[1]).abs().max() > 0.1
 
 
+@pytest.mark.numeric
 def test_sampled_latents_are_the_posteriors_sample_times_the_scale(tiny_model):
     vae = model.load_vae(tiny_model, torch.device("cpu"))
     frames = np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), dtype=np.uint8)
@@ -45,6 +47,7 @@ def test_sampled_latents_are_the_posteriors_sample_times_the_scale(tiny_model):
     assert not torch.allclose(ours, other)
 
 
+@pytest.mark.numeric
 def test_latents_are_decoded_as_the_pipeline_decodes_them(tiny_model, pipeline):
     latents = torch.randn(3, 16, 4, 6, generator=torch.Generator().manual_seed(0))
     vae = model.load_vae(tiny_model, torch.device("cpu"))
@@ -243,6 +246,7 @@ def test_the_fewest_blocks_that_fit_are_recomputed_and_attention_is_given_up_las
     assert plans == [(0, True), (0, True), (1, True), (1, True), (2, True), (4, True), (4, False), (4, False)]
 
 
+@pytest.mark.numeric
 def test_what_a_block_keeps_is_measured(tiny_model):
     transformer = model.load_transformer(tiny_model, torch.float32)
     script.lora.add_lora(transformer, 4, 4.0, 0.0, ["to_q"], seed=0)
