@@ -16,16 +16,15 @@ held-out loss), validation/step-*/, checkpoint-*/.
 
 import argparse
 import functools
-import hashlib
 import importlib.util
 import math
 import os
 import re
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from cogvideox.flags import add_data_flags, below, check_data_flags, not_above_zero
@@ -252,14 +251,13 @@ if __name__ == "__main__":
     ARGS = parse_args()
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from cogvideox import checkpoint, engine, evaluation, hub, lora, memory, metrics, rehearsal, report, sft, stopping, validation
 from cogvideox.cache import known_components
-from cogvideox.data import check_data, encode_data, free
+from cogvideox.data import check_data, encode_data
 from cogvideox.files import try_writing
 from cogvideox.folder import (
     COGVIDEOX_2B,
@@ -274,7 +272,6 @@ from cogvideox.folder import (
 from cogvideox.launch import (
     BAD_DATA,
     BAD_FLAGS,
-    BAD_NUMBERS,
     BAD_OUTPUT,
     FolderLock,
     fail,
@@ -294,9 +291,8 @@ from cogvideox.model import (
     rotary_tables,
 )
 from cogvideox.optimizer import make_optimizer, make_schedule
-from cogvideox.order import TrainingClips, clip_at, epoch_length, positions_of, seeded_generator
+from cogvideox.order import Plan, TrainingClips, positions_of, seeded_generator
 from cogvideox.reader import Readers, decode_workers
-from cogvideox.survey import printable
 
 # -----------------------------------------------------------------------------
 # Loss
@@ -329,6 +325,52 @@ def loss_weights(scheduler, snr_gamma, device):
     """
     abar = scheduler.alphas_cumprod.to(device, torch.float32)
     return torch.minimum(abar, snr_gamma * (1 - abar))
+
+
+# -----------------------------------------------------------------------------
+# One optimizer step
+
+
+@dataclass
+class StepResult:
+    """What an optimizer step tells: a loss, the positions and the timesteps of each micro-batch, and the numbers of the step."""
+
+    losses: list
+    positions: list
+    timesteps: list
+    grad_norm: float = math.nan
+    finite: bool = False  # whether the gradient was; if not, nothing was updated
+    learning_rate: float = 0.0
+    seconds_waited: float = 0.0  # for the data
+
+
+def train_step(args, trained, batches, compute_loss, step):
+    """One optimizer step on the next --gradient_accumulation_steps batches. compute_loss: (model, batch) -> the mean loss."""
+    accelerator, optimizer, result = trained.accelerator, trained.optimizer, StepResult([], [], [])
+    # The seed is for LoRA dropout, the only random numbers that are drawn inside the model.
+    torch.manual_seed(seeded_generator(args.seed, "dropout", step, accelerator.process_index).initial_seed())
+    for _ in range(args.gradient_accumulation_steps):
+        asked = time.perf_counter()
+        batch = {name: value.to(trained.device, non_blocking=True) for name, value in next(batches).items()}
+        result.seconds_waited += time.perf_counter() - asked
+        with accelerator.accumulate(trained.model):
+            loss = compute_loss(trained.model, batch)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                # The norm is of the summed gradients, so all ranks see the same. fp16's scaler skips by itself.
+                norm = accelerator.clip_grad_norm_(trained.parameters, args.max_grad_norm or math.inf)
+                result.grad_norm = float(engine.whole(norm))
+                result.finite = math.isfinite(result.grad_norm)
+                if result.finite or accelerator.scaler:
+                    optimizer.step()
+                    trained.update_average()
+                optimizer.zero_grad()
+        result.losses.append(loss.detach())
+        result.positions.append(batch["position"])
+        result.timesteps.append(batch["timestep"])
+    result.learning_rate = trained.schedule.get_last_lr()[0]
+    trained.schedule.step()
+    return result
 
 
 # -----------------------------------------------------------------------------
@@ -390,9 +432,11 @@ def remove_earlier_run(output_dir, logging_dir):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
-def main(args):
-    """One training run, from flags to a LoRA on disk."""
-    # The model's configs are read before any of its weights; what is wrong with it is told together with the data's faults.
+def open_model(args):
+    """The model's folder, ModelFacts and tokenizer, from configs and headers only, and every problem that they show.
+
+    Returns (folder, facts, tokenizer, problems), and fills in --mixed_precision.
+    """
     problems, folder, facts, tokenizer = [], None, COGVIDEOX_2B, None
     token = args.hub_token or os.environ.get("HF_TOKEN")
     try:
@@ -410,40 +454,76 @@ def main(args):
         for frames in args.bucket_lengths or [args.max_num_frames]:
             names = ("--bucket",) * 3 if args.bucket else ("--height", "--width", "--max_num_frames")
             problems += check_geometry(facts, height, width, frames, names)
-    step = facts.spatial_multiple  # a size that is not given is a trained one, which is legal
-    shape = args.validation_height or step, args.validation_width or step, args.validation_frames or 1 + 4 * (facts.latents_per_patch - 1)
+    pixels = facts.spatial_multiple  # a size that is not given is a trained one, which is legal
+    shape = (
+        args.validation_height or pixels,
+        args.validation_width or pixels,
+        args.validation_frames or 1 + 4 * (facts.latents_per_patch - 1),
+    )
     problems += check_geometry(facts, *shape, names=("--validation_height", "--validation_width", "--validation_frames"))
-    problems = list(dict.fromkeys(problems))  # the same size may have been asked for twice
+    return folder, facts, tokenizer, list(dict.fromkeys(problems))  # the same size may have been asked for twice
 
-    # Processes. From here on every line runs on every process; the main one prints and writes.
+
+def prepare_transformer(transformer, args, accelerator, dtype, hold=True):
+    """Bring a transformer, with its LoRA or all trainable, to the device and into the form that training steps run in.
+
+    hold: whether frozen layers become HeldLinear where something is gained by it.
+    """
+    lora.fit_to_autocast(transformer, dtype)
+    if not engine.splits_weights(accelerator):  # an engine that shards has to see all weights, and brings its shard to the device
+        if hold:
+            hold_linears(transformer, args.base_precision, args.offload, accelerator.device)
+        transformer.to(accelerator.device)
+    # With auto the rehearsal starts with every block recomputed, and takes back what fits.
+    checkpoint_blocks(transformer, *blocks_to_recompute(args.gradient_checkpointing, len(transformer.transformer_blocks)))
+    if args.compile:
+        compile_blocks(transformer, accelerator.device)
+    transformer.train()
+
+
+def make_losses(args, transformer, scheduler, dtype, device):
+    """(compute_loss, clip_losses): functions of a model and a batch, to the loss that is trained and to the plain loss of each clip."""
+    rotary_of = rotary_tables(transformer, device)
+    weights = loss_weights(scheduler, args.snr_gamma, device) if args.snr_gamma else None
+
+    def clip_losses(model, batch):
+        return velocity_loss(model, scheduler, batch, rotary_of(batch), dtype)
+
+    def compute_loss(model, batch):
+        losses = clip_losses(model, batch)
+        return (losses if weights is None else losses * weights[batch["timestep"]]).mean()
+
+    return compute_loss, clip_losses
+
+
+def main(args):
+    """One training run, from flags to a LoRA on disk."""
+    # The model's configs are read before any of its weights; its problems are told together with the data's.
+    folder, facts, tokenizer, problems = open_model(args)
+
+    # Processes. From here on every line runs on every rank; the main one prints and writes.
     accelerator = start_processes(args.mixed_precision, args.gradient_accumulation_steps, args.process_timeout_minutes)
     if __name__ == "__main__":  # from here on a signal is noted, and the run ends where nothing is lost
         stopping.listen(args.output_dir)
-    patient_barrier = patient_barrier_maker()
-    device, is_main, output_dir = accelerator.device, accelerator.is_main_process, Path(args.output_dir)
+    barrier, device, is_main, output_dir = patient_barrier_maker(), accelerator.device, accelerator.is_main_process, Path(args.output_dir)
     dtype = PRECISIONS[args.mixed_precision]
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    lock, output_problems = prepare_output_dir(args, accelerator)
+    lock, output_problems = prepare_output_dir(args, accelerator)  # the lock lasts as long as its object
     if output_problems:
         fail(BAD_OUTPUT, output_problems + problems)
 
     # Data: every clip is opened and decoded once, then encoded once; afterwards neither T5 nor the VAE is in memory.
     with Readers(decode_workers(), args.clip_timeout_seconds) as readers:
-        data = check_data(args, facts, tokenizer, readers, accelerator, patient_barrier)
+        data = check_data(args, facts, tokenizer, readers, accelerator, barrier)
         if problems or data.problems:
             fail(BAD_FLAGS if problems else BAD_DATA, problems + data.problems)
         if is_main and args.overwrite_output_dir and holds_earlier_run(output_dir):
             remove_earlier_run(output_dir, args.logging_dir)  # not before everything that could be wrong has been found right
         if args.dry_run and is_main:
-            configs = memory.on_device(memory.read_configs(folder, args.variant), device.type)
-            say("\npredicted, with every block recomputed where the flag is auto:")
-            spread = {"engine": engine.engine_of(accelerator), "processes": accelerator.num_processes}
-            say("\n".join(memory.table(memory.predict(configs, args, velocity_loss, device.type, **spread))))
-        encodings, prompts, negative_prompt, identities = encode_data(
-            args, folder, facts, tokenizer, data, readers, accelerator, patient_barrier
-        )
+            say_predicted_memory(args, folder, accelerator)
+        encodings, prompts, negative_prompt, identities = encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier)
 
-    # The transformer: frozen, in the compute dtype, with a LoRA in fp32; or all of it in fp32.
+    # Transformer: frozen, in the compute dtype, with a LoRA in fp32; or all of it in fp32.
     scheduler, result = load_scheduler(folder), checkpoint.RESULTS[args.training_type]
     build = functools.partial(result.build, args, folder, dtype)
     transformer = build()
@@ -455,344 +535,151 @@ def main(args):
     except ValueError as error:
         fail(BAD_FLAGS, f"--init_lora {args.init_lora}: {error}")
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    trained, total = sum(p.numel() for p in parameters), sum(p.numel() for p in transformer.parameters())
-    lora.fit_to_autocast(transformer, dtype)
-    splits = engine.splits_weights(accelerator)
-    if not splits:  # an engine that splits weights has to see them all, and brings its part to the device
-        hold_linears(transformer, args.base_precision, args.offload, device)
-        transformer.to(device)
-    # With auto the rehearsal starts with every block recomputed, and takes back what fits.
-    checkpoint_blocks(transformer, *blocks_to_recompute(args.gradient_checkpointing, len(transformer.transformer_blocks)))
-    if args.compile:
-        compile_blocks(transformer, device)
-    transformer.train()
-    rotary_of = rotary_tables(transformer, device)
+    num_trained, num_parameters = sum(p.numel() for p in parameters), sum(p.numel() for p in transformer.parameters())
+    prepare_transformer(transformer, args, accelerator, dtype)
 
-    # Steps are optimizer steps. Every step trains the same number of clips; the last one of a run is filled up from the
-    # next epoch's order.
-    to_train = data.trained
-    clips_per_step = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    shapes = tuple((clip["frames"], clip["height"], clip["width"]) if args.bucket else 0 for clip in (data.clips[i] for i in to_train))
-    epoch_clips = epoch_length(shapes, clips_per_step)
-    total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * epoch_clips / clips_per_step)
-    learning_rate = args.learning_rate * (clips_per_step if args.scale_lr else 1)
+    # Optimizer and schedule. Steps are optimizer steps.
+    plan = Plan.of(args, data, accelerator.num_processes)
+    learning_rate = args.learning_rate * (plan.clips_per_step if args.scale_lr else 1)
     optimizer = make_optimizer(args, parameters, learning_rate)
-    schedule = make_schedule(args, optimizer, total_steps)
+    schedule = make_schedule(args, optimizer, plan.total_steps)
     model, optimizer, parameters = engine.prepare(accelerator, transformer, optimizer, args.train_batch_size, args.max_grad_norm, dtype)
-    average = checkpoint.make_average(parameters, args.ema_decay) if args.ema_decay else None
-    update_average = functools.partial(average.step, parameters) if average else lambda: None
-    whole = functools.partial(engine.whole_model, accelerator, transformer, build, dtype)
-
-    weight_of = loss_weights(scheduler, args.snr_gamma, device) if args.snr_gamma else None
-
-    def loss_of(batch):
-        losses = velocity_loss(model, scheduler, batch, rotary_of(batch), dtype)
-        return (losses if weight_of is None else losses * weight_of[batch["timestep"]]).mean()
-
+    average = engine.make_average(parameters, args.ema_decay) if args.ema_decay else None
+    trained = engine.Trained(accelerator, transformer, model, parameters, optimizer, schedule, average, build, dtype, barrier)
+    compute_loss, clip_losses = make_losses(args, transformer, scheduler, dtype, device)
     num_timesteps = scheduler.config.num_train_timesteps
-    clip_of = functools.partial(clip_at, args.seed, shapes=shapes, clips_per_step=clips_per_step, clips=to_train)
     clips = TrainingClips(
-        encodings, clip_of, args.seed, facts.scaling_factor, num_timesteps, args.caption_dropout, args.random_flip, args.timestep_sampling
+        encodings, plan.clip_of, args.seed, facts.scaling_factor, num_timesteps, args.caption_dropout, args.random_flip,
+        args.timestep_sampling,
     )  # fmt: skip
 
-    # Is it learning? The same trained and held-out clips, noises and timesteps are scored again and again.
-    sets = {"train": evaluation.spread(to_train, args.eval_clips), "held_out": evaluation.spread(data.held_out, args.eval_clips)}
-    captions, scored_clips = [record.caption for record in data.records], {name: len(clips) for name, clips in sets.items()}
-    scored_clips["sha256"] = hashlib.sha256("".join(data.clips[i]["sha256"] for i in sum(sets.values(), [])).encode()).hexdigest()[:12]
-
-    def score_of(looked_at, with_gap=True):
-        def losses(batch):
-            return velocity_loss(looked_at, scheduler, batch, rotary_of(batch), dtype)
-
-        noise = args.seed, facts.scaling_factor, num_timesteps
-        return evaluation.score(accelerator, looked_at, losses, encodings, sets, captions, *noise, with_gap)
-
-    # The rehearsal: what would have failed after ten hours fails in the first minute.
+    # Rehearsal: what would fail after ten hours fails in the first minute.
     memory_explained = functools.partial(
         stopping.explained_memory, blocks=len(transformer.transformer_blocks), peak=lambda: peak_memory_gib(device)
     )
-    largest = max(to_train, key=lambda i: data.clips[i]["frames"] * data.clips[i]["height"] * data.clips[i]["width"])
+    largest = max(plan.clips, key=lambda i: data.clips[i]["frames"] * data.clips[i]["height"] * data.clips[i]["width"])
     with memory_explained("in the rehearsal of one step at the largest shape"):
         measured = rehearsal.rehearse(
-            args, accelerator, model, transformer, optimizer, whole, result, export, result_facts, clips, largest, loss_of,
-            steps=2 if args.dry_run else 1,
+            args, accelerator, model, transformer, optimizer, trained.full_model, result, export, result_facts, clips, largest,
+            functools.partial(compute_loss, model), steps=2 if args.dry_run else 1,
         )  # fmt: skip
-    problem = rehearsal.report(args, *measured, total_steps, device, trained)
-    if problem:
+    if problem := rehearsal.report(args, *measured, plan.total_steps, device, num_trained):
         fail(BAD_OUTPUT, problem)
     if args.dry_run:
         say("--dry_run: nothing was trained")
         accelerator.end_training()
         return
 
-    # The base model's score, before anything changes it; a resumed run knows it from its metrics, if it scores the same clips.
-    metrics_path, resumed = output_dir / "metrics.jsonl", bool(args.resume_from_checkpoint)
-    known = [evaluation.evaluations(metrics.read_metrics(metrics_path), scored_clips) if is_main and resumed else []]
-    base_scores = evaluation.base_of(broadcast_object_list(known)[0])
-    if args.eval_clips and not base_scores:
-        with whole() as looked_at:
-            base_scores = evaluation.base_score(looked_at, score_of)
+    # Who watches; each does nothing while its flag is off. The scorer scores the base model before a checkpoint changes it.
+    run_facts = {"flags": checkpoint.public_flags(args), "clips_per_step": plan.clips_per_step, **identities}
+    checkpointer = checkpoint.Checkpointer(args, trained, result, export, run_facts, result_facts)
+    scorer = evaluation.Scorer(args, trained, clip_losses, encodings, data, facts.scaling_factor, num_timesteps)
+    # There is no random state to restore: what a position trains is a function of the seed and the position.
+    first_step = checkpointer.load()
+    meter = metrics.Meter(args, trained, plan, first_step)
+    vae = functools.partial(load_vae, folder, device, args.variant, args.enable_slicing, args.enable_tiling)
+    clip_shapes = Counter((data.clips[i]["frames"], data.clips[i]["height"], data.clips[i]["width"]) for i in plan.clips)
+    validator = validation.Validator(args, trained, scheduler, (prompts, negative_prompt), vae, clip_shapes.most_common(1)[0][0], plan)
+    scorer.begin(meter, checkpointer, validator)
+    guard = metrics.NonFiniteGuard(args, trained, plan.clip_of, data.records, checkpointer)
+    metrics.start_trackers(args, accelerator, run_facts)
+    say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, num_parameters)
 
-    # Resume. There is no random state to restore: what a position trains is a function of the seed and the position.
-    run_facts = {"flags": checkpoint.public_flags(args), "clips_per_step": clips_per_step, **identities}
-    first_step = checkpoint.resume(args, accelerator, result, transformer, optimizer, parameters, schedule, run_facts, average)
-    positions = positions_of(
-        accelerator.process_index,
-        accelerator.num_processes,
-        args.train_batch_size,
-        args.gradient_accumulation_steps,
-        first_step,
-        total_steps,
-    )
+    # The loop
+    if first_step == 0:
+        if is_main:
+            shutil.rmtree(output_dir / "best", ignore_errors=True)  # of a run that ended before its first checkpoint
+        scorer.offer(0)
+        validator.offer(0)
+    ranks = accelerator.process_index, accelerator.num_processes
+    positions = positions_of(*ranks, args.train_batch_size, args.gradient_accumulation_steps, first_step, plan.total_steps)
     batches = iter(
         DataLoader(clips, batch_sampler=list(positions), num_workers=args.dataloader_num_workers, pin_memory=device.type == "cuda")
     )
+    step, stop = first_step, 0
+    for step in meter.bar(first_step + 1, plan.total_steps):
+        last = step == plan.total_steps
+        with memory_explained(f"in step {step}"):
+            outcome = train_step(args, trained, batches, compute_loss, step)
+        guard.check(step, outcome)  # too many non-finite gradients end the run
+        meter.offer(step, outcome, last)
+        checkpointer.offer(step, last)
+        with meter.paused():
+            scorer.offer(step, last)
+            validator.offer(step, last)
+        # A signal to any rank ends the run here, on all of them, with everything on disk.
+        if stop := stopping.agreed(device):
+            checkpointer.save(step)
+            break
+    if first_step >= plan.total_steps:
+        say(f"already complete: {output_dir} has been trained for {first_step} of {plan.total_steps} steps")
+        validator.make_missing(first_step)  # a kill in the last validation left it without videos
+    finish(args, trained, result, checkpointer, scorer, validator, plan, step, stop, num_trained, learning_rate)
 
-    log = metrics.MetricsFile(metrics_path, first_step, enabled=is_main)
-    scores = broadcast_object_list([evaluation.evaluations(metrics.read_metrics(log.path), scored_clips) if is_main else None])[0]
-    if is_main and first_step == 0:
-        shutil.rmtree(output_dir / "best", ignore_errors=True)  # of a run that ended before its first checkpoint
-    trackers = metrics.start_trackers(args, accelerator, run_facts)
-    passes, precision = total_steps * clips_per_step / epoch_clips, args.mixed_precision.replace("no", "fp32")
+
+def say_predicted_memory(args, folder, accelerator):
+    """Print what the run will need of the device's memory, from configs alone."""
+    device = accelerator.device.type
+    configs = memory.on_device(memory.read_configs(folder, args.variant), device)
+    engines = {"engine": engine.engine_of(accelerator), "processes": accelerator.num_processes}
+    say("\npredicted, with every block recomputed where the flag is auto:")
+    say("\n".join(memory.table(memory.predict(configs, args, velocity_loss, device, **engines))))
+
+
+def say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, num_parameters):
+    """Print what will be trained, and leave it in run.json for the report."""
+    epochs, precision = plan.total_steps * plan.clips_per_step / plan.epoch_clips, args.mixed_precision.replace("no", "fp32")
     what = f"rank {args.rank}, alpha {args.lora_alpha:g}" if args.training_type == "lora" else "full fine-tuning"
     say(
-        f"\n{len(to_train)} clips; {args.train_batch_size} a batch x {accelerator.num_processes} processes x "
-        f"{args.gradient_accumulation_steps} accumulation = {clips_per_step} clips a step\n"
-        f"{total_steps} steps = {passes:.1f} epochs, from step {first_step}; learning rate {learning_rate:g}, {args.lr_scheduler}\n"
-        f"training {trained / 1e6:.2f} M of {total / 1e6:.1f} M parameters ({what}), computing in {precision}; "
+        f"\n{len(plan.clips)} clips; {args.train_batch_size} a batch x {accelerator.num_processes} processes x "
+        f"{args.gradient_accumulation_steps} accumulation = {plan.clips_per_step} clips a step\n"
+        f"{plan.total_steps} steps = {epochs:.1f} epochs, from step {first_step}; learning rate {learning_rate:g}, {args.lr_scheduler}\n"
+        f"training {num_trained / 1e6:.2f} M of {num_parameters / 1e6:.1f} M parameters ({what}), computing in {precision}; "
         f"engine: {engine.engine_of(accelerator)}\n"
     )
-
-    if is_main:
-        facts_of_run = {"device": report.device_name(device), "processes": accelerator.num_processes}
-        facts_of_run |= {"engine": engine.engine_of(accelerator), "clips": len(to_train), "clips_per_step": clips_per_step}
+    if accelerator.is_main_process:
+        facts = {"device": report.device_name(accelerator.device), "processes": accelerator.num_processes}
+        facts |= {"engine": engine.engine_of(accelerator), "clips": len(plan.clips)}
+        facts |= {"clips_per_step": plan.clips_per_step, "total_steps": plan.total_steps}
         defaults = {action.dest: action.default for action in build_parser()._actions}
-        problem = report.write_run_facts(output_dir, checkpoint.public_flags(args), facts_of_run | {"total_steps": total_steps}, defaults)
-        warn_of(problem)
+        problem = report.write_run_facts(args.output_dir, checkpoint.public_flags(args), facts, defaults)
+        if problem:
+            say(f"warning: {problem}")
 
-    jobs = validation.video_jobs(args.prompts, args.num_validation_videos, args.seed)
-    (frames, height, width), _ = Counter((clip["frames"], clip["height"], clip["width"]) for clip in data.clips).most_common(1)[0]
-    settings = {
-        "height": args.validation_height or height,
-        "width": args.validation_width or width,
-        "num_frames": args.validation_frames or frames,
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.guidance_scale,
-        "use_dynamic_cfg": args.use_dynamic_cfg,
-    }
 
-    def look(step, videos, score=True):
-        """The losses on fixed noise and, where due, validation videos. Every process takes its share."""
-        scored, shown = args.eval_clips and score, output_dir / "validation" / f"step-{step:06d}"
-        if not scored and not (videos and jobs):
-            return
-        with checkpoint.averaged(average, parameters), whole() as looked_at:
-            if scored:
-                untouched = step == 0 and not args.init_lora  # a LoRA begins as nothing
-                share = evaluation.update_share(looked_at)
-                now = base_scores if untouched else score_of(looked_at, with_gap=step == total_steps)
-                scores.append(evaluation.line_of(step, now, base_scores, scored_clips, share, scores, num_timesteps))
-                log.write(scores[-1])
-                accelerator.log({name: value for name, value in scores[-1].items() if isinstance(value, float)}, step=step)
-                say(evaluation.sentence_of(scores[-1]))
-            if videos and jobs:
-                embeddings = [prompt.to(dtype) for prompt in prompts], negative_prompt.to(dtype)
-                vae = functools.partial(load_vae, folder, device, args.variant, args.enable_slicing, args.enable_tiling)
-                ranks = accelerator.process_index, accelerator.num_processes
-                for sentence in validation.validate(shown, jobs, *ranks, looked_at, scheduler, embeddings, vae, device, args.fps, settings):
-                    print(f"warning: {sentence}", file=sys.stderr, flush=True)
-        free(device)
-        if scored and scores[-1]["best_step"] == step:
-            keep_best(step)
-        patient_barrier()  # one process may have more videos to make than another
-        if videos and jobs and is_main and shown.exists():
-            try:
-                validation.write_sheet(shown, output_dir / "validation/step-000000", jobs, args.prompts, step, settings)
-            except Exception as error:  # Pillow and the video reader raise many kinds; no picture is worth the run
-                say(f"warning: no contact sheet of step {step} ({type(error).__name__}: {error})")
-            metrics.track_videos(trackers, shown, jobs, args.prompts, step, args.fps)
-        if is_main:
-            warn_of(report.write_report(output_dir))
+def finish(args, trained, result, checkpointer, scorer, validator, plan, step, stop, num_trained, learning_rate):
+    """The one ending: the last checkpoint on disk, the verdict, card, plot, status and report, the push, and the exit code.
 
-    def keep_best(step):
-        """Write what has the lowest held-out loss so far to best/, ready to use."""
-        with checkpoint.averaged(average, parameters):
-            live = result.live_state(transformer, keep=is_main)
-        try:
-            if is_main:
-                result.write(output_dir / "best", export(transformer, live), result_facts | {"step": str(step)})
-        except (OSError, ValueError) as error:
-            say(f"warning: best/ was not written at step {step} ({error})")
-
-    def save(step):
-        """Write a checkpoint while training goes on; the first one is waited for and compared with the live model."""
-        first = saver.join() is None  # a snapshot at a time
-        snapshot = checkpoint.take_snapshot(
-            result, export, transformer, optimizer, parameters, schedule, accelerator.scaler, average, keep=is_main
-        )
-        saver.save(step, snapshot, run_facts, result_facts | {"step": str(step)})
-        if broadcast_object_list([first])[0]:
-            with checkpoint.averaged(average, parameters), whole() as looked_at:
-                if is_main and saver.join():
-                    result.report_export(saver.newest, looked_at)
-        patient_barrier()
-
-    outcome = {"clips": len(to_train), "clips_per_step": clips_per_step, "parameters": trained / 1e6, **settings}
-    if first_step >= total_steps:
-        say(f"already complete: {output_dir} has been trained for {first_step} of {total_steps} steps")
-        # A run that was killed in its last validation still lacks its videos, plot and card.
-        if jobs and not (output_dir / f"validation/step-{first_step:06d}/contact_sheet.png").exists():
-            look(first_step, videos=True, score=False)
-        if is_main:
-            result.publish(output_dir / f"checkpoint-{first_step}", output_dir)
-            verdict = evaluation.verdict(scores, learning_rate)
-            problem = finish(args, output_dir, jobs, outcome | {"steps": first_step, "verdict": verdict}, token, push=args.push_to_hub)
-            ended, said = output_dir / f"checkpoint-{first_step}", {"verdict": verdict[0], "verdict_sentences": verdict[1]}
-            stopping.write_status(output_dir, 1 if problem else 0, problem or "done", first_step, ended, **said)
-            warn_of(report.write_report(output_dir))
-            if problem:
-                fail(1, problem)
-        accelerator.end_training()
-        return
-
-    saver = checkpoint.Saver(output_dir, args.checkpoints_total_limit, enabled=is_main)
-    if first_step == 0:
-        look(0, videos=True)
-
-    # -------------------------------------------------------------------------
-    # The loop
-    # DeepSpeed has taken its step before the norm is known: what it was taken with cannot be undone.
-    most_skipped, spoilt = (1, "went wrong") if engine.uses_deepspeed(accelerator) else (args.max_skipped_steps, "was skipped")
-    steps = range(first_step + 1, total_steps + 1)
-    bar = tqdm(steps, "training", total_steps, initial=first_step, unit="step", disable=not is_main, dynamic_ncols=True)
-    since_log, waited, logged_step, step_losses, skipped, stop = time.perf_counter(), 0.0, first_step, [], 0, 0
-    for step in bar:
-        last = step == total_steps
-        saving = step % args.checkpointing_steps == 0 or last
-        scoring = args.eval_clips and args.eval_steps and step % args.eval_steps == 0
-
-        # One optimizer step. The seed is for LoRA dropout, the only random numbers that are drawn inside the model.
-        torch.manual_seed(seeded_generator(args.seed, "dropout", step, accelerator.process_index).initial_seed())
-        micro_batches = []
-        for _ in range(args.gradient_accumulation_steps):
-            asked = time.perf_counter()
-            batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
-            waited += time.perf_counter() - asked
-            with accelerator.accumulate(model), memory_explained(f"in step {step}"):
-                loss = loss_of(batch)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
-                    # The norm is of the summed gradients, so all processes see the same. fp16's scaler skips by itself.
-                    grad_norm = float(engine.whole(grad_norm))
-                    finite = math.isfinite(grad_norm)
-                    if finite or accelerator.scaler:
-                        optimizer.step()
-                        update_average()
-                    optimizer.zero_grad()
-            micro_batches.append((loss.detach(), batch["position"], batch["timestep"]))
-        step_losses += [loss for loss, _, _ in micro_batches]
-        used_learning_rate = schedule.get_last_lr()[0]
-        schedule.step()
-
-        # A gradient that is not finite updated nothing. After too many in a row the run ends; the last checkpoint is good.
-        skipped = 0 if finite else skipped + 1
-        if skipped:
-            for sentence in describe_bad_step(micro_batches, clips, data.records):
-                say(f"warning: step {step} {spoilt}, its gradient is not finite: {sentence}")
-            if skipped >= most_skipped:
-                path = saver.join()
-                if is_main:
-                    stopping.write_status(output_dir, BAD_NUMBERS, "gradients not finite", step, path)
-                    warn_of(report.write_report(output_dir))
-                kept = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
-                row = "step" if skipped == 1 else "steps in a row"
-                fail(BAD_NUMBERS, f"{skipped} {row} had no finite gradient (--learning_rate, --mixed_precision); {kept}")
-
-        # Log: the mean over all clips of the steps since the last line, on all processes.
-        if step % args.logging_steps == 0 or saving:
-            mean_loss = accelerator.reduce(torch.stack(step_losses).mean(), "mean").item()
-            now = time.perf_counter()
-            values = {
-                "step": step,
-                "epoch": round(step * clips_per_step / epoch_clips, 4),
-                "loss": mean_loss,
-                "grad_norm": grad_norm,
-                "learning_rate": used_learning_rate,
-                "seconds_per_step": (now - since_log) / (step - logged_step),
-                "data_wait_percent": 100 * waited / (now - since_log),
-                "peak_memory_gib": peak_memory_gib(device),
-            }
-            log.write(values)
-            accelerator.log({name: value for name, value in values.items() if name != "step"}, step=step)
-            shown = {"loss": f"{mean_loss:.4f}", "grad": f"{values['grad_norm']:.3f}", "lr": f"{used_learning_rate:.1e}"}
-            bar.set_postfix(shown | {"wait": f"{values['data_wait_percent']:.0f}%"})
-            since_log, waited, logged_step, step_losses = now, 0.0, step, []
-
-        # Checkpoint, every N steps and at the end: on its way to the disk before anything that could fail is tried.
-        if saving:
-            save(step)
-
-        # Look at what has been learned. The clock of the training steps stands still meanwhile.
-        videos = jobs and (last or validation.is_due(step, clips_per_step, epoch_clips, args))
-        if saving or videos or scoring:
-            paused = time.perf_counter()
-            if last:
-                saver.join()
-            look(step, videos)
-            since_log += time.perf_counter() - paused
-
-        # A signal to any process ends the run here, on all of them, with everything on disk.
-        stop = stopping.agreed(device)
-        if stop:
-            if not saving:
-                save(step)
-            break
-
-    newest = saver.join()
-    problem, verdict = None, evaluation.verdict(scores, learning_rate, ran_all=not stop)
-    if is_main:
-        facts_of_run = outcome | {"steps": step, "verdict": verdict}
-        problem = finish(args, output_dir, jobs, facts_of_run, token, push=args.push_to_hub and not stop)
+    stop: the signal that ended the loop, or 0. The result is on disk already, and nothing here can undo it.
+    """
+    output_dir, problem = Path(args.output_dir), None
+    newest = checkpointer.newest()
+    verdict = evaluation.verdict(scorer.lines, learning_rate, ran_all=not stop)
+    if trained.is_main:
+        if newest is None and not checkpointer.failed:  # nothing was trained: the run was complete
+            newest = output_dir / f"checkpoint-{step}"
+            result.publish(newest, output_dir)
+        facts = {"clips": len(plan.clips), "clips_per_step": plan.clips_per_step, "parameters": num_trained / 1e6, **validator.settings}
+        facts |= {"steps": step, "verdict": verdict, "videos": validator.videos_of(step)}
+        problem = publish(args, output_dir, facts, push=args.push_to_hub and not stop)
         code, reason = (1, problem) if problem else (0, "done")
         code, reason = (128 + stop, f"stopped by {signal.Signals(stop).name}") if stop else (code, reason)
-        code, reason = (BAD_OUTPUT, "the last checkpoint was not written") if saver.failed else (code, reason)
+        code, reason = (BAD_OUTPUT, "the last checkpoint was not written") if checkpointer.failed else (code, reason)
         stopping.write_status(output_dir, code, reason, step, newest, verdict=verdict[0], verdict_sentences=verdict[1])
-        warn_of(report.write_report(output_dir))
-    patient_barrier()  # the launcher ends all processes soon after the first one is gone
-    accelerator.end_training()
+        report.refresh(output_dir)
+    trained.barrier()  # the launcher ends all processes soon after the first one is gone
+    trained.accelerator.end_training()
     if stop:
-        say(f"stopped by {signal.Signals(stop).name} after step {step} of {total_steps}; --resume_from_checkpoint latest goes on")
+        say(f"stopped by {signal.Signals(stop).name} after step {step} of {plan.total_steps}; --resume_from_checkpoint latest goes on")
         raise SystemExit(128 + stop)
-    if saver.failed:
+    if checkpointer.failed:
         fail(BAD_OUTPUT, f"the last checkpoint was not written; the newest is {newest}")
     if problem:
         fail(1, problem)
 
 
-def warn_of(problem):
-    """Tell what failed without costing the run, if anything did."""
-    if problem:
-        say(f"warning: {problem}")
-
-
-def describe_bad_step(micro_batches, clips, records):
-    """Which clips, at which timesteps, had a loss that is not finite, as sentences. Every process calls it."""
-    bad = []
-    for loss, positions, timesteps in micro_batches:
-        if not torch.isfinite(loss):
-            for position, timestep in zip(positions.tolist(), timesteps.tolist(), strict=True):
-                bad.append(f"{printable(records[clips.clip_of(position)].listed)} at timestep {timestep} (loss {loss.item()})")
-    return gather_object(bad) or ["every loss was finite, its gradient was not"]
-
-
-def finish(args, output_dir, jobs, facts, token, push):
-    """The plot, the model card, and the push if it was asked for; the LoRA is on disk already, and none of this can undo it.
-
-    Returns what failed as a sentence, or None.
-    """
-    last = f"validation/step-{facts['steps']:06d}"
-    facts["videos"] = [(args.prompts[job["prompt"]], f"{last}/{job['name']}") for job in jobs if (output_dir / last / job["name"]).exists()]
+def publish(args, output_dir, facts, push):
+    """Write the plot and the model card, say the verdict, and upload if it was asked for. Returns what failed as a sentence, or None."""
     try:
         hub.write_model_card(output_dir, args, facts)
         metrics.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
@@ -803,6 +690,7 @@ def finish(args, output_dir, jobs, facts, token, push):
     say(f"\nthe result: {made}\nhow to use it: {output_dir / 'README.md'}\nthe run on a page: {output_dir / report.NAME}")
     if not push:
         return None
+    token = args.hub_token or os.environ.get("HF_TOKEN")
     try:
         say(f"uploaded to {hub.push(output_dir, args, token)}")
     except Exception as error:  # the hub client raises many kinds; the result is here whatever it says

@@ -6,7 +6,6 @@ hash of each file. Full fine-tuning has `transformer/` and `weights.safetensors`
 whole, so engine and number of processes may change. There is no random state to save (see order.py).
 """
 
-import contextlib
 import errno
 import json
 import os
@@ -25,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cogvideox import engine, lora, sft
+from cogvideox.engine import averaged
 from cogvideox.files import file_sha256, write_durably, write_tensors
 from cogvideox.launch import BAD_OUTPUT, fail, say
 
@@ -109,29 +109,6 @@ def take_snapshot(result, export, transformer, optimizer, parameters, schedule, 
         "average": pack({"steps": average.optimization_step, "weights": shadows} if average else {}, tensors, "average"),
     }
     return {"exported": export(transformer, shipped), "live": live, "optimizer": tensors, "state": state, "result": result}
-
-
-def make_average(parameters, decay):
-    """diffusers' EMAModel: the decay of the first steps is (1 + n) / (10 + n)."""
-    from diffusers.training_utils import EMAModel  # takes a second to import
-
-    return EMAModel(parameters, decay=decay)
-
-
-@contextlib.contextmanager
-def averaged(average, parameters):
-    """The averaged weights in place of the trained ones; without an average nothing happens."""
-    if average is None:
-        yield
-        return
-    trained = [parameter.detach().clone() for parameter in parameters]
-    average.copy_to(parameters)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, trained, strict=True):
-                parameter.copy_(value)
 
 
 def write_checkpoint(output_dir, step, snapshot, facts, result_facts):
@@ -386,3 +363,78 @@ def resume(args, accelerator, result, transformer, optimizer, parameters, schedu
             say(f"resume: set aside as {aside.name}, which is of a later step")
     accelerator.wait_for_everyone()
     return step
+
+
+# -----------------------------------------------------------------------------
+# In the loop
+
+
+class Checkpointer:
+    """Writes a checkpoint every --checkpointing_steps optimizer steps and after the last one; every rank calls every method.
+
+    result: lora.py or sft.py. export: as in `take_snapshot`. run_facts: what the manifest says of the run. result_facts: the
+    metadata of the shipped file.
+    """
+
+    def __init__(self, args, trained, result, export, run_facts, result_facts):
+        self.args, self.trained, self.result, self.export = args, trained, result, export
+        self.run_facts, self.result_facts = run_facts, result_facts
+        self.output_dir, self.saver, self.saved_step = Path(args.output_dir), None, None
+
+    def load(self):
+        """Resume from --resume_from_checkpoint. Returns the number of steps already trained, 0 for a new run."""
+        trained = self.trained
+        first_step = resume(
+            self.args, trained.accelerator, self.result, trained.transformer, trained.optimizer, trained.parameters, trained.schedule,
+            self.run_facts, trained.average,
+        )  # fmt: skip
+        self.saver = Saver(self.output_dir, self.args.checkpoints_total_limit, enabled=trained.is_main)
+        return first_step
+
+    def is_due(self, step, last=False):
+        """Whether a checkpoint is written after this step."""
+        return last or step % self.args.checkpointing_steps == 0
+
+    def offer(self, step, last=False):
+        """Save if it is due; the last checkpoint is waited for, so that it is on disk before anything else is tried."""
+        if self.is_due(step, last):
+            self.save(step)
+        if last:
+            self.saver.join()
+
+    def save(self, step):
+        """Write a checkpoint while training goes on; the first one is waited for and compared with the live model."""
+        if self.saved_step == step:
+            return
+        trained, self.saved_step = self.trained, step
+        first = self.saver.join() is None  # a snapshot at a time
+        snapshot = take_snapshot(
+            self.result, self.export, trained.transformer, trained.optimizer, trained.parameters, trained.schedule,
+            trained.accelerator.scaler, trained.average, keep=trained.is_main,
+        )  # fmt: skip
+        self.saver.save(step, snapshot, self.run_facts, self.result_facts | {"step": str(step)})
+        if broadcast_object_list([first])[0]:
+            with trained.averaged(), trained.full_model() as full_model:
+                if trained.is_main and self.saver.join():
+                    self.result.report_export(self.saver.newest, full_model)
+        trained.barrier()
+
+    def save_best(self, step):
+        """Write the weights as they are now to best/, ready to use."""
+        with self.trained.averaged():
+            live = self.result.live_state(self.trained.transformer, keep=self.trained.is_main)
+        try:
+            if self.trained.is_main:
+                exported = self.export(self.trained.transformer, live)
+                self.result.write(self.output_dir / "best", exported, self.result_facts | {"step": str(step)})
+        except (OSError, ValueError) as error:
+            say(f"warning: best/ was not written at step {step} ({error})")
+
+    def newest(self):
+        """Wait for the last checkpoint. Returns the path of the newest that this run wrote, None without any."""
+        return self.saver.join()
+
+    @property
+    def failed(self):
+        """Whether the last checkpoint could not be written."""
+        return self.saver.failed

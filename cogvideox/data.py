@@ -11,7 +11,7 @@ from cogvideox import cache as store
 from cogvideox import encode
 from cogvideox.evaluation import choose_held_out
 from cogvideox.folder import count_tokens, latent_shape, read_json, weight_files
-from cogvideox.launch import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, say
+from cogvideox.launch import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, free, say
 from cogvideox.model import load_text_encoder, load_vae, usable_dtype
 from cogvideox.survey import (
     clip_framing,
@@ -183,15 +183,3 @@ def moments_shape(clip, facts):
     """[2C, F', H', W'] of a clip's posterior: mean and log-variance of each latent channel."""
     frames, channels, height, width = latent_shape(facts, clip["frames"], clip["height"], clip["width"])
     return 2 * channels, frames, height, width
-
-
-def free(device):
-    """Give memory back that a model just left."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)  # the peaks that are logged are those of training

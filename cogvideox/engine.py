@@ -8,6 +8,9 @@ a collective: every process calls it.
 import contextlib
 import os
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -262,3 +265,76 @@ def cast(model, dtype):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return model
+
+
+# -----------------------------------------------------------------------------
+# The average of the weights
+
+
+def make_average(parameters, decay):
+    """diffusers' EMAModel: the decay of the first steps is (1 + n) / (10 + n)."""
+    from diffusers.training_utils import EMAModel  # takes a second to import
+
+    return EMAModel(parameters, decay=decay)
+
+
+@contextlib.contextmanager
+def averaged(average, parameters):
+    """Put the averaged weights in place of the trained ones for the block; without an average do nothing."""
+    if average is None:
+        yield
+        return
+    trained = [parameter.detach().clone() for parameter in parameters]
+    average.copy_to(parameters)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, trained, strict=True):
+                parameter.copy_(value)
+
+
+# -----------------------------------------------------------------------------
+# What is trained
+
+
+@dataclass
+class Trained:
+    """The model in training and everything that changes with it.
+
+    transformer: the diffusers model. model: the same, wrapped by the engine; training steps call it. parameters: the trained
+    ones. schedule: of the learning rate, in optimizer steps. average: diffusers' EMAModel or None. build: () -> the
+    transformer as training began, on the CPU. dtype: the compute dtype. barrier: () -> waits for all ranks, without a deadline.
+    """
+
+    accelerator: Any
+    transformer: torch.nn.Module
+    model: torch.nn.Module
+    parameters: list
+    optimizer: Any
+    schedule: Any
+    average: Any = None
+    build: Callable | None = None
+    dtype: torch.dtype = torch.float32
+    barrier: Callable = lambda: None
+
+    @property
+    def device(self):
+        return self.accelerator.device
+
+    @property
+    def is_main(self):
+        return self.accelerator.is_main_process
+
+    def full_model(self):
+        """A context with the model that has all its weights on this rank, see `whole_model`."""
+        return whole_model(self.accelerator, self.transformer, self.build, self.dtype)
+
+    def averaged(self):
+        """A context in which the averaged weights, if there are any, stand in place of the trained ones."""
+        return averaged(self.average, self.parameters)
+
+    def update_average(self):
+        """Take the weights of this step into the average, if there is one."""
+        if self.average:
+            self.average.step(self.parameters)

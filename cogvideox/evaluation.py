@@ -4,10 +4,16 @@ The training loss is noise for the most part: every step draws other clips, othe
 are the same every time, so two numbers of a run differ by what was learned in between and by nothing else.
 """
 
+import hashlib
+from pathlib import Path
+
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
+from cogvideox import metrics, report
+from cogvideox.launch import free, say
 from cogvideox.lora import lora_modules
 from cogvideox.order import TrainingClips, seeded_generator
 from cogvideox.validation import undisturbed
@@ -179,6 +185,79 @@ def sentence_of(line):
 def percent(share):
     """A change in percent, with its sign."""
     return f"{100 * share:+.1f} %"
+
+
+# -----------------------------------------------------------------------------
+# In the loop
+
+
+class Scorer:
+    """Scores the same clips on the same noise at every checkpoint, with every validation, and every --eval_steps.
+
+    Make it before a checkpoint is loaded: it scores the base model, unless a resumed run finds that score in its metrics.
+    clip_losses: (model, batch) -> the loss of each clip. Every rank calls every method, and scores its share.
+    """
+
+    def __init__(self, args, trained, clip_losses, encodings, data, scaling_factor, num_train_timesteps):
+        self.args, self.trained, self.clip_losses, self.encodings = args, trained, clip_losses, encodings
+        self.noise, self.num_train_timesteps = (args.seed, scaling_factor, num_train_timesteps), num_train_timesteps
+        self.output_dir, self.captions = Path(args.output_dir), [record.caption for record in data.records]
+        self.sets = {"train": spread(data.trained, args.eval_clips), "held_out": spread(data.held_out, args.eval_clips)}
+        contents = "".join(data.clips[clip]["sha256"] for clips in self.sets.values() for clip in clips)
+        self.clips = {name: len(clips) for name, clips in self.sets.items()}
+        self.clips["sha256"] = hashlib.sha256(contents.encode()).hexdigest()[:12]  # only scores of the same clips compare
+        self.lines, self.watched = [], None
+        self.base = base_of(self.earlier_lines()) if args.resume_from_checkpoint else None
+        if args.eval_clips and not self.base:
+            with trained.full_model() as full_model:
+                self.base = base_score(full_model, self.score)
+
+    def earlier_lines(self):
+        """The scores of the same clips in metrics.jsonl, the same on all ranks."""
+        lines = evaluations(metrics.read_metrics(self.output_dir / "metrics.jsonl"), self.clips) if self.trained.is_main else None
+        return broadcast_object_list([lines])[0]
+
+    def begin(self, meter, checkpointer, validator):
+        """Watch a run from here on, after its checkpoint was loaded and metrics.jsonl cut to it."""
+        self.watched, self.lines = (meter, checkpointer, validator), self.earlier_lines()
+
+    def score(self, transformer, with_gap=True):
+        """As the function `score`, of this run's clips."""
+
+        def losses(batch):
+            return self.clip_losses(transformer, batch)
+
+        return score(
+            self.trained.accelerator, transformer, losses, self.encodings, self.sets, self.captions, *self.noise, with_gap
+        )  # fmt: skip
+
+    def is_due(self, step, last=False):
+        """Whether the clips are scored after this step."""
+        if not self.args.eval_clips:
+            return False
+        _, checkpointer, validator = self.watched
+        by_itself = self.args.eval_steps and step % self.args.eval_steps == 0
+        return bool(by_itself) or checkpointer.is_due(step, last) or validator.is_due(step, last)
+
+    def offer(self, step, last=False):
+        """Score if it is due, log it, and keep what has the lowest held-out loss so far in best/."""
+        if not self.is_due(step, last):
+            return
+        meter, checkpointer, _ = self.watched
+        untouched = step == 0 and not self.args.init_lora  # a LoRA begins as nothing
+        with self.trained.averaged(), self.trained.full_model() as full_model:
+            share = update_share(full_model)
+            now = self.base if untouched else self.score(full_model, with_gap=last)
+        free(self.trained.device)
+        line = line_of(step, now, self.base, self.clips, share, self.lines, self.num_train_timesteps)
+        self.lines.append(line)
+        meter.log(line)
+        say(sentence_of(line))
+        if line["best_step"] == step:
+            checkpointer.save_best(step)
+        self.trained.barrier()
+        if self.trained.is_main:
+            report.refresh(self.output_dir)
 
 
 # -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Exit codes of the script itself (both launchers turn any of them into 1): 0 done
 environment, 3 dataset, 4 output folder or checkpoint, 5 numbers that are not finite.
 """
 
+import gc
 import os
 import platform
 import socket
@@ -187,3 +188,11 @@ def peak_memory_gib(device):
     except ImportError:  # Windows
         return float("nan")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def free(device):
+    """Give memory back that a model just left."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)  # the peaks that are logged are those of training

@@ -1,13 +1,21 @@
 """The run's numbers: metrics.jsonl always, a plot of them, and trackers where asked for."""
 
+import contextlib
 import io
 import json
+import time
 from pathlib import Path
 
+import torch
 from accelerate.tracking import filter_trackers
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 
+from cogvideox import engine, report
 from cogvideox.files import write_bytes
-from cogvideox.launch import say
+from cogvideox.launch import BAD_NUMBERS, fail, peak_memory_gib, say
+from cogvideox.stopping import write_status
+from cogvideox.survey import printable
 from cogvideox.video import gif_bytes, read_video
 
 
@@ -32,6 +40,106 @@ class MetricsFile:
             self.file.flush()
         except OSError as error:  # a full disk; the numbers of later steps may fit again
             say(f"warning: step {values['step']} is missing from metrics.jsonl ({error.strerror})")
+
+
+class Meter:
+    """The progress bar and the log: every --logging_steps optimizer steps, at every checkpoint and after the last step.
+
+    A line has the mean loss of all clips since the line before, on all ranks. Every rank calls `offer`.
+    """
+
+    def __init__(self, args, trained, plan, first_step):
+        self.args, self.trained, self.plan = args, trained, plan
+        self.file = MetricsFile(Path(args.output_dir) / "metrics.jsonl", first_step, enabled=trained.is_main)
+        self.logged_step, self.losses, self.waited, self.progress = first_step, [], 0.0, None
+        self.since_log = time.perf_counter()
+
+    def bar(self, first, last):
+        """The steps from `first` to `last`, counted on a progress bar."""
+        self.since_log = time.perf_counter()
+        settings = {"initial": first - 1, "unit": "step", "disable": not self.trained.is_main, "dynamic_ncols": True}
+        self.progress = tqdm(range(first, last + 1), "training", last, **settings)
+        return self.progress
+
+    def is_due(self, step, last=False):
+        """Whether this step is logged."""
+        return last or step % self.args.logging_steps == 0 or step % self.args.checkpointing_steps == 0
+
+    def offer(self, step, result, last=False):
+        """Take a step's numbers, and log them if it is time. Reading the loss waits for the GPU, so only then."""
+        self.losses += result.losses
+        self.waited += result.seconds_waited
+        if not self.is_due(step, last):
+            return
+        mean_loss = self.trained.accelerator.reduce(torch.stack(self.losses).mean(), "mean").item()
+        now = time.perf_counter()
+        line = {
+            "step": step,
+            "epoch": round(step * self.plan.clips_per_step / self.plan.epoch_clips, 4),
+            "loss": mean_loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "seconds_per_step": (now - self.since_log) / (step - self.logged_step),
+            "data_wait_percent": 100 * self.waited / (now - self.since_log),
+            "peak_memory_gib": peak_memory_gib(self.trained.device),
+        }
+        self.log(line)
+        shown = {"loss": f"{mean_loss:.4f}", "grad": f"{result.grad_norm:.3f}", "lr": f"{result.learning_rate:.1e}"}
+        self.progress.set_postfix(shown | {"wait": f"{line['data_wait_percent']:.0f}%"})
+        self.since_log, self.waited, self.logged_step, self.losses = now, 0.0, step, []
+
+    def log(self, line):
+        """Write a line to metrics.jsonl, and its numbers to the trackers."""
+        self.file.write(line)
+        numbers = {name: value for name, value in line.items() if name != "step" and isinstance(value, (int, float))}
+        self.trained.accelerator.log(numbers, step=line["step"])
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Stop the clock of the training steps for the block."""
+        started = time.perf_counter()
+        yield
+        self.since_log += time.perf_counter() - started
+
+
+class NonFiniteGuard:
+    """Ends the run after --max_skipped_steps steps in a row whose gradient was not finite. Every rank calls `check`.
+
+    Under DeepSpeed the first one ends it: the step is taken before the norm is known, and cannot be undone.
+    """
+
+    def __init__(self, args, trained, clip_of, records, checkpointer):
+        self.args, self.trained, self.clip_of, self.records, self.checkpointer = args, trained, clip_of, records, checkpointer
+        deepspeed = engine.uses_deepspeed(trained.accelerator)
+        self.most, self.fate = (1, "went wrong") if deepspeed else (args.max_skipped_steps, "was skipped")
+        self.in_a_row = 0
+
+    def check(self, step, result):
+        """Name the clips of a step whose gradient was not finite; after too many in a row, end the run."""
+        self.in_a_row = 0 if result.finite else self.in_a_row + 1
+        if not self.in_a_row:
+            return
+        for sentence in self.describe(result):
+            say(f"warning: step {step} {self.fate}, its gradient is not finite: {sentence}")
+        if self.in_a_row < self.most:
+            return
+        path = self.checkpointer.newest()
+        if self.trained.is_main:
+            write_status(self.args.output_dir, BAD_NUMBERS, "gradients not finite", step, path)
+            report.refresh(self.args.output_dir)
+        kept = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
+        row = "step" if self.in_a_row == 1 else "steps in a row"
+        fail(BAD_NUMBERS, f"{self.in_a_row} {row} had no finite gradient (--learning_rate, --mixed_precision); {kept}")
+
+    def describe(self, result):
+        """Which clips, at which timesteps, had a loss that is not finite, as sentences from all ranks."""
+        bad = []
+        for loss, positions, timesteps in zip(result.losses, result.positions, result.timesteps, strict=True):
+            if not torch.isfinite(loss):
+                for position, timestep in zip(positions.tolist(), timesteps.tolist(), strict=True):
+                    clip = printable(self.records[self.clip_of(position)].listed)
+                    bad.append(f"{clip} at timestep {timestep} (loss {loss.item()})")
+        return gather_object(bad) or ["every loss was finite, its gradient was not"]
 
 
 def read_metrics(path):

@@ -7,7 +7,9 @@ resumed run, a run on more processes and a run that validates in between draw th
 
 import functools
 import hashlib
+import math
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Dataset
@@ -84,6 +86,36 @@ def sampled_timestep(kind, seed, position, num_train_timesteps, generator):
     if kind == "logit_normal":
         share = torch.special.ndtri(torch.tensor(share, dtype=torch.float64)).sigmoid().item()
     return torch.tensor(min(int(share * num_train_timesteps), num_train_timesteps - 1))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which clips a run trains, in which steps. Every step trains the same number of clips; the last step of a run is filled
+    from the next epoch's order.
+
+    clips: the numbers of the trained clips. shapes: one hashable a clip; a step holds one shape.
+    """
+
+    seed: int
+    clips: tuple
+    shapes: tuple
+    clips_per_step: int
+    epoch_clips: int
+    total_steps: int
+
+    @classmethod
+    def of(cls, args, data, processes):
+        """The plan of `args` for the checked clips on this many processes."""
+        clips_per_step = args.train_batch_size * processes * args.gradient_accumulation_steps
+        sizes = [(clip["frames"], clip["height"], clip["width"]) for clip in (data.clips[i] for i in data.trained)]
+        shapes = tuple(sizes if args.bucket else [0] * len(sizes))
+        epoch_clips = epoch_length(shapes, clips_per_step)
+        total_steps = args.max_train_steps or math.ceil(args.num_train_epochs * epoch_clips / clips_per_step)
+        return cls(args.seed, tuple(data.trained), shapes, clips_per_step, epoch_clips, total_steps)
+
+    def clip_of(self, position):
+        """The number of the clip that is trained at a position."""
+        return clip_at(self.seed, position, self.shapes, self.clips_per_step, self.clips)
 
 
 class TrainingClips(Dataset):

@@ -746,3 +746,11 @@ def write_report(output_dir):
     except Exception as error:  # no page is worth the run
         return f"{NAME} was not written ({type(error).__name__}: {error}); python -m tools.report writes it again"
     return None
+
+
+def refresh(output_dir):
+    """Write the report of a run that goes on; a failure is only told."""
+    from cogvideox.launch import say
+
+    if problem := write_report(output_dir):
+        say(f"warning: {problem}")

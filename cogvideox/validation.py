@@ -5,14 +5,16 @@ import copy
 import hashlib
 import json
 import re
+import sys
 import traceback
 from pathlib import Path
 
 import torch
 from diffusers import CogVideoXPipeline
 
+from cogvideox import metrics, report
 from cogvideox.files import write_bytes
-from cogvideox.launch import say
+from cogvideox.launch import free, say
 from cogvideox.model import decode_latents
 from cogvideox.stopping import wanted
 from cogvideox.video import contact_sheet, read_video, write_video
@@ -122,3 +124,78 @@ def is_due(step, clips_per_step, num_clips, args):
         return False
     clips = num_clips * args.validation_epochs
     return step * clips_per_step // clips > (step - 1) * clips_per_step // clips
+
+
+# -----------------------------------------------------------------------------
+# In the loop
+
+
+class Validator:
+    """Makes the validation videos before the first step, when they are due, and after the last step.
+
+    prompts: (embedding of each prompt, negative embedding). load_vae: () -> the VAE. clip_shape: (frames, height, width) of
+    the videos unless the flags say otherwise. plan: order.Plan. Every rank calls every method, and makes its share.
+    """
+
+    def __init__(self, args, trained, scheduler, prompts, load_vae, clip_shape, plan):
+        self.args, self.trained, self.scheduler, self.load_vae, self.plan = args, trained, scheduler, load_vae, plan
+        self.embeddings = [prompt.to(trained.dtype) for prompt in prompts[0]], prompts[1].to(trained.dtype)
+        self.folder = Path(args.output_dir) / "validation"
+        self.jobs = video_jobs(args.prompts, args.num_validation_videos, args.seed)
+        frames, height, width = clip_shape
+        self.settings = {
+            "height": args.validation_height or height,
+            "width": args.validation_width or width,
+            "num_frames": args.validation_frames or frames,
+            "num_inference_steps": args.num_inference_steps,
+            "guidance_scale": args.guidance_scale,
+            "use_dynamic_cfg": args.use_dynamic_cfg,
+        }
+
+    def folder_of(self, step):
+        """Where the videos of a step are."""
+        return self.folder / f"step-{step:06d}"
+
+    def is_due(self, step, last=False):
+        """Whether videos are made after this step (0: before the first one)."""
+        if not self.jobs:
+            return False
+        return step == 0 or last or is_due(step, self.plan.clips_per_step, self.plan.epoch_clips, self.args)
+
+    def offer(self, step, last=False):
+        """Make the videos if they are due."""
+        if self.is_due(step, last):
+            self.make(step)
+
+    def make_missing(self, step):
+        """Make the videos of a run's last step where a kill left it without them."""
+        if self.jobs and not (self.folder_of(step) / "contact_sheet.png").exists():
+            self.make(step)
+
+    def make(self, step):
+        """Make the videos with the weights as they are now, and show them on the contact sheet, in the trackers and the report."""
+        trained, folder = self.trained, self.folder_of(step)
+        rank, world_size = trained.accelerator.process_index, trained.accelerator.num_processes
+        with trained.averaged(), trained.full_model() as full_model:
+            failures = validate(
+                folder, self.jobs, rank, world_size, full_model, self.scheduler, self.embeddings, self.load_vae, trained.device,
+                self.args.fps, self.settings,
+            )  # fmt: skip
+        for sentence in failures:
+            print(f"warning: {sentence}", file=sys.stderr, flush=True)
+        free(trained.device)
+        trained.barrier()  # one rank may have more videos to make than another
+        if not trained.is_main:
+            return
+        if folder.exists():
+            try:
+                write_sheet(folder, self.folder_of(0), self.jobs, self.args.prompts, step, self.settings)
+            except Exception as error:  # Pillow and the video reader raise many kinds; no picture is worth the run
+                say(f"warning: no contact sheet of step {step} ({type(error).__name__}: {error})")
+            metrics.track_videos(trained.accelerator.trackers, folder, self.jobs, self.args.prompts, step, self.args.fps)
+        report.refresh(self.args.output_dir)
+
+    def videos_of(self, step):
+        """[(prompt, path inside the output folder)] of the videos that a step has left."""
+        paths = [(self.args.prompts[job["prompt"]], self.folder_of(step) / job["name"]) for job in self.jobs]
+        return [(prompt, path.relative_to(self.folder.parent).as_posix()) for prompt, path in paths if path.exists()]

@@ -19,6 +19,7 @@ import argparse
 import functools
 import gc
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -384,13 +385,9 @@ def our_step(job, folder):
     else:
         lora.add_lora(transformer, job["rank"], job["rank"], 0.0, script.DEFAULT_TARGETS, args.seed)
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    lora.fit_to_autocast(transformer, dtype)
-    if not engine.splits_weights(accelerator):
-        if job["variant"] != "ours, plain linears":
-            script.hold_linears(transformer, device=device)
-        transformer.to(device)
-    transformer.train()
-    rotary_of = script.rotary_tables(transformer, device)
+    args.gradient_checkpointing = "none"  # set by the caller, once for each value that is timed
+    script.prepare_transformer(transformer, args, accelerator, dtype, hold=job["variant"] != "ours, plain linears")
+    compute_loss, _ = script.make_losses(args, transformer, scheduler, dtype, device)
 
     names = [f"{i:040d}" for i in range(4)]
     captions, moments = captions_and_moments(job)
@@ -399,23 +396,19 @@ def our_step(job, folder):
         cache.write_entry(cache.entry_path(folder, "clips", name), clip.to(dtype))
         cache.write_entry(cache.entry_path(folder, "captions", name), torch.randn(TEXT_LENGTH, width).to(dtype))
     encodings = cache.Encodings(folder, names, names, names, names[0])
-    clip_of = functools.partial(order.clip_at, args.seed, shapes=(0,) * len(names), clips_per_step=batch_size * processes)
-    clips = order.TrainingClips(encodings, clip_of, args.seed, COGVIDEOX_2B.scaling_factor, scheduler.config.num_train_timesteps)
+    plan = order.Plan(args.seed, tuple(range(len(names))), (0,) * len(names), batch_size * processes, len(names), steps)
+    clips = order.TrainingClips(encodings, plan.clip_of, args.seed, COGVIDEOX_2B.scaling_factor, scheduler.config.num_train_timesteps)
     batches = iter(DataLoader(clips, batch_sampler=list(order.positions_of(rank, processes, batch_size, 1, 0, steps))))
     optimizer = script.make_optimizer(args, parameters, args.learning_rate)
     schedule = script.make_schedule(args, optimizer, steps)
     model, optimizer, parameters = engine.prepare(accelerator, transformer, optimizer, batch_size, args.max_grad_norm, dtype)
 
+    trained = engine.Trained(accelerator, transformer, model, parameters, optimizer, schedule, dtype=dtype)
+    numbers = itertools.count(1)
+
     def step():
-        batch = {name: value.to(device, non_blocking=True) for name, value in next(batches).items()}
-        with accelerator.accumulate(model):
-            loss = script.velocity_loss(model, scheduler, batch, rotary_of(batch), dtype).mean()
-            accelerator.backward(loss)
-            if script.math.isfinite(engine.whole(accelerator.clip_grad_norm_(parameters, args.max_grad_norm))):
-                optimizer.step()
-            optimizer.zero_grad()
-        schedule.step()
-        return accelerator.reduce(loss.detach(), "mean").item()  # as with --logging_steps 1
+        result = script.train_step(args, trained, batches, compute_loss, next(numbers))
+        return accelerator.reduce(result.losses[-1], "mean").item()  # as with --logging_steps 1
 
     blocks = len(transformer.transformer_blocks)
     return step, lambda: script.checkpoint_blocks(transformer, *script.blocks_to_recompute(job["gradient_checkpointing"], blocks))
