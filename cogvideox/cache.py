@@ -82,7 +82,7 @@ def identify(folder, part, cache, variant=None):
     note, config = component_note(folder, part, cache, variant)
     files = weight_files(Path(folder) / part, variant)[0]
     if not files and note.exists():
-        known = json.loads(note.read_text())
+        known = read_json(note)
         return known["identity"], getattr(torch, known["dtype"])
     dtype = stored_dtype(folder, part, variant) if files else torch.float32
     files = files or sorted(p for p in (Path(folder) / part).iterdir() if p.is_file())

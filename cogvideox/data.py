@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from cogvideox.launch import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, free, say
 from cogvideox.model import load_text_encoder, load_vae, usable_dtype
 from cogvideox.survey import (
     clip_framing,
+    describe,
     framing_of,
     list_clips,
     printable,
-    remarks,
     remember_survey,
+    report_text,
     shapes_differ,
     survey_clips,
     table_lines,
@@ -47,7 +49,8 @@ class Data:
 
 
 def check_data(args, facts, tokenizer, readers, accelerator, barrier):
-    """List and decode every clip, print the report, and return the Data. Of the output folder only `dataset_report.txt` is written."""
+    """List and decode every clip, print the report, and return the Data. Of the output folder only dataset.json and the
+    text made from it, dataset_report.txt, are written."""
     records, problems, layout = list_clips(args)
     others, more_problems = list_eval_clips(args)
     of_data, records, problems = len(records), records + others, problems + more_problems
@@ -74,22 +77,17 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
             f"--train_batch_size {args.train_batch_size}: the clips differ in length, and a batch has one shape; "
             "use --train_batch_size 1, --bucket, or a --max_num_frames that all reach"
         )
-    report = list(table_lines(records, clips, tokens, facts.max_text_seq_length))
-    summary = list(remarks(records, clips, tokens, facts.max_text_seq_length, framing))
-    if drawn:
-        names = ", ".join(printable(records[i].listed) for i in sorted(drawn))
-        summary.append(f"{len(drawn)} clips are held out: scored, and never trained on: {names}")
-        contents = {clips[i]["sha256"] for i in own if i not in drawn}
-        if copies := sum(clips[i]["sha256"] in contents for i in drawn):
-            summary.append(f"{copies} of the held-out clips have the same content as a trained one: their score cannot tell memorising")
+    dataset = describe(records, clips, tokens, facts.max_text_seq_length, framing, drawn)
+    dataset = {"source": args.dataset_name or args.instance_data_root, "layout": layout} | dataset | {"problems": problems}
     if accelerator.is_main_process:
-        text = "\n".join([*report, "", *summary, *[f"ERROR: {problem}" for problem in problems]]) + "\n"
-        store.write_bytes(Path(args.output_dir) / "dataset_report.txt", text.encode())
-    shown = report if len(report) <= 13 else report[:13] + [f"... {len(report) - 13} more in dataset_report.txt"]
+        store.write_bytes(Path(args.output_dir) / "dataset.json", json.dumps(dataset, indent=1).encode())
+        store.write_bytes(Path(args.output_dir) / "dataset_report.txt", report_text(dataset).encode())
+    table = list(table_lines(dataset))
+    shown = table if len(table) <= 13 else table[:13] + [f"... {len(table) - 13} more in dataset_report.txt"]
     for sentence in bad if skipped else []:
         say(f"warning: skipped {sentence}")
-    say(f"\n{layout} of {args.dataset_name or args.instance_data_root}")
-    for line in [*shown, *summary]:
+    say(f"\n{layout} of {dataset['source']}")
+    for line in [*shown, *dataset["remarks"]]:
         say("  " + line)
     if records:
         for record in records[:3]:

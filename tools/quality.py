@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from cogvideox.evaluation import evaluations
-from cogvideox.metrics import read_metrics
+from cogvideox.files import read_json_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = "--id_token OLDFILM --height 64 --width 96 --max_num_frames 17 --mixed_precision no --gradient_checkpointing none"
@@ -79,7 +79,7 @@ def train(name, seed, folders, options, work_dir):
 
 def course_of(output_dir):
     """[(step, seconds of training until then, held-out loss against the base's as a share)] of a run."""
-    lines = read_metrics(output_dir / "metrics.jsonl")
+    lines = read_json_lines(output_dir / "metrics.jsonl")
     seconds, last_step, at = 0.0, 0, {0: 0.0}
     for line in lines:
         if "seconds_per_step" in line:
