@@ -654,7 +654,7 @@ def describe_run(args, accelerator, plan, video, data, num_trained):
     facts |= {"example_prompt": args.prompts[0] if args.prompts else data.records[0].caption}
     facts |= {name: video[name] for name in ("num_frames", "height", "width")} | {"steps": 0, "videos": []}
     defaults = {action.dest: action.default for action in build_parser()._actions}
-    return report.run_facts(vars(args), facts, defaults)
+    return report.run_facts(checkpoint.public_flags(args), facts, defaults)
 
 
 def finish(args, trained, result, checkpointer, scorer, validator, plan, step, stop, run, learning_rate):

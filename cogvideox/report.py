@@ -242,18 +242,16 @@ def videos(output_dir):
     for name in sorted({name for step in shown for name in steps[step]}):
         cells = [video_cell(step, steps[step].get(name), (step, name) in chosen) for step in shown]
         rows.append({"prompt": labels[name][0], "seed": labels[name][1], "cells": cells})
-    if linked := sum("link" in cell for row in rows for cell in row["cells"]):
+    if linked := sum(bool(cell["link"]) for row in rows for cell in row["cells"]):
         notes.append(f"{linked} videos did not fit into {VIDEO_BUDGET_MIB} MiB and are links to the files beside this page.")
     return {"steps": shown, "rows": rows, "notes": notes}
 
 
 def video_cell(step, path, is_chosen):
     """One video: in the page, or a link to its file."""
-    if path is None:
-        return {"step": step, "absent": "none"}
-    if not is_chosen:
-        return {"step": step, "link": f"validation/{path.parent.name}/{path.name}"}
-    return {"step": step, "source": data_address(path, "video/mp4"), "absent": "cannot be read"}
+    link = f"validation/{path.parent.name}/{path.name}" if path and not is_chosen else ""
+    source = data_address(path, "video/mp4") if path and is_chosen else ""
+    return {"step": step, "source": source, "link": link, "absent": "cannot be read" if path else "none"}
 
 
 def curves(lines):
@@ -301,7 +299,7 @@ def settings(run):
     }
 
 
-SHOWN_ELSEWHERE = {"name", "videos", "example_prompt", "is_base_on_hub"}  # facts for the card that are elsewhere on the page
+SHOWN_ELSEWHERE = {"name", "videos", "example_prompt", "is_base_on_hub", "steps", "num_frames", "height", "width"}
 
 
 def flag_text(value):
