@@ -649,7 +649,7 @@ def describe_run(args, accelerator, plan, video, data, num_trained):
     facts = {"name": Path(args.output_dir).resolve().name, "device": report.device_name(accelerator.device)}
     facts |= {"processes": accelerator.num_processes, "engine": engine.engine_of(accelerator), "clips": len(plan.clips)}
     facts |= {"clips_per_step": plan.clips_per_step, "total_steps": plan.total_steps, "trained_parameters": num_trained}
-    # The path of a local folder is nobody else's business.
+    # Of a local folder only the name is told: the card may be published.
     facts |= {"base_model": base if is_on_hub else Path(base).name, "is_base_on_hub": is_on_hub}
     facts |= {"example_prompt": args.prompts[0] if args.prompts else data.records[0].caption}
     facts |= {name: video[name] for name in ("num_frames", "height", "width")} | {"steps": 0, "videos": []}
@@ -669,7 +669,7 @@ def finish(args, trained, result, checkpointer, scorer, validator, plan, step, s
         if newest is None and not checkpointer.failed:  # nothing was trained: the run was complete
             newest = output_dir / f"checkpoint-{step}"
             result.publish(newest, output_dir)
-        run["facts"] |= {"steps": step, "videos": validator.videos_of(step)}
+        run["facts"] |= hub.without_secrets({"steps": step, "videos": validator.videos_of(step)})
         problem = publish(args, output_dir, run, verdict, push=args.push_to_hub and not stop)
         code, reason = (1, problem) if problem else (0, "done")
         code, reason = (128 + stop, f"stopped by {signal.Signals(stop).name}") if stop else (code, reason)

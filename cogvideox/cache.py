@@ -20,8 +20,8 @@ import safetensors
 import torch
 from safetensors.torch import save
 
-from cogvideox.files import file_sha256, write_bytes
-from cogvideox.folder import read_json, safetensors_header, stored_dtype, weight_files
+from cogvideox.files import file_sha256, read_json, write_bytes
+from cogvideox.folder import safetensors_header, stored_dtype, weight_files
 
 ENCODING_VERSION = 1  # raise it when the code below, or dataset.py, makes other numbers from the same input
 

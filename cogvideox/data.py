@@ -11,7 +11,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from cogvideox import cache as store
 from cogvideox import encode
 from cogvideox.evaluation import choose_held_out
-from cogvideox.folder import count_tokens, latent_shape, read_json, weight_files
+from cogvideox.files import read_json
+from cogvideox.folder import count_tokens, latent_shape, weight_files
 from cogvideox.launch import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, free, say
 from cogvideox.model import load_text_encoder, load_vae, usable_dtype
 from cogvideox.survey import (

@@ -135,7 +135,7 @@ def test_an_empty_folder_gives_a_page_that_says_what_is_missing(tmp_path, whole_
         "no validation videos yet",
         "no metrics.jsonl",
         "no dataset.json",
-        "no run.json with what the result is",
+        "The snippet is made from run.json",
         "no run.json: flags",
         "no verdict yet",
     ]

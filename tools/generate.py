@@ -25,9 +25,9 @@ from tqdm.auto import tqdm
 
 from cogvideox import apply
 from cogvideox.data import free
-from cogvideox.files import file_sha256, try_writing, write_bytes
+from cogvideox.files import file_sha256, read_json, try_writing, write_bytes
 from cogvideox.flags import below, not_above_zero
-from cogvideox.folder import check_geometry, check_model_folder, find_model, read_facts, read_json, stored_dtype
+from cogvideox.folder import check_geometry, check_model_folder, find_model, read_facts, stored_dtype
 from cogvideox.launch import BAD_OUTPUT, fail, say
 from cogvideox.model import usable_dtype
 from cogvideox.validation import video_jobs
