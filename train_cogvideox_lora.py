@@ -424,7 +424,10 @@ def holds_earlier_run(output_dir):
 
 
 def remove_earlier_run(output_dir, logging_dir):
-    """Delete what a run writes, and nothing else, from a folder that holds one."""
+    """Delete what a run writes, and nothing else, from a folder that holds one.
+
+    dataset.json and dataset_report.txt stay: the new run's check of the clips has written over them already.
+    """
     names = [lora.RESULT, sft.RESULT, "README.md", "metrics.jsonl", "loss.png", "status.json", "validation", "encoded", "best", logging_dir]
     names += [report.NAME, "run.json"]
     checkpoints = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+(\.partial|\.abandoned)?", path.name)]

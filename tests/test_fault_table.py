@@ -447,6 +447,7 @@ def test_overwriting_follows_no_link_and_takes_nothing_that_no_run_wrote(train, 
     (folder / "validation").symlink_to(tmp_path / "elsewhere")
     (folder / "checkpoint-notes").mkdir()
     train(output=folder, overwrite_output_dir=True)
+    assert len(json.loads((folder / "dataset.json").read_text())["clips"]) == 6  # of the new run
     assert (tmp_path / "elsewhere/precious").read_text() == "mine"
     assert (folder / "checkpoint-notes").is_dir()
 
