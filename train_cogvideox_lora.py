@@ -425,7 +425,10 @@ def holds_earlier_run(output_dir):
 
 
 def remove_earlier_run(output_dir, logging_dir):
-    """Delete what a run writes, and nothing else, from a folder that holds one."""
+    """Delete what a run writes, and nothing else, from a folder that holds one.
+
+    dataset.json and dataset_report.txt stay: the new run's check of the clips has written over them already.
+    """
     names = [lora.RESULT, sft.RESULT, "README.md", "metrics.jsonl", "loss.png", "status.json", "validation", "encoded", "best", logging_dir]
     names += [report.NAME, "run.json"]
     checkpoints = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+(\.partial|\.abandoned)?", path.name)]
@@ -585,6 +588,9 @@ def main(args):
     guard = metrics.NonFiniteGuard(args, trained, plan.clip_of, data.records, checkpointer)
     metrics.start_trackers(args, accelerator, run_facts)
     say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, num_parameters)
+    run = describe_run(args, accelerator, plan, validator.settings, data, num_trained)
+    if is_main and (problem := report.write_run_facts(output_dir, run)):
+        say(f"warning: {problem}")
 
     # The loop
     if first_step == 0:
@@ -615,7 +621,7 @@ def main(args):
     if first_step >= plan.total_steps:
         say(f"already complete: {output_dir} has been trained for {first_step} of {plan.total_steps} steps")
         validator.make_missing(first_step)  # a kill in the last validation left it without videos
-    finish(args, trained, result, checkpointer, scorer, validator, plan, step, stop, num_trained, learning_rate)
+    finish(args, trained, result, checkpointer, scorer, validator, plan, step, stop, run, learning_rate)
 
 
 def say_predicted_memory(args, folder, accelerator):
@@ -628,7 +634,7 @@ def say_predicted_memory(args, folder, accelerator):
 
 
 def say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, num_parameters):
-    """Print what will be trained, and leave it in run.json for the report."""
+    """Print what will be trained."""
     epochs, precision = plan.total_steps * plan.clips_per_step / plan.epoch_clips, args.mixed_precision.replace("no", "fp32")
     what = f"rank {args.rank}, alpha {args.lora_alpha:g}" if args.training_type == "lora" else "full fine-tuning"
     say(
@@ -638,17 +644,24 @@ def say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, nu
         f"training {num_trained / 1e6:.2f} M of {num_parameters / 1e6:.1f} M parameters ({what}), computing in {precision}; "
         f"engine: {engine.engine_of(accelerator)}\n"
     )
-    if accelerator.is_main_process:
-        facts = {"device": report.device_name(accelerator.device), "processes": accelerator.num_processes}
-        facts |= {"engine": engine.engine_of(accelerator), "clips": len(plan.clips)}
-        facts |= {"clips_per_step": plan.clips_per_step, "total_steps": plan.total_steps}
-        defaults = {action.dest: action.default for action in build_parser()._actions}
-        problem = report.write_run_facts(args.output_dir, checkpoint.public_flags(args), facts, defaults)
-        if problem:
-            say(f"warning: {problem}")
 
 
-def finish(args, trained, result, checkpointer, scorer, validator, plan, step, stop, num_trained, learning_rate):
+def describe_run(args, accelerator, plan, video, data, num_trained):
+    """The content of run.json while nothing is trained yet, for the report and the model card. video: settings of validation's."""
+    base = args.pretrained_model_name_or_path
+    is_on_hub = not Path(base).expanduser().exists()
+    facts = {"name": Path(args.output_dir).resolve().name, "device": report.device_name(accelerator.device)}
+    facts |= {"processes": accelerator.num_processes, "engine": engine.engine_of(accelerator), "clips": len(plan.clips)}
+    facts |= {"clips_per_step": plan.clips_per_step, "total_steps": plan.total_steps, "trained_parameters": num_trained}
+    # Of a local folder only the name is told: the card may be published.
+    facts |= {"base_model": base if is_on_hub else Path(base).name, "is_base_on_hub": is_on_hub}
+    facts |= {"example_prompt": args.prompts[0] if args.prompts else data.records[0].caption}
+    facts |= {name: video[name] for name in ("num_frames", "height", "width")} | {"steps": 0, "videos": []}
+    defaults = {action.dest: action.default for action in build_parser()._actions}
+    return report.run_facts(checkpoint.public_flags(args), facts, defaults)
+
+
+def finish(args, trained, result, checkpointer, scorer, validator, plan, step, stop, run, learning_rate):
     """The one ending: the last checkpoint on disk, the verdict, card, plot, status and report, the push, and the exit code.
 
     stop: the signal that ended the loop, or 0. The result is on disk already, and nothing here can undo it.
@@ -660,9 +673,8 @@ def finish(args, trained, result, checkpointer, scorer, validator, plan, step, s
         if newest is None and not checkpointer.failed:  # nothing was trained: the run was complete
             newest = output_dir / f"checkpoint-{step}"
             result.publish(newest, output_dir)
-        facts = {"clips": len(plan.clips), "clips_per_step": plan.clips_per_step, "parameters": num_trained / 1e6, **validator.settings}
-        facts |= {"steps": step, "verdict": verdict, "videos": validator.videos_of(step)}
-        problem = publish(args, output_dir, facts, push=args.push_to_hub and not stop)
+        run["facts"] |= hub.without_secrets({"steps": step, "videos": validator.videos_of(step)})
+        problem = publish(args, output_dir, run, verdict, push=args.push_to_hub and not stop)
         code, reason = (1, problem) if problem else (0, "done")
         code, reason = (128 + stop, f"stopped by {signal.Signals(stop).name}") if stop else (code, reason)
         code, reason = (BAD_OUTPUT, "the last checkpoint was not written") if checkpointer.failed else (code, reason)
@@ -679,14 +691,16 @@ def finish(args, trained, result, checkpointer, scorer, validator, plan, step, s
         fail(1, problem)
 
 
-def publish(args, output_dir, facts, push):
-    """Write the plot and the model card, say the verdict, and upload if it was asked for. Returns what failed as a sentence, or None."""
+def publish(args, output_dir, run, verdict, push):
+    """Write run.json, the card and the plot, say the verdict, and upload if it was asked for. Returns what failed, or None."""
+    if problem := report.write_run_facts(output_dir, run):
+        say(f"warning: {problem}")
     try:
-        hub.write_model_card(output_dir, args, facts)
+        hub.write_model_card(output_dir, run)
         metrics.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
     except OSError as error:
         say(f"warning: the model card and the plot were not written ({error})")
-    made, (word, sentences) = output_dir / checkpoint.RESULTS[args.training_type].RESULT, facts["verdict"]
+    made, (word, sentences) = output_dir / checkpoint.RESULTS[args.training_type].RESULT, verdict
     say(f"\nverdict: {word}. {' '.join(sentences)}")
     say(f"\nthe result: {made}\nhow to use it: {output_dir / 'README.md'}\nthe run on a page: {output_dir / report.NAME}")
     if not push:
@@ -695,7 +709,7 @@ def publish(args, output_dir, facts, push):
     try:
         say(f"uploaded to {hub.push(output_dir, args, token)}")
     except Exception as error:  # the hub client raises many kinds; the result is here whatever it says
-        reason = hub.redacted((str(error).splitlines() or [""])[0], token)
+        reason = hub.without_secrets((str(error).splitlines() or [""])[0], token)
         return f"--push_to_hub: the upload failed ({type(error).__name__}: {reason}); everything is in {output_dir}"
     return None
 

@@ -22,8 +22,8 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from cogvideox.decode import ENCODING_VERSION, clip_framing
-from cogvideox.files import hash_file, key_of, write_bytes
-from cogvideox.folder import latent_shape, read_json, safetensors_header, stored_dtype, weight_files
+from cogvideox.files import hash_file, key_of, read_json, write_bytes
+from cogvideox.folder import latent_shape, safetensors_header, stored_dtype, weight_files
 from cogvideox.launch import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, free, say
 from cogvideox.model import decode_latents, encode_captions, encode_frames, load_text_encoder, load_vae, usable_dtype
 from cogvideox.stopping import leave_if_wanted
@@ -61,7 +61,7 @@ def identify(folder, part, cache, variant=None):
     note, config = component_note(folder, part, cache, variant)
     files = weight_files(Path(folder) / part, variant)[0]
     if not files and note.exists():
-        known = json.loads(note.read_text())
+        known = read_json(note)
         return known["identity"], getattr(torch, known["dtype"])
     dtype = stored_dtype(folder, part, variant) if files else torch.float32
     files = files or sorted(p for p in (Path(folder) / part).iterdir() if p.is_file())

@@ -12,6 +12,25 @@ import time
 import uuid
 from pathlib import Path
 
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that every loader looks for
+
+
+def read_json(path):
+    """A JSON file's content. OSError where it cannot be read, ValueError where it is not JSON."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_json_lines(path):
+    """The values of a file that has one a line; [] without the file. A line cut by a kill is left out."""
+    values = []
+    if Path(path).exists():
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                values.append(json.loads(line))
+            except ValueError:
+                continue
+    return values
+
 
 def write_bytes(path, content, durable=False):
     """Write a file under a temporary name, then rename it. The mode follows the umask.

@@ -27,7 +27,8 @@ from transformers import T5Config, T5EncoderModel
 
 from cogvideox import linear, lora
 from cogvideox.encodings import CAPTIONS_PER_BATCH
-from cogvideox.folder import PRECISIONS, facts_of, latent_shape, read_json, stored_precision
+from cogvideox.files import read_json
+from cogvideox.folder import PRECISIONS, facts_of, latent_shape, stored_precision
 from cogvideox.model import blocks_to_recompute, checkpoint_blocks, decode_latents, encode_frames, keep_position_tables, rotary_tables
 
 # bitsandbytes keeps the states of smaller parameters in fp32.

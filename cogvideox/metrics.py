@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from cogvideox import engine, report
-from cogvideox.files import write_bytes
+from cogvideox.files import read_json_lines, write_bytes
 from cogvideox.launch import BAD_NUMBERS, fail, peak_memory_gib, say
 from cogvideox.stopping import write_status
 from cogvideox.survey import printable
@@ -27,7 +27,7 @@ class MetricsFile:
         if not enabled:
             return
         path = self.path
-        kept = [line for line in read_metrics(path) if line["step"] <= first_step] if first_step else []
+        kept = [line for line in read_json_lines(path) if line["step"] <= first_step] if first_step else []
         write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.file = path.open("a", encoding="utf-8")
 
@@ -142,19 +142,6 @@ class NonFiniteGuard:
         return gather_object(bad) or ["every loss was finite, its gradient was not"]
 
 
-def read_metrics(path):
-    """The lines of a metrics.jsonl: none of a run that wrote none yet. A last line cut by a kill is left out."""
-    if not Path(path).exists():
-        return []
-    lines = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
-
-
 def plot_losses(metrics_path, picture_path):
     """loss.png: training loss (and its running mean), the scores on fixed noise, learning rate and gradient norm over steps."""
     import matplotlib
@@ -162,7 +149,7 @@ def plot_losses(metrics_path, picture_path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = read_metrics(metrics_path)
+    lines = read_json_lines(metrics_path)
     trained = [line for line in lines if "loss" in line]
     scored = [line for line in lines if "eval_train_loss" in line]
     figure, axes = pyplot.subplots(3, 1, figsize=(9, 9), sharex=True, height_ratios=[3, 1, 1])

@@ -9,7 +9,8 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXD
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import T5EncoderModel
 
-from cogvideox.folder import read_json, stored_dtype, weight_files
+from cogvideox.files import read_json
+from cogvideox.folder import stored_dtype, weight_files
 from cogvideox.launch import say
 
 

@@ -12,7 +12,8 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
-from cogvideox import metrics, report
+from cogvideox import report
+from cogvideox.files import read_json_lines
 from cogvideox.launch import free, say
 from cogvideox.lora import lora_modules
 from cogvideox.validation import undisturbed
@@ -207,7 +208,7 @@ class Scorer:
 
     def earlier_lines(self):
         """The scores of the same clips in metrics.jsonl, the same on all ranks."""
-        lines = evaluations(metrics.read_metrics(self.output_dir / "metrics.jsonl"), self.clips) if self.trained.is_main else None
+        lines = evaluations(read_json_lines(self.output_dir / "metrics.jsonl"), self.clips) if self.trained.is_main else None
         return broadcast_object_list([lines])[0]
 
     def begin(self, meter, checkpointer, validator):

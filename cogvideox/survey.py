@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from cogvideox.decode import ENCODING_VERSION, Framing, clip_framing
-from cogvideox.files import hash_file, key_of, write_bytes
+from cogvideox.files import hash_file, key_of, read_json, write_bytes
 from cogvideox.folder import count_tokens
 from cogvideox.launch import say
 from cogvideox.order import choose_held_out
@@ -44,7 +44,8 @@ class Data:
 
 
 def check_data(args, facts, tokenizer, readers, accelerator, barrier):
-    """List and decode every clip, print the report, and return the Data. Of the output folder only `dataset_report.txt` is written."""
+    """List and decode every clip, print the report, and return the Data. Of the output folder only dataset.json and the
+    text made from it, dataset_report.txt, are written."""
     records, problems, layout = list_clips(args)
     others, more_problems = list_eval_clips(args)
     of_data, records, problems = len(records), records + others, problems + more_problems
@@ -71,22 +72,17 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
             f"--train_batch_size {args.train_batch_size}: the clips differ in length, and a batch has one shape; "
             "use --train_batch_size 1, --bucket, or a --max_num_frames that all reach"
         )
-    report = list(table_lines(records, clips, tokens, facts.max_text_seq_length))
-    summary = list(remarks(records, clips, tokens, facts.max_text_seq_length, framing))
-    if drawn:
-        names = ", ".join(printable(records[i].listed) for i in sorted(drawn))
-        summary.append(f"{len(drawn)} clips are held out: scored, and never trained on: {names}")
-        contents = {clips[i]["sha256"] for i in own if i not in drawn}
-        if copies := sum(clips[i]["sha256"] in contents for i in drawn):
-            summary.append(f"{copies} of the held-out clips have the same content as a trained one: their score cannot tell memorising")
+    dataset = describe(records, clips, tokens, facts.max_text_seq_length, framing, drawn)
+    dataset = {"source": args.dataset_name or args.instance_data_root, "layout": layout} | dataset | {"problems": problems}
     if accelerator.is_main_process:
-        text = "\n".join([*report, "", *summary, *[f"ERROR: {problem}" for problem in problems]]) + "\n"
-        write_bytes(Path(args.output_dir) / "dataset_report.txt", text.encode())
-    shown = report if len(report) <= 13 else report[:13] + [f"... {len(report) - 13} more in dataset_report.txt"]
+        write_bytes(Path(args.output_dir) / "dataset.json", json.dumps(dataset, indent=1).encode())
+        write_bytes(Path(args.output_dir) / "dataset_report.txt", report_text(dataset).encode())
+    table = list(table_lines(dataset))
+    shown = table if len(table) <= 13 else table[:13] + [f"... {len(table) - 13} more in dataset_report.txt"]
     for sentence in bad if skipped else []:
         say(f"warning: skipped {sentence}")
-    say(f"\n{layout} of {args.dataset_name or args.instance_data_root}")
-    for line in [*shown, *summary]:
+    say(f"\n{layout} of {dataset['source']}")
+    for line in [*shown, *dataset["remarks"]]:
         say("  " + line)
     if records:
         for record in records[:3]:
@@ -128,7 +124,7 @@ def survey_clips(records, framing, seed, cache, readers, show_progress=True):
         content = hash_file(record.path, cache)
         known = cache / "surveys" / f"{survey_key(content, own)}.json"
         try:
-            facts[number] = json.loads(known.read_text())
+            facts[number] = read_json(known)
         except (OSError, ValueError):
             pending.append((number, content, own))
     results = readers.read_all([(records[number].path, own) for number, _, own in pending], want_frames=False)
@@ -148,67 +144,105 @@ def remember_survey(facts, cache):
             write_bytes(path, json.dumps(clip).encode())
 
 
-def table_lines(records, facts, tokens, limit):
-    """The per-clip report: a table of one line a clip, and the remarks below it."""
-    yield f"{'clip':<28} {'source':>20} {'reader':>7} {'frames':>6} {'seconds':>7} {'used':>5} {'cut':>5} {'size':>9} {'tokens':>6}"
-    for record, clip, count in zip(records, facts, tokens, strict=True):
-        name = printable(record.listed)[-28:]
+# What is not shown of a clip: where its pixels come from, and what it is called in the cache.
+INNER_FACTS = {"indices", "box", "note", "survey", "path"}
+
+
+def describe(records, facts, tokens, limit, framing, held_out=()):
+    """The content of dataset.json, from which the text report and the page are made: {clips, totals, remarks}, JSON-ready.
+
+    facts: one dict a record, as `survey_clips` gives them. tokens: of each caption, which is cut at `limit`. held_out: the
+    numbers of the records that are scored and never trained on.
+    """
+    clips = []
+    for number, (record, clip, count) in enumerate(zip(records, facts, tokens, strict=True)):
+        described = {"line": record.where, "path": record.listed, "caption": record.caption, "tokens": count}
+        described |= {
+            "is_caption_cut": count > limit,
+            "split": "held out" if number in held_out else "trained",
+            "problem": None,
+            "notes": [],
+        }
         if "reason" in clip:
-            yield f"{name:<28} unusable: {clip['reason']}"
+            clips.append(described | {"split": None, "problem": clip["reason"]})
+            continue
+        described |= {name: value for name, value in clip.items() if name not in INNER_FACTS}
+        described |= {"fps": framing.fps, "bucket": f"{clip['frames']}x{clip['height']}x{clip['width']}"}
+        clips.append(described | {"notes": [clip["note"]] if clip["note"] else []})
+    usable = [clip for clip in clips if not clip["problem"]]
+    totals = {"clips": len(clips), "usable": len(usable), "held_out": sum(clip["split"] == "held out" for clip in usable)}
+    totals |= {"seconds": sum(clip["seconds"] for clip in usable), "source_seconds": sum(clip["source_seconds"] for clip in usable)}
+    totals |= {"buckets": dict(Counter(clip["bucket"] for clip in usable).most_common())}
+    return {"clips": clips, "totals": totals, "remarks": list(remarks(clips, usable, totals, limit, framing))}
+
+
+def table_lines(dataset):
+    """The clips of `describe` as a table of one line a clip, with notes below it."""
+    yield f"{'clip':<28} {'source':>20} {'reader':>7} {'frames':>6} {'seconds':>7} {'used':>5} {'cut':>5} {'size':>9} {'tokens':>6}"
+    for clip in dataset["clips"]:
+        name = printable(clip["path"])[-28:]
+        if clip["problem"]:
+            yield f"{name:<28} unusable: {clip['problem']}"
             continue
         source = f"{clip['source_width']}x{clip['source_height']} {clip['source_frames']}f @{clip['source_fps']:g}"
+        tokens = f"{clip['tokens']:>6}{'!' if clip['is_caption_cut'] else ''}"
         yield (
             f"{name:<28} {source:>20} {clip['reader']:>7} {clip['frames']:>6} {clip['seconds']:>7.2f} {clip['used_percent']:>4.0f}% "
-            f"{clip['cropped_percent']:>4.0f}% {clip['width']:>4}x{clip['height']:<4} {count:>6}{'!' if count > limit else ''}"
+            f"{clip['cropped_percent']:>4.0f}% {clip['width']:>4}x{clip['height']:<4} {tokens}"
         )
-        if clip["note"]:
-            yield f"{'':<28} {clip['note']}"
+        for note in clip["notes"]:
+            yield f"{'':<28} {note}"
 
 
-def remarks(records, facts, tokens, limit, framing):
-    """What a user would want to know of the data before hours are spent on it, each a sentence."""
-    good = [(record, clip) for record, clip in zip(records, facts, strict=True) if "reason" not in clip]
-    if not good:
+def report_text(dataset):
+    """dataset_report.txt: what dataset.json says, for reading in a terminal."""
+    problems = [f"ERROR: {problem}" for problem in dataset["problems"]]
+    return "\n".join([*table_lines(dataset), "", *dataset["remarks"], *problems]) + "\n"
+
+
+def remarks(clips, usable, totals, limit, framing):
+    """What a user would want to know of the data before hours are spent on it, each a sentence. clips: as `describe` has them."""
+    if not usable:
         return
-    seconds, total = sum(c["seconds"] for _, c in good), sum(c["source_seconds"] for _, c in good)
-    lengths = Counter((c["frames"], c["height"], c["width"]) for _, c in good)
-    shapes = ", ".join(f"{n} of {f}x{h}x{w}" for (f, h, w), n in lengths.most_common())
-    yield f"{len(good)} clips, {seconds:.1f} of {total:.1f} seconds used, as frames x height x width: {shapes}"
+    buckets = ", ".join(f"{count} of {bucket}" for bucket, count in totals["buckets"].items())
+    used = f"{totals['seconds']:.1f} of {totals['source_seconds']:.1f} seconds used"
+    yield f"{len(usable)} clips, {used}, as frames x height x width: {buckets}"
     checks = [
         (
-            lambda r, c: c["used_percent"] < 90,
+            lambda c: c["used_percent"] < 90,
             "use less than 90 % of their clip (--max_num_frames, --fps); the caption should match what is left",
         ),
-        (lambda r, c: c["frames"] < framing.max_num_frames, f"are shorter than --max_num_frames {framing.max_num_frames}"),
-        (lambda r, c: c["repeated_frames"] > 0, f"have fewer frames a second than --fps {framing.fps:g}: some frames repeat"),
-        (lambda r, c: c["cropped_percent"] > 5, "lose more than 5 % of the picture to the crop (--video_reshape_mode, --height, --width)"),
-        (lambda r, c: c["stretch_percent"] > 5, "are stretched by more than 5 % (--video_reshape_mode none)"),
+        (lambda c: c["frames"] < framing.max_num_frames, f"are shorter than --max_num_frames {framing.max_num_frames}"),
+        (lambda c: c["repeated_frames"] > 0, f"have fewer frames a second than --fps {framing.fps:g}: some frames repeat"),
+        (lambda c: c["cropped_percent"] > 5, "lose more than 5 % of the picture to the crop (--video_reshape_mode, --height, --width)"),
+        (lambda c: c["stretch_percent"] > 5, "are stretched by more than 5 % (--video_reshape_mode none)"),
         (
-            lambda r, c: c["source_height"] * c["source_width"] < c["height"] * c["width"] * 0.8,
+            lambda c: c["source_height"] * c["source_width"] < c["height"] * c["width"] * 0.8,
             "are enlarged: the source is smaller than the training size",
         ),
     ]
     for test, words in checks:
-        hits = [r for r, c in good if test(r, c)]
-        if hits:
-            yield f"{len(hits)} of {len(good)} clips {words}: {some(hits)}"
-    cut = [record for record, count in zip(records, tokens, strict=True) if count > limit]
-    if cut:
+        if hits := [clip for clip in usable if test(clip)]:
+            yield f"{len(hits)} of {len(usable)} clips {words}: {some(hits)}"
+    if cut := [clip for clip in clips if clip["is_caption_cut"]]:
         yield f"{len(cut)} captions are longer than {limit} tokens and will be cut there: {some(cut)}"
-    twice = Counter(c["sha256"] for _, c in good)
-    copies = [r for r, c in good if twice[c["sha256"]] > 1]
-    if copies:
+    contents = Counter(clip["sha256"] for clip in usable)
+    if copies := [clip for clip in usable if contents[clip["sha256"]] > 1]:
         yield f"{len(copies)} clips have the same content as another: {some(copies)}"
-    same = Counter(record.caption for record, _ in good)
-    alike = [record for record, _ in good if same[record.caption] > 1]
-    if alike:
+    captions = Counter(clip["caption"] for clip in usable)
+    if alike := [clip for clip in usable if captions[clip["caption"]] > 1]:
         yield f"{len(alike)} clips share their caption with another: {some(alike)}"
+    if held_out := [clip for clip in usable if clip["split"] == "held out"]:
+        yield f"{len(held_out)} clips are held out: scored, and never trained on: {some(held_out, most=len(held_out))}"
+        trained = {clip["sha256"] for clip in usable if clip["split"] == "trained"}
+        if copies := sum(clip["sha256"] in trained for clip in held_out):
+            yield f"{copies} of the held-out clips have the same content as a trained one: their score cannot tell memorising"
 
 
-def some(records, most=4):
+def some(clips, most=4):
     """A few names of many."""
-    names = [printable(record.listed) for record in records[:most]]
-    return ", ".join(names) + (f" and {len(records) - most} more" if len(records) > most else "")
+    names = [printable(clip["path"]) for clip in clips[:most]]
+    return ", ".join(names) + (f" and {len(clips) - most} more" if len(clips) > most else "")
 
 
 def printable(text):

@@ -434,9 +434,8 @@ def test_overwriting_waits_until_the_new_run_can_start(train, clips, tmp_path):
     ended(3, train, output=folder, data=clips, overwrite_output_dir=True)
     assert (folder / "pytorch_lora_weights.safetensors").exists()
     after = content(folder)
-    assert {name: after.get(name) for name in before if name != "dataset_report.txt"} == {
-        name: before[name] for name in before if name != "dataset_report.txt"
-    }
+    kept = before.keys() - {"dataset.json", "dataset_report.txt"}
+    assert {name: after.get(name) for name in kept} == {name: before[name] for name in kept}
 
 
 def test_overwriting_follows_no_link_and_takes_nothing_that_no_run_wrote(train, tmp_path):
@@ -446,6 +445,7 @@ def test_overwriting_follows_no_link_and_takes_nothing_that_no_run_wrote(train, 
     (folder / "validation").symlink_to(tmp_path / "elsewhere")
     (folder / "checkpoint-notes").mkdir()
     train(output=folder, overwrite_output_dir=True)
+    assert len(json.loads((folder / "dataset.json").read_text())["clips"]) == 6  # of the new run
     assert (tmp_path / "elsewhere/precious").read_text() == "mine"
     assert (folder / "checkpoint-notes").is_dir()
 

@@ -311,7 +311,7 @@ def test_a_dry_run_tells_time_memory_and_disk_and_trains_nothing(train, capsys):
         "nothing was trained",
     ):
         assert word in told
-    left = {p.name for p in folder.iterdir()} - {"encoded", "dataset_report.txt"}
+    left = {p.name for p in folder.iterdir()} - {"encoded", "dataset.json", "dataset_report.txt"}
     assert left == set()
 
 
@@ -534,25 +534,25 @@ def test_pictures_that_cannot_be_made_cost_nothing_but_themselves(train, monkeyp
 @pytest.mark.parametrize("wrong", ["zero", "twice as strong"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_export_check_fails_for_a_wrong_file_in_every_precision(tiny_model, tmp_path, capsys, wrong, dtype):
-    from cogvideox import lora
+    from cogvideox import checkpoint, lora
     from cogvideox.model import load_transformer
 
     transformer = load_transformer(tiny_model, dtype)
     parameters = lora.add_lora(transformer, 4, 2.0, 0.0, ["to_q", "to_v"], seed=0)
     lora.write(tmp_path, lora.export(transformer, lora.live_state(transformer)), {})
-    lora.report_export(tmp_path, transformer)
+    checkpoint.report_export(lora, tmp_path, transformer)
     assert "inconclusive" in capsys.readouterr().err  # nothing is learned yet
     with torch.no_grad():
         for parameter in parameters:
             parameter.normal_(std=1e-2)  # a young LoRA: its effect is near the rounding of bf16
     lora.write(tmp_path, lora.export(transformer, lora.live_state(transformer)), {})
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        lora.report_export(tmp_path, transformer)
+        checkpoint.report_export(lora, tmp_path, transformer)
         assert ": PASS" in capsys.readouterr().err
         state = lora.export(transformer, lora.live_state(transformer))
         factor = 0.0 if wrong == "zero" else 2.0
         lora.write(tmp_path, {n: t * factor if "lora_B" in n else t for n, t in state.items()}, {})
-        lora.report_export(tmp_path, transformer)
+        checkpoint.report_export(lora, tmp_path, transformer)
     assert ": FAIL" in capsys.readouterr().err
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import train_cogvideox_lora as script
 from cogvideox import order, scoring
-from cogvideox.metrics import read_metrics
+from cogvideox.files import read_json_lines
 from tests.conftest import ROOT, environment, lora_of, same, words
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -22,11 +22,11 @@ KEYS |= {"eval_caption_base_gap", "eval_bands", "eval_clips", "update_share", "b
 
 
 def scores_of(folder):
-    return scoring.evaluations(read_metrics(folder / "metrics.jsonl"))
+    return scoring.evaluations(read_json_lines(folder / "metrics.jsonl"))
 
 
 def losses_of(folder):
-    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+    return [line["loss"] for line in read_json_lines(folder / "metrics.jsonl") if "loss" in line]
 
 
 def test_a_score_has_both_sets_with_the_lora_on_and_off(train):

@@ -23,9 +23,9 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-from cogvideox.files import file_sha256, try_writing, write_bytes
+from cogvideox.files import file_sha256, read_json, try_writing, write_bytes
 from cogvideox.flags import below, not_above_zero
-from cogvideox.folder import check_geometry, check_model_folder, find_model, read_facts, read_json, stored_dtype
+from cogvideox.folder import check_geometry, check_model_folder, find_model, read_facts, stored_dtype
 from cogvideox.launch import BAD_OUTPUT, fail, free, say
 from cogvideox.model import usable_dtype
 from cogvideox.validation import video_jobs

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from tqdm.auto import tqdm
 
 from cogvideox import model
-from cogvideox.folder import broken_safetensors, count_tokens, load_tokenizer, read_facts, read_json, safetensors_header, weight_files
+from cogvideox.files import read_json
+from cogvideox.folder import broken_safetensors, count_tokens, load_tokenizer, read_facts, safetensors_header, weight_files
 from cogvideox.launch import say
 from cogvideox.lora import LORA_FILE
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from cogvideox.metrics import read_metrics
+from cogvideox.files import read_json_lines
 from cogvideox.scoring import evaluations
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +79,7 @@ def train(name, seed, folders, options, work_dir):
 
 def course_of(output_dir):
     """[(step, seconds of training until then, held-out loss against the base's as a share)] of a run."""
-    lines = read_metrics(output_dir / "metrics.jsonl")
+    lines = read_json_lines(output_dir / "metrics.jsonl")
     seconds, last_step, at = 0.0, 0, {0: 0.0}
     for line in lines:
         if "seconds_per_step" in line:
