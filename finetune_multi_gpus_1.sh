@@ -26,13 +26,25 @@ DATASET_PATH="${DATASET_PATH:-$HOME/disney}"               # folder with prompts
 OUTPUT_PATH="${OUTPUT_PATH:-cogvideox-lora-multi-gpu}"     # the LoRA, its checkpoints and videos go here
 CACHE_PATH="${CACHE_PATH:-$HOME/.cache}"                   # downloads, and the encoded clips and captions
 
-# shellcheck source=cogvideox/guide_flags.sh
-source "$HERE/cogvideox/guide_flags.sh"  # COMMON_ARGS: these paths, the lists' names, the VAE in tiles, AdamW's betas
+# Memory in segments that can grow: less of it is lost to fragments, so fewer runs end out of memory.
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+
+MODEL_ARGS=(
+  --pretrained_model_name_or_path "$MODEL_PATH"
+  --cache_dir "$CACHE_PATH"
+  --enable_tiling                        # VAE: large frames in tiles
+  --enable_slicing                       # VAE: one clip at a time
+)
 DATA_ARGS=(
+  --instance_data_root "$DATASET_PATH"
+  --caption_column prompts.txt           # one caption a line
+  --video_column videos.txt              # the clip of the same line
   --height 480                           # clips are resized and cropped to this, in pixels
   --width 720
   --fps 8                                # frames a second that clips are sampled at
   --max_num_frames 49                    # 4k + 1 frames at most
+  --skip_frames_start 0                  # source frames left out
+  --skip_frames_end 0
 )
 LORA_ARGS=(
   --rank 128                             # 64 or above for new concepts
@@ -47,22 +59,26 @@ TRAIN_ARGS=(
   --gradient_checkpointing auto          # recompute activations as far as the memory asks for it; all: least memory
   --learning_rate 1e-4                   # the guide's; 5e-4, the default, gets there sooner (docs/quality.md)
   --optimizer AdamW
+  --adam_beta1 0.9
+  --adam_beta2 0.95
 )
 VALIDATION_ARGS=(
-  --validation_prompt "Mickey with the captain and friends:::Mickey and the bear"   # ::: between prompts
+  --validation_prompt "Mickey with the captain and friends:::Mickey and the bear"
+  --validation_prompt_separator :::
   --num_validation_videos 1              # videos a prompt
   --validation_epochs 2                  # every 2 epochs, and before the first and after the last step
+)
+OUTPUT_ARGS=(
+  --output_dir "$OUTPUT_PATH"
   --checkpointing_steps 500              # in optimizer steps, and at the end
 )
 
-# shellcheck source=cogvideox/cluster.sh
-source "$HERE/cogvideox/cluster.sh"
 # shellcheck source=cogvideox/launch.sh
 source "$HERE/cogvideox/launch.sh"
 find_machines
-launch --config_file "$CONFIG_PATH" \
+pass_signals_as TERM accelerate launch --config_file "$CONFIG_PATH" \
   --num_processes "$((NNODES * GPUS_PER_NODE))" --num_machines "$NNODES" --machine_rank "$NODE_RANK" \
   --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \
   "$HERE/train_cogvideox_lora.py" \
-  "${COMMON_ARGS[@]}" "${DATA_ARGS[@]}" "${LORA_ARGS[@]}" "${TRAIN_ARGS[@]}" "${VALIDATION_ARGS[@]}" \
+  "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${LORA_ARGS[@]}" "${TRAIN_ARGS[@]}" "${VALIDATION_ARGS[@]}" "${OUTPUT_ARGS[@]}" \
   "$@"

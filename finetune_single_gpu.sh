@@ -12,14 +12,25 @@ OUTPUT_PATH="${OUTPUT_PATH:-cogvideox-lora-single-gpu}"    # the LoRA, its check
 CACHE_PATH="${CACHE_PATH:-$HOME/.cache}"                   # downloads, and the encoded clips and captions
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# Memory in segments that can grow: less of it is lost to fragments, so fewer runs end out of memory.
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 
-# shellcheck source=cogvideox/guide_flags.sh
-source "$HERE/cogvideox/guide_flags.sh"  # COMMON_ARGS: these paths, the lists' names, the VAE in tiles, AdamW's betas
+MODEL_ARGS=(
+  --pretrained_model_name_or_path "$MODEL_PATH"
+  --cache_dir "$CACHE_PATH"
+  --enable_tiling                        # VAE: large frames in tiles
+  --enable_slicing                       # VAE: one clip at a time
+)
 DATA_ARGS=(
+  --instance_data_root "$DATASET_PATH"
+  --caption_column prompts.txt           # one caption a line
+  --video_column videos.txt              # the clip of the same line
   --height 480                           # clips are resized and cropped to this, in pixels
   --width 720
   --fps 8                                # frames a second that clips are sampled at
   --max_num_frames 49                    # 4k + 1 frames at most
+  --skip_frames_start 0                  # source frames left out
+  --skip_frames_end 0
 )
 LORA_ARGS=(
   --rank 128                             # 64 or above for new concepts
@@ -34,21 +45,25 @@ TRAIN_ARGS=(
   --gradient_checkpointing auto          # recompute activations as far as the memory asks for it; all: least memory
   --learning_rate 1e-4                   # the guide's; 5e-4, the default, gets there sooner (docs/quality.md)
   --optimizer AdamW
+  --adam_beta1 0.9
+  --adam_beta2 0.95
 )
 VALIDATION_ARGS=(
-  --validation_prompt "Mickey with the captain and friends:::Mickey and the bear"   # ::: between prompts
+  --validation_prompt "Mickey with the captain and friends:::Mickey and the bear"
+  --validation_prompt_separator :::
   --num_validation_videos 1              # videos a prompt
   --validation_epochs 2                  # every 2 epochs, and before the first and after the last step
+)
+OUTPUT_ARGS=(
+  --output_dir "$OUTPUT_PATH"
   --checkpointing_steps 500              # in optimizer steps, and at the end
 )
 
-# shellcheck source=cogvideox/cluster.sh
-source "$HERE/cogvideox/cluster.sh"
 # shellcheck source=cogvideox/launch.sh
 source "$HERE/cogvideox/launch.sh"
 refuse_second_start
 forget_other_launchers
-launch --config_file "$HERE/accelerate_config_machine_single.yaml" \
+pass_signals_as TERM accelerate launch --config_file "$HERE/accelerate_config_machine_single.yaml" \
   "$HERE/train_cogvideox_lora.py" \
-  "${COMMON_ARGS[@]}" "${DATA_ARGS[@]}" "${LORA_ARGS[@]}" "${TRAIN_ARGS[@]}" "${VALIDATION_ARGS[@]}" \
+  "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${LORA_ARGS[@]}" "${TRAIN_ARGS[@]}" "${VALIDATION_ARGS[@]}" "${OUTPUT_ARGS[@]}" \
   "$@"

@@ -1,37 +1,34 @@
 # shellcheck shell=bash
-# How the shell scripts start the trainer and hand signals on to it.
+# How the shell scripts start a program and pass signals on to it. With the machines, from cluster.sh.
 
-# Memory in segments that can grow: less of it is lost to fragments, so fewer runs end out of memory.
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+# shellcheck source=cogvideox/cluster.sh
+source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 
-# without_usr1 COMMAND...: run it so that SIGUSR1 does nothing to it; to be started in the background.
-without_usr1() {
-  trap '' USR1
-  exec "$@"
-}
-
-# wait_for PROCESS: wait until it has ended and return its exit code. A signal ends bash's wait, not the process.
-wait_for() {
-  local code=0
-  wait "$1" || code=$?
-  while kill -0 "$1" 2>/dev/null; do
-    code=0
-    wait "$1" || code=$?
-  done
-  return "$code"
-}
-
-# launch FLAG...: run `accelerate launch` with these flags and end the script with its exit code.
+# pass_signals_as SIGNAL COMMAND...: run the command, pass SIGTERM, SIGINT and SIGUSR1 on to it as SIGNAL, return its exit code.
+# `received` then holds the names of the signals that came, such as " USR1 TERM".
 #
-# SIGTERM, SIGINT and SIGUSR1 go to the launcher as SIGTERM, which it hands on. The trainer finishes its step, saves and ends;
-# the launcher then gives it 30 seconds. Of SIGUSR1 (Slurm's warning) the launcher would die and leave the trainer behind, so it
-# never hears it.
-launch() {
-  local code=0
-  launcher=""
-  trap '[[ -z "$launcher" ]] || kill -TERM "$launcher" 2>/dev/null || true' TERM INT USR1
-  without_usr1 accelerate launch "$@" &
-  launcher=$!
-  wait_for "$launcher" || code=$?
-  exit "$code"
+# accelerate takes SIGTERM: it passes that on, the trainer finishes its step, saves and ends, and accelerate gives it 30 seconds.
+# SIGUSR1 (Slurm's warning) would kill accelerate and leave the trainer behind, so it ignores that one.
+pass_signals_as() {
+  local signal=$1 name
+  shift
+  received="" running=""
+  for name in TERM INT USR1; do
+    # shellcheck disable=SC2064  # the names of now
+    trap "received+=' $name'; signal_running $signal" "$name"
+  done
+  {
+    [[ "$signal" == USR1 ]] || trap '' USR1
+    exec "$@"
+  } &
+  running=$!
+  [[ -z "$received" ]] || signal_running "$signal"  # one that came before its number was known
+  while kill -0 "$running" 2>/dev/null; do
+    wait "$running" || true  # a signal ends this wait, not the command
+  done
+  wait "$running"  # bash remembers how it ended
+}
+
+signal_running() {
+  [[ -z "$running" ]] || kill -s "$1" "$running" 2>/dev/null || true
 }
