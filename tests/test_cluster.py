@@ -6,7 +6,6 @@ Nothing here has a cluster: `srun` and `scontrol` are small programs which do wh
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,9 +13,9 @@ import time
 import pytest
 
 from tests.conftest import ROOT, environment, lora_of, same, words
+from tests.forked import free_port
 from tools.chaos import family, strike
 
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 SMALL = ["--height", "32", "--width", "48", "--max_num_frames", "9", "--rank", "4", "--learning_rate", "1e-2", "--mixed_precision", "no"]
 SMALL += ["--num_inference_steps", "2", "--eval_clips", "0", "--gradient_checkpointing", "none", "--report_to", "none"]
 SMALL += ["--validation_prompt", "a rabbit"]
@@ -72,12 +71,6 @@ def program(folder, name, text):
     path = folder / name
     path.write_text(text)
     path.chmod(0o755)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
