@@ -103,6 +103,7 @@ class ForkServer:
                 environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environment = {name: str(value) for name, value in (environment | variables).items()}
             log = self.folder / f"run-{self.number}-{rank}.log"
+            log.touch()
             ranks.append({"rank": rank, "environment": environment, "log": str(log), "exit_code_path": str(log.with_suffix(".code"))})
         request = {"line": [str(word) for word in line], "before": before, "ranks": ranks}
         self.server.stdin.write(json.dumps(request) + "\n")
