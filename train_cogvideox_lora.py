@@ -255,9 +255,8 @@ from accelerate.utils import broadcast_object_list
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 
-from cogvideox import checkpoint, engine, evaluation, hub, lora, memory, metrics, rehearsal, report, sft, stopping, validation
-from cogvideox.cache import known_components
-from cogvideox.data import check_data, encode_data
+from cogvideox import checkpoint, engine, hub, lora, memory, metrics, rehearsal, report, scoring, sft, stopping, validation
+from cogvideox.encodings import encode_data, known_components
 from cogvideox.files import try_writing
 from cogvideox.folder import (
     COGVIDEOX_2B,
@@ -291,8 +290,10 @@ from cogvideox.model import (
     rotary_tables,
 )
 from cogvideox.optimizer import make_optimizer, make_schedule
-from cogvideox.order import Plan, TrainingClips, positions_of, seeded_generator
+from cogvideox.order import Plan, positions_of, seeded_generator
 from cogvideox.reader import Readers, decode_workers
+from cogvideox.survey import check_data
+from dataset import TrainingClips
 
 # -----------------------------------------------------------------------------
 # Loss
@@ -573,7 +574,7 @@ def main(args):
     # Who watches; each does nothing while its flag is off. The scorer scores the base model before a checkpoint changes it.
     run_facts = {"flags": checkpoint.public_flags(args), "clips_per_step": plan.clips_per_step, **identities}
     checkpointer = checkpoint.Checkpointer(args, trained, result, export, run_facts, result_facts)
-    scorer = evaluation.Scorer(args, trained, clip_losses, encodings, data, facts.scaling_factor, num_timesteps)
+    scorer = scoring.Scorer(args, trained, clip_losses, encodings, data, facts.scaling_factor, num_timesteps)
     # There is no random state to restore: what a position trains is a function of the seed and the position.
     first_step = checkpointer.load()
     meter = metrics.Meter(args, trained, plan, first_step)
@@ -654,7 +655,7 @@ def finish(args, trained, result, checkpointer, scorer, validator, plan, step, s
     """
     output_dir, problem = Path(args.output_dir), None
     newest = checkpointer.newest()
-    verdict = evaluation.verdict(scorer.lines, learning_rate, ran_all=not stop)
+    verdict = scoring.verdict(scorer.lines, learning_rate, ran_all=not stop)
     if trained.is_main:
         if newest is None and not checkpointer.failed:  # nothing was trained: the run was complete
             newest = output_dir / f"checkpoint-{step}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dataset import longest_legal_length
+from cogvideox.decode import longest_legal_length
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from transformers import T5Config, T5EncoderModel
 
 from cogvideox import linear, lora
-from cogvideox.encode import CAPTIONS_PER_BATCH
+from cogvideox.encodings import CAPTIONS_PER_BATCH
 from cogvideox.folder import PRECISIONS, facts_of, latent_shape, read_json, stored_precision
 from cogvideox.model import blocks_to_recompute, checkpoint_blocks, decode_latents, encode_frames, keep_position_tables, rotary_tables
 

@@ -4,19 +4,94 @@ The result of decoding a file is remembered beside the encodings, under the hash
 ten thousand clips are decoded for this once, not at every start.
 """
 
-import hashlib
+import functools
 import importlib.util
 import json
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from cogvideox.cache import ENCODING_VERSION, hash_file, key_of
-from cogvideox.files import write_bytes
+from cogvideox.decode import ENCODING_VERSION, Framing, clip_framing
+from cogvideox.files import hash_file, key_of, write_bytes
+from cogvideox.folder import count_tokens
+from cogvideox.launch import say
+from cogvideox.order import choose_held_out
 from cogvideox.stopping import leave_if_wanted
-from dataset import Framing, Record, locate, random_crop, read_records
+from dataset import list_clips, list_eval_clips
+
+
+@dataclass
+class Data:
+    """The checked clips: records and facts side by side, tokens of each caption, and what is wrong (sentences).
+
+    held_out: the numbers of the clips that are scored and never trained on; trained: the others.
+    """
+
+    records: list
+    clips: list
+    tokens: list
+    problems: list
+    framing: Framing
+    held_out: list = field(default_factory=list)
+
+    @functools.cached_property
+    def trained(self):
+        held_out = set(self.held_out)
+        return [number for number in range(len(self.records)) if number not in held_out]
+
+
+def check_data(args, facts, tokenizer, readers, accelerator, barrier):
+    """List and decode every clip, print the report, and return the Data. Of the output folder only `dataset_report.txt` is written."""
+    records, problems, layout = list_clips(args)
+    others, more_problems = list_eval_clips(args)
+    of_data, records, problems = len(records), records + others, problems + more_problems
+    framing, cache = framing_of(args, facts), Path(args.encoding_cache_dir)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    mine = survey_clips(records[rank::world_size], framing, args.seed, cache, readers, show_progress=rank == 0)
+    barrier()  # one process may have had slower files than another
+    numbered = gather_object(list(zip(range(rank, len(records), world_size), mine, strict=True)))
+    clips = [clip for _, clip in sorted(numbered, key=lambda pair: pair[0])]
+    tokens = count_tokens(tokenizer, [r.caption for r in records]) if tokenizer and records else [0] * len(records)
+    bad = [f"{r.where}: {printable(r.listed)}: {clip['reason']}" for r, clip in zip(records, clips, strict=True) if "reason" in clip]
+    skipped = args.bad_videos == "skip" and len(bad) <= args.max_bad_share * len(records) and len(bad) < len(records)
+    problems += [] if skipped else bad
+    if bad and args.bad_videos == "skip" and not skipped:
+        problems.append(f"--bad_videos skip: {len(bad)} of {len(records)} clips are bad, more than --max_bad_share {args.max_bad_share:g}")
+    kept = [i for i, clip in enumerate(clips) if "reason" not in clip]
+    own = [i for i in kept if i < of_data]
+    drawn = {own[i] for i in choose_held_out(len(own), args.eval_share, args.seed)} | {i for i in kept if i >= of_data}
+    held_out = [place for place, i in enumerate(kept) if i in drawn]
+    if own and drawn.issuperset(own):
+        problems.append(f"--eval_share {args.eval_share:g}: of {len(own)} clips none would be left to train on; give a smaller share, or 0")
+    if args.train_batch_size > 1 and not args.bucket and shapes_differ([clip for i, clip in enumerate(clips) if i not in drawn]):
+        problems.append(
+            f"--train_batch_size {args.train_batch_size}: the clips differ in length, and a batch has one shape; "
+            "use --train_batch_size 1, --bucket, or a --max_num_frames that all reach"
+        )
+    report = list(table_lines(records, clips, tokens, facts.max_text_seq_length))
+    summary = list(remarks(records, clips, tokens, facts.max_text_seq_length, framing))
+    if drawn:
+        names = ", ".join(printable(records[i].listed) for i in sorted(drawn))
+        summary.append(f"{len(drawn)} clips are held out: scored, and never trained on: {names}")
+        contents = {clips[i]["sha256"] for i in own if i not in drawn}
+        if copies := sum(clips[i]["sha256"] in contents for i in drawn):
+            summary.append(f"{copies} of the held-out clips have the same content as a trained one: their score cannot tell memorising")
+    if accelerator.is_main_process:
+        text = "\n".join([*report, "", *summary, *[f"ERROR: {problem}" for problem in problems]]) + "\n"
+        write_bytes(Path(args.output_dir) / "dataset_report.txt", text.encode())
+    shown = report if len(report) <= 13 else report[:13] + [f"... {len(report) - 13} more in dataset_report.txt"]
+    for sentence in bad if skipped else []:
+        say(f"warning: skipped {sentence}")
+    say(f"\n{layout} of {args.dataset_name or args.instance_data_root}")
+    for line in [*shown, *summary]:
+        say("  " + line)
+    if records:
+        for record in records[:3]:
+            say(f"  {printable(record.listed)}: {record.caption[:100]!r}")
+    return Data([records[i] for i in kept], [clips[i] for i in kept], [tokens[i] for i in kept], problems, framing, held_out)
 
 
 def framing_of(args, facts):
@@ -32,60 +107,6 @@ def framing_of(args, facts):
         frames_per_latent=facts.frames_per_latent,
         latents_per_patch=facts.latents_per_patch,
     )
-
-
-def list_clips(args):
-    """The records of --instance_data_root or --dataset_name, the id token put before each caption."""
-    if args.dataset_name:
-        records, problems, layout = read_hub_dataset(args)
-    else:
-        records, problems, layout = read_records(args.instance_data_root, args.caption_column, args.video_column, args.allow_external_paths)
-    if args.id_token:
-        records = [replace(r, caption=f"{args.id_token} {r.caption}") for r in records]
-    return records, problems, layout
-
-
-def read_hub_dataset(args):
-    """Records of a dataset loaded with the datasets package. Videos may be file names, or bytes, which are unpacked once."""
-    import datasets
-
-    columns = args.caption_column or "text", args.video_column or "video"
-    try:
-        rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, split="train")
-    except Exception as error:  # the package raises many kinds; the user needs one sentence
-        return [], [f"--dataset_name {args.dataset_name}: cannot be loaded ({str(error).splitlines()[0]})"], "datasets"
-    missing = [name for name in columns if name not in rows.column_names]
-    if missing:
-        return (
-            [],
-            [f"--dataset_name {args.dataset_name}: no column {', '.join(missing)} (it has: {', '.join(rows.column_names)})"],
-            "datasets",
-        )
-    if isinstance(rows.features[columns[1]], datasets.Video):
-        rows = rows.cast_column(columns[1], datasets.Video(decode=False))
-    records, problems = [], []
-    for number, row in enumerate(rows, 1):
-        where, caption, video = f"{args.dataset_name}:{number}", " ".join(str(row[columns[0]] or "").split()), row[columns[1]]
-        name = None
-        if isinstance(video, dict) and video.get("bytes"):
-            name = video.get("path") or where
-            path = Path(args.encoding_cache_dir) / "unpacked" / hashlib.sha256(video["bytes"]).hexdigest()
-            path = path.with_suffix(Path(video.get("path") or "clip.mp4").suffix)
-            if not path.exists():
-                write_bytes(path, video["bytes"])
-            video = {"path": str(path)}
-        listed = str(video["path"] if isinstance(video, dict) else video)
-        path, reason = locate(Path.cwd(), listed, allow_external_paths=True)
-        if caption:
-            records.append(Record(where, name or listed, str(path), caption, reason))
-        else:
-            problems.append(f"{where}: empty caption")
-    return records, problems, "datasets"
-
-
-def clip_framing(record, framing, seed):
-    """The framing of one clip: a random crop lies at a place of its own."""
-    return random_crop(framing, seed, record.listed) if framing.reshape_mode == "random" else framing
 
 
 def survey_key(content, framing):

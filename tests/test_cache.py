@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import train_cogvideox_lora as script
-from cogvideox import cache as store
-from cogvideox import data, encode
+from cogvideox import encodings, survey
 from tests.conftest import ROOT, environment, lora_of, same, words
 
 
@@ -97,31 +96,31 @@ def test_a_changed_file_is_seen_even_with_its_old_size_and_time(tmp_path):
     path.write_bytes(b"a" * 100)
     os.utime(path, (1_000_000_000, 1_000_000_000))
     old = path.stat()
-    first = store.hash_file(path, tmp_path / "cache")
+    first = encodings.hash_file(path, tmp_path / "cache")
     time.sleep(2.1)  # so that the hash is remembered
-    assert store.hash_file(path, tmp_path / "cache") == first
+    assert encodings.hash_file(path, tmp_path / "cache") == first
     assert len(list((tmp_path / "cache/hashes").iterdir())) == 1
     path.write_bytes(b"b" * 100)
     os.utime(path, (1_000_000_000, 1_000_000_000))
     assert (path.stat().st_size, path.stat().st_mtime) == (old.st_size, old.st_mtime)
-    assert store.hash_file(path, tmp_path / "cache") != first
+    assert encodings.hash_file(path, tmp_path / "cache") != first
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
 def test_other_weights_or_another_config_are_another_component(tiny_model, tmp_path, part):
-    before = store.identify(tiny_model, part, tmp_path)
-    assert store.identify(shutil.copytree(tiny_model, tmp_path / "copy"), part, tmp_path) == before  # its place does not matter
+    before = encodings.identify(tiny_model, part, tmp_path)
+    assert encodings.identify(shutil.copytree(tiny_model, tmp_path / "copy"), part, tmp_path) == before  # its place does not matter
     changed = shutil.copytree(tiny_model, tmp_path / "changed")
     weights = next((changed / part).glob("*.safetensors"))
     blob = bytearray(weights.read_bytes())
     blob[-1] ^= 1
     weights.write_bytes(blob)
-    assert store.identify(changed, part, tmp_path)[0] != before[0]
+    assert encodings.identify(changed, part, tmp_path)[0] != before[0]
     config = shutil.copytree(tiny_model, tmp_path / "config") / part / "config.json"
     config.write_text(
         config.read_text().replace('"norm_num_groups": 4', '"norm_num_groups": 2').replace('"num_layers": 2', '"num_layers": 1')
     )
-    assert store.identify(tmp_path / "config", part, tmp_path)[0] != before[0]
+    assert encodings.identify(tmp_path / "config", part, tmp_path)[0] != before[0]
 
 
 def test_every_setting_that_changes_an_encoding_changes_its_name():
@@ -138,7 +137,7 @@ def test_every_setting_that_changes_an_encoding_changes_its_name():
         (*base[:4], False, False),
         (*base[:5], True),
     ]
-    assert len({store.clip_key(*each) for each in [base, *others]}) == 12
+    assert len({encodings.clip_key(*each) for each in [base, *others]}) == 12
     captions = [
         ("a", "t5", torch.float32, 226),
         ("b", "t5", torch.float32, 226),
@@ -146,7 +145,7 @@ def test_every_setting_that_changes_an_encoding_changes_its_name():
         ("a", "t5", torch.float16, 226),
         ("a", "t5", torch.float32, 224),
     ]
-    assert len({store.caption_key(*each) for each in captions}) == 5
+    assert len({encodings.caption_key(*each) for each in captions}) == 5
 
 
 @pytest.mark.slow
@@ -163,7 +162,7 @@ def test_a_damaged_entry_is_encoded_again(train, tmp_path):
 
 def test_an_encoding_that_is_not_finite_is_never_stored(tmp_path):
     with pytest.raises(ValueError, match="not finite"):
-        store.write_entry(tmp_path / "x.safetensors", torch.tensor([1.0, float("nan")]))
+        encodings.write_entry(tmp_path / "x.safetensors", torch.tensor([1.0, float("nan")]))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -182,16 +181,16 @@ def test_an_embedding_does_not_depend_on_what_was_left_to_encode(tiny_model, tmp
     encoder = load_tokenizer(tiny_model), load_text_encoder(tiny_model, torch.device("cpu"))
 
     def key(caption):
-        return store.key_of(caption)
+        return encodings.key_of(caption)
 
-    encode.fill_captions(tmp_path / "at once", captions, key, map(key, captions), lambda: encoder, 226)
+    encodings.fill_captions(tmp_path / "at once", captions, key, map(key, captions), lambda: encoder, 226)
     for rank in (1, 0):  # two processes, and a second run that finds some missing
-        encode.fill_captions(tmp_path / "in parts", captions, key, map(key, captions[::2]), lambda: encoder, 226, rank, 2)
-    encode.fill_captions(
+        encodings.fill_captions(tmp_path / "in parts", captions, key, map(key, captions[::2]), lambda: encoder, 226, rank, 2)
+    encodings.fill_captions(
         tmp_path / "in parts",
         captions,
         key,
-        store.missing_entries(tmp_path / "in parts", "captions", dict.fromkeys(map(key, captions), (226, encoder[1].config.d_model))),
+        encodings.missing_entries(tmp_path / "in parts", "captions", dict.fromkeys(map(key, captions), (226, encoder[1].config.d_model))),
         lambda: encoder,
         226,
     )
@@ -201,7 +200,7 @@ def test_an_embedding_does_not_depend_on_what_was_left_to_encode(tiny_model, tmp
 
 def test_work_is_shared_by_frames_without_overlap():
     sizes = [49, 9, 49, 25, 9, 9, 49, 1]
-    shares = [encode.share(sizes, rank, 3) for rank in range(3)]
+    shares = [encodings.share(sizes, rank, 3) for rank in range(3)]
     assert sorted(sum(shares, [])) == list(range(8))
     loads = [sum(sizes[i] for i in share) for share in shares]
     assert max(loads) - min(loads) <= 25
@@ -382,9 +381,9 @@ def test_the_dataset_tool_needs_no_model_and_tells_the_verdict(clips, tmp_path):
 def test_surveys_are_remembered_by_content(train, six_clips, tmp_path, monkeypatch):
     train(cache=tmp_path / "cache")
     asked = []
-    read_all = data.survey_clips.__globals__["tqdm"]
+    read_all = survey.survey_clips.__globals__["tqdm"]
     monkeypatch.setitem(
-        data.survey_clips.__globals__, "tqdm", lambda pairs, *rest, **more: asked.extend(pairs) or read_all([], disable=True)
+        survey.survey_clips.__globals__, "tqdm", lambda pairs, *rest, **more: asked.extend(pairs) or read_all([], disable=True)
     )
     train(cache=tmp_path / "cache")
     assert asked == []

@@ -9,7 +9,8 @@ from PIL import Image
 
 import train_cogvideox_lora as script
 from cogvideox import survey
-from dataset import BadClip, Framing, choose_frames, exact_scale, fit, longest_legal_length, read_clip, read_records, source_box
+from cogvideox.decode import BadClip, Framing, choose_frames, exact_scale, fit, longest_legal_length, read_clip, source_box
+from dataset import read_records
 from tests.conftest import lora_of, same, words
 
 
@@ -262,8 +263,8 @@ def test_a_bad_folder_ends_before_any_model_loads_with_every_fault_named(clips, 
     def forbidden(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("cogvideox.data.load_text_encoder", forbidden)
-    monkeypatch.setattr("cogvideox.data.load_vae", forbidden)
+    monkeypatch.setattr("cogvideox.encodings.load_text_encoder", forbidden)
+    monkeypatch.setattr("cogvideox.encodings.load_vae", forbidden)
     monkeypatch.setattr("cogvideox.lora.load_transformer", forbidden)
     spoil(clips)
     with pytest.raises(SystemExit) as stop:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from cogvideox.evaluation import evaluations
 from cogvideox.folder import read_facts, stored_precision
 from cogvideox.metrics import read_metrics
 from cogvideox.model import decode_latents, encode_frames, load_scheduler, load_vae
+from cogvideox.scoring import evaluations
 from cogvideox.video import read_video
 from demo.make_model import TOKENIZER, make_model
 from demo.measure import measure, saturation

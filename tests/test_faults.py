@@ -505,13 +505,13 @@ def test_a_run_killed_in_its_last_validation_gets_its_videos_and_card_on_the_nex
 
 @pytest.mark.slow
 def test_pictures_that_cannot_be_made_cost_nothing_but_themselves(train, monkeypatch, capsys, tmp_path):
-    from cogvideox import encode, validation
+    from cogvideox import encodings, validation
 
     def broken(*args, **kwargs):
         raise OSError("no space for a picture")
 
     monkeypatch.setattr(validation, "contact_sheet", broken)
-    monkeypatch.setattr(encode, "contact_sheet", broken)
+    monkeypatch.setattr(encodings, "contact_sheet", broken)
     folder = train(validation_prompt="a rabbit", cache=tmp_path / "cache")
     assert capsys.readouterr().err.count("no space for a picture") >= 3
     assert len(lora_of(folder)) == 16

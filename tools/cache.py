@@ -14,7 +14,7 @@ from pathlib import Path
 import safetensors
 from tqdm.auto import tqdm
 
-from cogvideox.cache import tensor_sha256
+from cogvideox.encodings import tensor_sha256
 
 KINDS = {"clips": "clips (moments)", "captions": "captions (T5 embeddings)"}
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from cogvideox.decode import clip_framing
 from cogvideox.flags import add_data_flags, check_data_flags
 from cogvideox.folder import COGVIDEOX_2B, count_tokens, load_tokenizer
 from cogvideox.reader import Readers, decode_workers
-from cogvideox.survey import clip_framing, framing_of, list_clips, remarks, survey_clips, table_lines
+from cogvideox.survey import framing_of, remarks, survey_clips, table_lines
 from cogvideox.video import contact_sheet, film_strip
+from dataset import list_clips
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 MOST_ON_SHEET = 100

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 
-from cogvideox.apply import find_lora, load_pairs, read_layers
 from cogvideox.files import write_durably
+from tools.lora_file import find_lora, load_pairs, read_layers
 
 IN_BLOCKS = {
     "attn1.to_q": "q",

@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from cogvideox.apply import check_fit, find_lora, load_pairs, read_layers
 from cogvideox.files import try_writing, write_bytes
 from cogvideox.folder import COMPONENTS, TORCH_DTYPES, check_model_folder, find_model, read_json, safetensors_header, weight_files
 from cogvideox.launch import BAD_OUTPUT, fail
 from cogvideox.sft import link_or_copy
+from tools.lora_file import check_fit, find_lora, load_pairs, read_layers
 
 MERGED_DTYPES, PARTIAL = ("F32", "F16", "BF16"), ".merge.partial"
 

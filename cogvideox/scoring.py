@@ -15,20 +15,13 @@ from tqdm.auto import tqdm
 from cogvideox import metrics, report
 from cogvideox.launch import free, say
 from cogvideox.lora import lora_modules
-from cogvideox.order import TrainingClips, seeded_generator
 from cogvideox.validation import undisturbed
+from dataset import TrainingClips
 
 BANDS = 4  # timesteps are the middles of so many equal parts of the schedule
 SMALL = 0.01  # a change of the loss by less than this share of the base's is called none
 LEAST_CAPTIONS = 4  # of fewer nothing is said
 CLEAR_GAP = 0.02  # a caption that changes the loss by this share counts, however few clips say so
-
-
-def choose_held_out(count, share, seed):
-    """The clips of `count` that are held out: round(share * count) of them, at least one, a function of the seed alone."""
-    if not share:
-        return []
-    return sorted(torch.randperm(count, generator=seeded_generator(seed, "held out"))[: max(1, round(share * count))].tolist())
 
 
 def spread(clips, most):
