@@ -1,7 +1,7 @@
 """Trainers that are forked from one warm process instead of started: three seconds instead of sixteen, the same bits.
 
 A session's first run starts a server (this file as a program) that imports torch, diffusers and the trainer, and runs no
-operation of torch, so that it has one thread and can be forked. For each process of a run it forks a child, which gets the
+operation of torch, so that it has one thread and can be forked (Linux). For each process of a run it forks a child, which gets the
 variables a launcher would set, a session of its own, its output in a file, and then runs train_cogvideox_lora.py as a program.
 Signals, exit codes and the files it leaves are those of a real process (tests/test_forked.py).
 

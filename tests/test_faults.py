@@ -224,7 +224,6 @@ def test_a_learning_rate_that_blows_up_never_leaves_weights_that_are_no_numbers(
             assert all(torch.isfinite(t).all() for t in lora_of(folder).values())
 
 
-@pytest.mark.slow
 def test_one_bad_loss_on_one_of_two_processes_skips_the_step_on_both(forked, tiny_model, six_clips, encodings, tmp_path):
     bad_item = (
         "import cogvideox.order as order\n"

@@ -235,7 +235,6 @@ def test_the_process_timeout_reaches_the_process_group(monkeypatch):
     assert seen["cpu"] is not torch.cuda.is_available()
 
 
-@pytest.mark.slow
 def test_a_bad_folder_prints_sentences_and_no_traceback(forked, clips, tiny_model, tmp_path):
     (clips / "videos/05.mp4").write_bytes(b"")
     codes, output = forked.run(words(tiny_model, clips, tmp_path / "out", tmp_path / "cache"))
