@@ -226,13 +226,13 @@ def test_a_learning_rate_that_blows_up_never_leaves_weights_that_are_no_numbers(
 
 def test_one_bad_loss_on_one_of_two_processes_skips_the_step_on_both(forked, tiny_model, six_clips, encodings, tmp_path):
     bad_item = (
-        "import cogvideox.order as order\n"
-        "item = order.TrainingClips.__getitem__\n"
+        "import dataset\n"
+        "item = dataset.TrainingClips.__getitem__\n"
         "def bad(self, position):\n"
         "    found = item(self, position)\n"
         "    if position == 3: found['noise'] = found['noise'] * float('nan')\n"
         "    return found\n"
-        "order.TrainingClips.__getitem__ = bad\n"
+        "dataset.TrainingClips.__getitem__ = bad\n"
     )
     line = words(tiny_model, six_clips, tmp_path / "out", encodings, max_train_steps=4)
     codes, output = forked.run(line, processes=2, before=bad_item)
