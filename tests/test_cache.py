@@ -16,6 +16,7 @@ import torch
 import train_cogvideox_lora as script
 from cogvideox import encodings, survey
 from tests.conftest import ROOT, environment, lora_of, same, words
+from tools.chaos import family, strike
 
 
 def content(cache):
@@ -222,57 +223,50 @@ def test_clips_are_shown_beside_what_the_vae_keeps_of_them(train, tmp_path):
     assert read_video(next(folder.glob("*.mp4"))).shape == (9, 32, 96, 3)
 
 
-COMMAND = [sys.executable, "train_cogvideox_lora.py"]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_twenty_kills_in_encoding_leave_the_cache_that_an_unbroken_run_fills(tiny_model, six_clips, tmp_path):
+def test_twenty_kills_in_encoding_leave_the_cache_that_an_unbroken_run_fills(forked, tiny_model, six_clips, tmp_path):
     flags = {"random_flip": True, "max_num_frames": 17, "height": 64, "width": 96}
-    run = {"cwd": ROOT, "env": environment(), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run(
-        [*COMMAND, *words(tiny_model, six_clips, tmp_path / "a", tmp_path / "unbroken", **flags)], check=True, timeout=120, **run
-    )
+    codes, output = forked.run(words(tiny_model, six_clips, tmp_path / "a", tmp_path / "unbroken", **flags))
+    assert codes == [0], output[-2000:]
     killed, chance = 0, random.Random(0)
     for _ in range(20):
         line = words(tiny_model, six_clips, tmp_path / "b", tmp_path / "killed", **flags)
-        process = subprocess.Popen([*COMMAND, *line, "--overwrite_output_dir"], start_new_session=True, **run)
+        [process] = forked.start([*line, "--overwrite_output_dir"])
         started, seen = time.monotonic(), len(content(tmp_path / "killed"))
         while process.poll() is None and time.monotonic() - started < 60:
             if len(content(tmp_path / "killed")) > seen:  # it has begun to write: strike some random moment later
                 time.sleep(chance.random() * 0.3)
-                os.killpg(process.pid, signal.SIGKILL)
-                killed += 1
+                strike(family(process.pid), signal.SIGKILL)
                 break
             time.sleep(0.005)
-        process.wait()
+        killed += process.wait(60) == -signal.SIGKILL
         if len(content(tmp_path / "killed")) == len(content(tmp_path / "unbroken")):
             shutil.rmtree(tmp_path / "killed/clips")
             shutil.rmtree(tmp_path / "killed/captions")
     assert killed >= 15
-    subprocess.run([*COMMAND, *words(tiny_model, six_clips, tmp_path / "c", tmp_path / "killed", **flags)], check=True, timeout=120, **run)
+    codes, output = forked.run(words(tiny_model, six_clips, tmp_path / "c", tmp_path / "killed", **flags))
+    assert codes == [0], output[-2000:]
     assert content(tmp_path / "killed") == content(tmp_path / "unbroken")
     assert len(content(tmp_path / "killed")) == 12 + 7
 
 
 @pytest.mark.slow
-def test_one_process_and_two_fill_identical_caches(tiny_model, six_clips, tmp_path):
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_cogvideox_lora.py"]
-    for command, cache in ((COMMAND, "one"), (two, "two")):
-        line = words(tiny_model, six_clips, tmp_path / f"out-{cache}", tmp_path / cache, max_train_steps=1, validation_prompt="a:::b:::c")
-        done = subprocess.run([*command, *line], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-2000:]
-    assert "process 1 of 2" in done.stderr
-    assert content(tmp_path / "one") == content(tmp_path / "two")
-    assert len(content(tmp_path / "one")) == 6 + 7 + 3
+def test_one_process_and_two_fill_identical_caches(forked, tiny_model, six_clips, tmp_path):
+    for processes in (1, 2):
+        out, cache = tmp_path / f"out-{processes}", tmp_path / f"cache-{processes}"
+        line = words(tiny_model, six_clips, out, cache, max_train_steps=1, validation_prompt="a:::b:::c")
+        codes, output = forked.run(line, processes)
+        assert codes == [0] * processes, output[-2000:]
+    assert content(tmp_path / "cache-1") == content(tmp_path / "cache-2")
+    assert len(content(tmp_path / "cache-1")) == 6 + 7 + 3
 
 
 @pytest.mark.slow
-def test_two_runs_may_fill_one_cache_at_once(tiny_model, six_clips, tmp_path):
+def test_two_runs_may_fill_one_cache_at_once(forked, tiny_model, six_clips, tmp_path):
     lines = [words(tiny_model, six_clips, tmp_path / f"out-{i}", tmp_path / "cache", max_train_steps=1) for i in range(2)]
-    runs = [subprocess.Popen([*COMMAND, *line], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) for line in lines]
-    told = [run.communicate(timeout=180)[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], told[0][-1500:] + told[1][-1500:]
+    runs = [forked.start(line)[0] for line in lines]
+    assert [run.wait(180) for run in runs] == [0, 0], runs[0].output()[-1500:] + runs[1].output()[-1500:]
     assert same(lora_of(tmp_path / "out-0"), lora_of(tmp_path / "out-1"))
     assert not list((tmp_path / "cache").rglob("*.partial"))
 

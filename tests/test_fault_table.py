@@ -664,13 +664,13 @@ WRAPPER = """
 import os, runpy, sys, time
 sys.argv = sys.argv[1:]
 sys.path.insert(0, '.')
-import cogvideox.order as order
-item = order.TrainingClips.__getitem__
+import dataset
+item = dataset.TrainingClips.__getitem__
 def changed(self, position):
     if position == 9 and os.environ['RANK'] == '1':  # the second process's clip of step 5
         {action}
     return item(self, position)
-order.TrainingClips.__getitem__ = changed
+dataset.TrainingClips.__getitem__ = changed
 runpy.run_path('train_cogvideox_lora.py', run_name='__main__')
 """
 
@@ -698,16 +698,16 @@ def test_a_process_that_fails_or_freezes_ends_both_and_the_checkpoint_stays(tiny
 
 @pytest.mark.numeric
 @pytest.mark.slow
-def test_more_processes_than_clips_train_each_clip_with_noise_of_its_own(tiny_model, six_clips, train, tmp_path):
+def test_more_processes_than_clips_train_each_clip_with_noise_of_its_own(forked, tiny_model, six_clips, train, tmp_path):
     data = tmp_path / "one clip"
     (data / "videos").mkdir(parents=True)
     for name in ("prompts.txt", "videos.txt"):
         (data / name).write_text((six_clips / name).read_text().splitlines()[0] + "\n")
     listed = (data / "videos.txt").read_text().strip()
     shutil.copy(six_clips / listed, data / listed)
-    run = start(TWO, words(tiny_model, data, tmp_path / "two", tmp_path / "cache", max_train_steps=3, eval_clips=2, **STEADY_ADAM))
-    output = run.communicate(timeout=120)[0]
-    assert run.returncode == 0, output[-2000:]
+    line = words(tiny_model, data, tmp_path / "two", tmp_path / "cache", max_train_steps=3, eval_clips=2, **STEADY_ADAM)
+    codes, output = forked.run(line, processes=2)
+    assert codes == [0, 0], output[-2000:]
     assert "1 clips; 1 a batch x 2 processes" in output
     flags = {"data": data, "cache": tmp_path / "cache", "max_train_steps": 3} | STEADY_ADAM
     assert worst_difference(lora_of(tmp_path / "two"), lora_of(train(train_batch_size=2, **flags))) < STEADY_BOUND

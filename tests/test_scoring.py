@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,9 +11,7 @@ from safetensors.torch import load_file
 import train_cogvideox_lora as script
 from cogvideox import order, scoring
 from cogvideox.files import read_json_lines
-from tests.conftest import ROOT, environment, lora_of, same, words
-
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+from tests.conftest import lora_of, same, words
 
 KEYS = {"step", "eval_train_loss", "eval_held_out_loss", "eval_train_base_loss", "eval_held_out_base_loss", "eval_caption_gap"}
 KEYS |= {"eval_caption_base_gap", "eval_bands", "eval_clips", "update_share", "best_step"}
@@ -176,13 +172,13 @@ def test_a_learning_rate_of_zero_changes_nothing_and_the_verdict_says_so(train, 
 @pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_scores_of_two_processes_are_those_of_one(train, tiny_model, six_clips, encodings, tmp_path):
+def test_scores_of_two_processes_are_those_of_one(train, forked, tiny_model, six_clips, encodings, tmp_path):
     flags = {"eval_share": 0.67, "eval_clips": 4, "max_train_steps": 2, "checkpointing_steps": 1}
     one = train(train_batch_size=2, **flags)
     line = words(tiny_model, six_clips, tmp_path / "two", encodings, **flags)
-    two = subprocess.run([*TWO, "train_cogvideox_lora.py", *line], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=380)
-    assert two.returncode == 0, two.stdout + two.stderr
-    assert "x 2 processes x" in two.stderr
+    codes, output = forked.run(line, processes=2)
+    assert codes == [0, 0], output[-3000:]
+    assert "x 2 processes x" in output
     for a, b in zip(scores_of(one), scores_of(tmp_path / "two"), strict=True):
         assert a["eval_clips"] == b["eval_clips"]  # the same clips under both
         for name in KEYS - {"step", "eval_bands", "eval_clips", "best_step"}:
