@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogvideox.flags import add_data_flags, below, check_data_flags, not_above_zero
-from cogvideox.launcher import end_with_launcher
+from cogvideox.stopping import end_with_launcher
 
 # -----------------------------------------------------------------------------
 # Flags. Nothing heavy is imported before them, so that a wrong one is told in a second.
@@ -250,12 +250,14 @@ if __name__ == "__main__":
     end_with_launcher()
     ARGS = parse_args()
 
+import filelock
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 
 from cogvideox import checkpoint, engine, hub, lora, memory, metrics, rehearsal, report, scoring, sft, stopping, validation
+from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, say, warn
 from cogvideox.encodings import encode_data, known_components
 from cogvideox.files import try_writing
 from cogvideox.folder import (
@@ -268,18 +270,7 @@ from cogvideox.folder import (
     read_facts,
     stored_precision,
 )
-from cogvideox.launch import (
-    BAD_DATA,
-    BAD_FLAGS,
-    BAD_OUTPUT,
-    FolderLock,
-    fail,
-    folders_not_shared,
-    patient_barrier_maker,
-    peak_memory_gib,
-    say,
-    start_processes,
-)
+from cogvideox.launch import folders_not_shared, lock_folder, patient_barrier_maker, peak_memory_gib, start_processes
 from cogvideox.linear import hold_linears
 from cogvideox.model import (
     blocks_to_recompute,
@@ -400,8 +391,8 @@ def prepare_output_dir(args, accelerator):
             for flag in ("encoding_cache_dir", "output_dir"):
                 tried = f"--{flag} {getattr(args, flag)}"
                 try_writing(Path(getattr(args, flag)))
-            lock = FolderLock(output_dir)
-        except BlockingIOError:
+            lock = lock_folder(output_dir)
+        except filelock.Timeout:
             problem = f"--output_dir {output_dir}: another run is writing there"
         except OSError as error:
             problem = f"{tried}: cannot be written to ({error.strerror})"
@@ -471,7 +462,7 @@ def open_model(args):
 def prepare_transformer(transformer, args, accelerator, dtype, hold=True):
     """Bring a transformer, with its LoRA or all trainable, to the device and into the form that training steps run in.
 
-    hold: whether frozen layers become HeldLinear where something is gained by it.
+    hold: whether frozen layers become FrozenLinear where something is gained by it.
     """
     lora.fit_to_autocast(transformer, dtype)
     if not engine.splits_weights(accelerator):  # an engine that shards has to see all weights, and brings its shard to the device
@@ -590,7 +581,7 @@ def main(args):
     say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, num_parameters)
     run = describe_run(args, accelerator, plan, validator.settings, data, num_trained)
     if is_main and (problem := report.write_run_facts(output_dir, run)):
-        say(f"warning: {problem}")
+        warn(f"{problem}")
 
     # The loop
     if first_step == 0:
@@ -615,7 +606,7 @@ def main(args):
             scorer.offer(step, last)
             validator.offer(step, last)
         # A signal to any rank ends the run here, on all of them, with everything on disk.
-        if stop := stopping.agreed(device):
+        if stop := stopping.stop_requested_anywhere(device):
             checkpointer.save(step)
             break
     if first_step >= plan.total_steps:
@@ -694,12 +685,12 @@ def finish(args, trained, result, checkpointer, scorer, validator, plan, step, s
 def publish(args, output_dir, run, verdict, push):
     """Write run.json, the card and the plot, say the verdict, and upload if it was asked for. Returns what failed, or None."""
     if problem := report.write_run_facts(output_dir, run):
-        say(f"warning: {problem}")
+        warn(f"{problem}")
     try:
         hub.write_model_card(output_dir, run)
         metrics.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
     except OSError as error:
-        say(f"warning: the model card and the plot were not written ({error})")
+        warn(f"the model card and the plot were not written ({error})")
     made, (word, sentences) = output_dir / checkpoint.RESULTS[args.training_type].RESULT, verdict
     say(f"\nverdict: {word}. {' '.join(sentences)}")
     say(f"\nthe result: {made}\nhow to use it: {output_dir / 'README.md'}\nthe run on a page: {output_dir / report.NAME}")

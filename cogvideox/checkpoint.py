@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cogvideox import engine, lora, report, sft
+from cogvideox.console import BAD_OUTPUT, fail, say, warn
 from cogvideox.engine import averaged
 from cogvideox.files import file_sha256, read_json, write_durably, write_tensors
-from cogvideox.launch import BAD_OUTPUT, fail, say
 
 FORMAT = 1
 RESULTS = {"lora": lora, "sft": sft}  # --training_type: the module that knows what is trained and how it is shipped
@@ -179,7 +179,7 @@ class Saver:
             except (OSError, ValueError) as error:
                 self.failed = True
                 kept = [path.name for _, path in list_checkpoints(self.output_dir)]
-                say(f"warning: a checkpoint was not written ({error}); kept: {', '.join(kept) or 'none'}")
+                warn(f"a checkpoint was not written ({error}); kept: {', '.join(kept) or 'none'}")
         return self.newest
 
 
@@ -200,7 +200,7 @@ def report_export(result, folder, transformer):
     try:
         error, effect = result.check_export(folder, transformer)
     except Exception as problem:  # a check must not cost the run that it checks
-        say(f"warning: {result.RESULT} could not be checked with {result.LOADER}: {type(problem).__name__}: {problem}")
+        warn(f"{result.RESULT} could not be checked with {result.LOADER}: {type(problem).__name__}: {problem}")
         return
     word = "PASS" if error <= result.export_tolerance(transformer) else "FAIL"
     if effect == 0:
@@ -439,7 +439,7 @@ class Checkpointer:
                 exported = self.export(self.trained.transformer, live)
                 self.result.write(self.output_dir / "best", exported, self.result_facts | {"step": str(step)})
         except (OSError, ValueError) as error:
-            say(f"warning: best/ was not written at step {step} ({error})")
+            warn(f"best/ was not written at step {step} ({error})")
 
     def newest(self):
         """Wait for the last checkpoint. Returns the path of the newest that this run wrote, None without any."""

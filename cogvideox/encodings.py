@@ -19,14 +19,14 @@ import safetensors
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save
-from tqdm.auto import tqdm
 
+from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, progress, say, warn
 from cogvideox.decode import ENCODING_VERSION, clip_framing
 from cogvideox.files import hash_file, key_of, read_json, write_bytes
 from cogvideox.folder import latent_shape, safetensors_header, stored_dtype, weight_files
-from cogvideox.launch import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, free, say
+from cogvideox.launch import free
 from cogvideox.model import decode_latents, encode_captions, encode_frames, load_text_encoder, load_vae, usable_dtype
-from cogvideox.stopping import leave_if_wanted
+from cogvideox.stopping import exit_if_requested
 from cogvideox.survey import remember_survey
 from cogvideox.video import contact_sheet, write_video
 
@@ -266,10 +266,10 @@ def fill_captions(cache, captions, key, missing, load, max_text_seq_length, rank
     if not groups:
         return []
     tokenizer, text_encoder = load()
-    for group in tqdm(groups, "encoding captions", unit=f"x{CAPTIONS_PER_BATCH}", disable=rank != 0):
+    for group in progress(groups, "encoding captions", unit=f"x{CAPTIONS_PER_BATCH}", disable=rank != 0):
         # The last group is filled up, so that every product has the same shape.
         padded = group + [""] * (CAPTIONS_PER_BATCH - len(group))
-        leave_if_wanted()
+        exit_if_requested()
         embeddings = encode_captions(tokenizer, text_encoder, padded, max_text_seq_length)
         try:
             for caption, embedding in zip(group, embeddings, strict=False):
@@ -290,7 +290,7 @@ def fill_clips(cache, jobs, load, readers, show, barrier, rank=0, world_size=1):
     without a deadline, and fails where one of them has died. Returns this process's failures as sentences.
     """
     failures, mine = [], share([job[4] for job in jobs], rank, world_size)
-    bar = tqdm(total=len(jobs), desc="encoding clips", unit="clip", disable=rank != 0 or not jobs)
+    bar = progress(total=len(jobs), desc="encoding clips", unit="clip", disable=rank != 0 or not jobs)
     done = threading.Event()
     watcher = threading.Thread(target=show_all_ranks, args=(bar, cache, [job[0] for job in jobs], done), daemon=True)
     if rank == 0 and jobs:
@@ -300,7 +300,7 @@ def fill_clips(cache, jobs, load, readers, show, barrier, rank=0, world_size=1):
         vae, spent = load(), 0.0
         decoded = readers.read_all([(jobs[i][1], jobs[i][2]) for i in mine])
         for number, (i, (_, frames, reason)) in enumerate(zip(mine, decoded, strict=False)):
-            leave_if_wanted()
+            exit_if_requested()
             key, _, _, flipped, _, name = jobs[i]
             if reason:
                 failures.append(f"{name}: decoded well before, and now: {reason}")
@@ -320,12 +320,12 @@ def fill_clips(cache, jobs, load, readers, show, barrier, rank=0, world_size=1):
                 try:
                     show(vae, name, frames, moments)
                 except Exception as error:  # a picture for people must not cost the run
-                    say(f"warning: the clip beside its encoding was not saved ({type(error).__name__}: {error})")
+                    warn(f"the clip beside its encoding was not saved ({type(error).__name__}: {error})")
                 spent += time.monotonic() - started
     try:
         barrier()
     except RuntimeError:
-        leave_if_wanted()  # the same signal came to the others, and they have ended
+        exit_if_requested()  # the same signal came to the others, and they have ended
         raise
     finally:
         done.set()

@@ -359,7 +359,7 @@ def write_report(output_dir):
 
 def refresh(output_dir):
     """Write the report of a run that goes on; a failure is only told."""
-    from cogvideox.launch import say
+    from cogvideox.console import warn
 
     if problem := write_report(output_dir):
-        say(f"warning: {problem}")
+        warn(f"{problem}")

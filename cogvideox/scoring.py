@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import default_collate
-from tqdm.auto import tqdm
 
 from cogvideox import report
+from cogvideox.console import progress, say
 from cogvideox.files import read_json_lines
-from cogvideox.launch import free, say
+from cogvideox.launch import free
 from cogvideox.lora import lora_modules
 from cogvideox.validation import undisturbed
 from dataset import TrainingClips
@@ -55,7 +55,7 @@ def score(accelerator, transformer, losses, encodings, sets, captions, seed, sca
     found = torch.zeros(len(jobs), device=accelerator.device)
     with undisturbed(transformer):
         mine = range(accelerator.process_index, len(jobs), accelerator.num_processes)
-        for number in tqdm(mine, "scoring", unit="clip", leave=False, delay=3, disable=not accelerator.is_main_process):
+        for number in progress(mine, "scoring", unit="clip", leave=False, delay=3, disable=not accelerator.is_main_process):
             _, clip, other, band = jobs[number]
             source = TrainingClips(WithCaptionOf(encodings, other), None, f"{seed}/fixed/{band}", scaling_factor, num_train_timesteps)
             item = source.item(clip, position=clip) | {"timestep": torch.tensor(middle_of(band, num_train_timesteps))}

@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
+from cogvideox.console import progress, say, warn
 from cogvideox.decode import ENCODING_VERSION, Framing, clip_framing
 from cogvideox.files import hash_file, key_of, read_json, write_bytes
 from cogvideox.folder import count_tokens
-from cogvideox.launch import say
 from cogvideox.order import choose_held_out
-from cogvideox.stopping import leave_if_wanted
+from cogvideox.stopping import exit_if_requested
 from dataset import list_clips, list_eval_clips
 
 
@@ -80,7 +79,7 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     table = list(table_lines(dataset))
     shown = table if len(table) <= 13 else table[:13] + [f"... {len(table) - 13} more in dataset_report.txt"]
     for sentence in bad if skipped else []:
-        say(f"warning: skipped {sentence}")
+        warn(f"skipped {sentence}")
     say(f"\n{layout} of {dataset['source']}")
     for line in [*shown, *dataset["remarks"]]:
         say("  " + line)
@@ -128,9 +127,11 @@ def survey_clips(records, framing, seed, cache, readers, show_progress=True):
         except (OSError, ValueError):
             pending.append((number, content, own))
     results = readers.read_all([(records[number].path, own) for number, _, own in pending], want_frames=False)
-    bar = tqdm(zip(pending, results, strict=True), "checking clips", len(pending), unit="clip", disable=not show_progress or not pending)
+    bar = progress(
+        zip(pending, results, strict=True), "checking clips", total=len(pending), unit="clip", disable=not show_progress or not pending
+    )
     for (number, content, own), (clip, _, reason) in bar:
-        leave_if_wanted()
+        exit_if_requested()
         facts[number] = {"reason": reason} if reason else clip
         facts[number] |= {"sha256": content, "survey": survey_key(content, own), "path": records[number].path}
     return facts

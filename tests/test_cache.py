@@ -375,9 +375,7 @@ def test_the_dataset_tool_needs_no_model_and_tells_the_verdict(clips, tmp_path):
 def test_surveys_are_remembered_by_content(train, six_clips, tmp_path, monkeypatch):
     train(cache=tmp_path / "cache")
     asked = []
-    read_all = survey.survey_clips.__globals__["tqdm"]
-    monkeypatch.setitem(
-        survey.survey_clips.__globals__, "tqdm", lambda pairs, *rest, **more: asked.extend(pairs) or read_all([], disable=True)
-    )
+    read_all = survey.progress
+    monkeypatch.setattr(survey, "progress", lambda pairs, *rest, **more: asked.extend(pairs) or read_all([], disable=True))
     train(cache=tmp_path / "cache")
     assert asked == []

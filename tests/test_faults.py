@@ -294,7 +294,7 @@ def test_a_dry_run_tells_time_memory_and_disk_and_trains_nothing(train, capsys):
         "nothing was trained",
     ):
         assert word in told
-    left = {p.name for p in folder.iterdir()} - {"encoded", "dataset.json", "dataset_report.txt"}
+    left = {p.name for p in folder.iterdir()} - {".lock", "encoded", "dataset.json", "dataset_report.txt"}
     assert left == set()
 
 
@@ -340,10 +340,10 @@ def test_a_run_can_start_from_the_lora_of_another(train, tmp_path, capsys):
 
 
 def test_a_second_run_into_the_same_folder_is_refused_while_the_first_lives(train, tmp_path, capsys):
-    from cogvideox.launch import FolderLock
+    from cogvideox.launch import lock_folder
 
     (tmp_path / "out").mkdir()
-    lock = FolderLock(tmp_path / "out")
+    lock = lock_folder(tmp_path / "out")
     with pytest.raises(SystemExit) as stop:
         train(output=tmp_path / "out")
     assert stop.value.code == 4

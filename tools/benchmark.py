@@ -34,7 +34,8 @@ import time
 from pathlib import Path
 
 import psutil
-from tqdm.auto import tqdm
+
+from cogvideox.console import progress
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -582,7 +583,7 @@ def take_turns(options, jobs, run=None):
     """Run every job once in each turn. Returns the samples: each job with what was measured of it, and the turn."""
     samples = []
     turns = [(turn, job) for turn in range(options.repeats) for job in jobs]
-    with tqdm(turns, f"measuring {options.what}", unit="run") as bar:
+    with progress(turns, f"measuring {options.what}", unit="run") as bar:
         for turn, job in bar:
             bar.set_postfix_str(job["variant"])
             measured = (run or run_worker)(job, options.threads)
@@ -807,7 +808,7 @@ def measure_memory(work, options):
         # A tiny model: what grows with the clips grows with any model, and shows best beside a small one.
         model, flags = model_folder(work, options, "tiny"), run_flags(options, options.shape[0], 1) | {"rank": SIZES["tiny"]["rank"]}
         plan = [(processes, count) for processes in options.processes for count in options.clips]
-        for processes, count in tqdm(plan, "measuring growth", unit="run"):
+        for processes, count in progress(plan, "measuring growth", unit="run"):
             job = {"variant": "ours", "clips": count, "processes": processes, "cache": f"cache-{processes}-{count}"}
             measured = program_of(work, model, options, flags, job, 1)
             samples.append(job | measured | {"turn": None})

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from tqdm.auto import tqdm
 
+from cogvideox.console import BAD_OUTPUT, fail, progress, say
 from cogvideox.files import file_sha256, read_json, try_writing, write_bytes
 from cogvideox.flags import below, not_above_zero
 from cogvideox.folder import check_geometry, check_model_folder, find_model, read_facts, stored_dtype
-from cogvideox.launch import BAD_OUTPUT, fail, free, say
+from cogvideox.launch import free
 from cogvideox.model import usable_dtype
 from cogvideox.validation import video_jobs
 from cogvideox.video import contact_sheet, film_strip, read_video, write_video
@@ -184,7 +184,7 @@ def main(words=None):
     say(f"videos: {count} of {size}, {args.num_inference_steps} steps each, in {str(dtype).removeprefix('torch.')} on {device.type}")
     try:
         embeddings = lora_file.encode_prompts(folder, [*args.prompts, args.negative_prompt], device, args.variant)
-        with tqdm(total=count * args.num_inference_steps, desc="denoising", unit="step") as bar:
+        with progress(total=count * args.num_inference_steps, desc="denoising", unit="step") as bar:
             for trained_folder, group in itertools.groupby(columns, key=lambda column: column[2]):
                 pipeline = None  # before the next one is loaded
                 free(device)

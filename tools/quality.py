@@ -15,8 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
+from cogvideox.console import progress
 from cogvideox.files import read_json_lines
 from cogvideox.scoring import evaluations
 
@@ -161,7 +160,7 @@ def main(words=None):
             write_dataset(work_dir / "old_film")
         folders = write_halves(work_dir / "old_film", work_dir)
         turns, courses = [(seed, name) for seed in range(options.seeds) for name in options.settings], {}
-        with tqdm(turns, "training", unit="run") as bar:
+        with progress(turns, "training", unit="run") as bar:
             for seed, name in bar:
                 bar.set_postfix_str(f"{name}, seed {seed}")
                 courses.setdefault(name, []).append(course_of(train(name, seed, folders, options, work_dir)))
