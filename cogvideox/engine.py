@@ -128,6 +128,11 @@ def trained_weights(transformer):
     return [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
 
 
+def count_parameters(transformer):
+    """(trained, all) parameters, before an engine shards them."""
+    return sum(p.numel() for _, p in trained_weights(transformer)), sum(p.numel() for p in transformer.parameters())
+
+
 def trained_state(transformer, keep=True):
     """name -> whole fp32 CPU tensor of every trained weight; {} where `keep` is false, at the cost of one tensor at a time."""
     state = {}
@@ -166,13 +171,18 @@ def zero3_part(parameter, value):
 # Whole optimizer states
 
 
+def inner_optimizer(optimizer):
+    """The optimizer that accelerate has wrapped (under DeepSpeed: DeepSpeed's own, with another one in it)."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def optimizer_state(optimizer, parameters, keep):
     """What `optimizer.state_dict()` would be on one process, with whole tensors on the CPU; None where `keep` is false.
 
     Tensors are gathered one at a time, so a process that keeps nothing needs room for one.
     """
     host = (lambda tensor: whole(tensor).detach().cpu().clone()) if keep else (lambda tensor: whole(tensor) is None)
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = inner_optimizer(optimizer)
     if hasattr(parameters[0], "ds_id") or hasattr(parameters[0], "_hp_mapping"):
         from deepspeed.utils import safe_get_full_optimizer_state
 
