@@ -59,24 +59,11 @@ OUTPUT_ARGS=(
   --checkpointing_steps 500              # in optimizer steps, and at the end
 )
 
-# shellcheck source=cogvideox/cluster.sh
-source "$HERE/cogvideox/cluster.sh"
+# shellcheck source=cogvideox/launch.sh
+source "$HERE/cogvideox/launch.sh"
 refuse_second_start
 forget_other_launchers
-
-# Signals go to the launcher as SIGTERM, which it hands on. The trainer finishes its step, saves and ends; the launcher then
-# gives it 30 seconds. Of SIGUSR1 (Slurm's warning) the launcher would die and leave the trainer behind, so it never hears it.
-launcher=""
-trap '[[ -z "$launcher" ]] || kill -TERM "$launcher" 2>/dev/null || true' TERM INT USR1
-without_usr1 accelerate launch --config_file "$HERE/accelerate_config_machine_single.yaml" \
+pass_signals_as TERM accelerate launch --config_file "$HERE/accelerate_config_machine_single.yaml" \
   "$HERE/train_cogvideox_lora.py" \
   "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${LORA_ARGS[@]}" "${TRAIN_ARGS[@]}" "${VALIDATION_ARGS[@]}" "${OUTPUT_ARGS[@]}" \
-  "$@" &
-launcher=$!
-code=0
-wait "$launcher" || code=$?
-while kill -0 "$launcher" 2>/dev/null; do  # a signal ends the wait, not the launcher
-  code=0
-  wait "$launcher" || code=$?
-done
-exit "$code"
+  "$@"

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogvideox.flags import add_data_flags, below, check_data_flags, not_above_zero
-from cogvideox.launcher import end_with_launcher
+from cogvideox.stopping import end_with_launcher
 
 # -----------------------------------------------------------------------------
 # Flags. Nothing heavy is imported before them, so that a wrong one is told in a second.
@@ -250,14 +250,15 @@ if __name__ == "__main__":
     end_with_launcher()
     ARGS = parse_args()
 
+import filelock
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 
-from cogvideox import checkpoint, engine, evaluation, hub, lora, memory, metrics, rehearsal, report, sft, stopping, validation
-from cogvideox.cache import known_components
-from cogvideox.data import check_data, encode_data
+from cogvideox import checkpoint, engine, hub, lora, memory, metrics, rehearsal, report, scoring, sft, stopping, validation
+from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, say, warn
+from cogvideox.encodings import encode_data, known_components
 from cogvideox.files import try_writing
 from cogvideox.folder import (
     COGVIDEOX_2B,
@@ -269,18 +270,7 @@ from cogvideox.folder import (
     read_facts,
     stored_precision,
 )
-from cogvideox.launch import (
-    BAD_DATA,
-    BAD_FLAGS,
-    BAD_OUTPUT,
-    FolderLock,
-    fail,
-    folders_not_shared,
-    patient_barrier_maker,
-    peak_memory_gib,
-    say,
-    start_processes,
-)
+from cogvideox.launch import folders_not_shared, lock_folder, patient_barrier_maker, peak_memory_gib, start_processes
 from cogvideox.linear import hold_linears
 from cogvideox.model import (
     blocks_to_recompute,
@@ -291,8 +281,10 @@ from cogvideox.model import (
     rotary_tables,
 )
 from cogvideox.optimizer import make_optimizer, make_schedule
-from cogvideox.order import Plan, TrainingClips, positions_of, seeded_generator
+from cogvideox.order import Plan, positions_of, seeded_generator
 from cogvideox.reader import Readers, decode_workers
+from cogvideox.survey import check_data
+from dataset import TrainingClips
 
 # -----------------------------------------------------------------------------
 # Loss
@@ -399,8 +391,8 @@ def prepare_output_dir(args, accelerator):
             for flag in ("encoding_cache_dir", "output_dir"):
                 tried = f"--{flag} {getattr(args, flag)}"
                 try_writing(Path(getattr(args, flag)))
-            lock = FolderLock(output_dir)
-        except BlockingIOError:
+            lock = lock_folder(output_dir)
+        except filelock.Timeout:
             problem = f"--output_dir {output_dir}: another run is writing there"
         except OSError as error:
             problem = f"{tried}: cannot be written to ({error.strerror})"
@@ -424,7 +416,10 @@ def holds_earlier_run(output_dir):
 
 
 def remove_earlier_run(output_dir, logging_dir):
-    """Delete what a run writes, and nothing else, from a folder that holds one."""
+    """Delete what a run writes, and nothing else, from a folder that holds one.
+
+    dataset.json and dataset_report.txt stay: the new run's check of the clips has written over them already.
+    """
     names = [lora.RESULT, sft.RESULT, "README.md", "metrics.jsonl", "loss.png", "status.json", "validation", "encoded", "best", logging_dir]
     names += [report.NAME, "run.json"]
     checkpoints = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+(\.partial|\.abandoned)?", path.name)]
@@ -467,7 +462,7 @@ def open_model(args):
 def prepare_transformer(transformer, args, accelerator, dtype, hold=True):
     """Bring a transformer, with its LoRA or all trainable, to the device and into the form that training steps run in.
 
-    hold: whether frozen layers become HeldLinear where something is gained by it.
+    hold: whether frozen layers become FrozenLinear where something is gained by it.
     """
     lora.fit_to_autocast(transformer, dtype)
     if not engine.splits_weights(accelerator):  # an engine that shards has to see all weights, and brings its shard to the device
@@ -573,7 +568,7 @@ def main(args):
     # Who watches; each does nothing while its flag is off. The scorer scores the base model before a checkpoint changes it.
     run_facts = {"flags": checkpoint.public_flags(args), "clips_per_step": plan.clips_per_step, **identities}
     checkpointer = checkpoint.Checkpointer(args, trained, result, export, run_facts, result_facts)
-    scorer = evaluation.Scorer(args, trained, clip_losses, encodings, data, facts.scaling_factor, num_timesteps)
+    scorer = scoring.Scorer(args, trained, clip_losses, encodings, data, facts.scaling_factor, num_timesteps)
     # There is no random state to restore: what a position trains is a function of the seed and the position.
     first_step = checkpointer.load()
     meter = metrics.Meter(args, trained, plan, first_step)
@@ -584,6 +579,9 @@ def main(args):
     guard = metrics.NonFiniteGuard(args, trained, plan.clip_of, data.records, checkpointer)
     metrics.start_trackers(args, accelerator, run_facts)
     say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, num_parameters)
+    run = describe_run(args, accelerator, plan, validator.settings, data, num_trained)
+    if is_main and (problem := report.write_run_facts(output_dir, run)):
+        warn(f"{problem}")
 
     # The loop
     if first_step == 0:
@@ -608,13 +606,13 @@ def main(args):
             scorer.offer(step, last)
             validator.offer(step, last)
         # A signal to any rank ends the run here, on all of them, with everything on disk.
-        if stop := stopping.agreed(device):
+        if stop := stopping.stop_requested_anywhere(device):
             checkpointer.save(step)
             break
     if first_step >= plan.total_steps:
         say(f"already complete: {output_dir} has been trained for {first_step} of {plan.total_steps} steps")
         validator.make_missing(first_step)  # a kill in the last validation left it without videos
-    finish(args, trained, result, checkpointer, scorer, validator, plan, step, stop, num_trained, learning_rate)
+    finish(args, trained, result, checkpointer, scorer, validator, plan, step, stop, run, learning_rate)
 
 
 def say_predicted_memory(args, folder, accelerator):
@@ -627,7 +625,7 @@ def say_predicted_memory(args, folder, accelerator):
 
 
 def say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, num_parameters):
-    """Print what will be trained, and leave it in run.json for the report."""
+    """Print what will be trained."""
     epochs, precision = plan.total_steps * plan.clips_per_step / plan.epoch_clips, args.mixed_precision.replace("no", "fp32")
     what = f"rank {args.rank}, alpha {args.lora_alpha:g}" if args.training_type == "lora" else "full fine-tuning"
     say(
@@ -637,31 +635,37 @@ def say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, nu
         f"training {num_trained / 1e6:.2f} M of {num_parameters / 1e6:.1f} M parameters ({what}), computing in {precision}; "
         f"engine: {engine.engine_of(accelerator)}\n"
     )
-    if accelerator.is_main_process:
-        facts = {"device": report.device_name(accelerator.device), "processes": accelerator.num_processes}
-        facts |= {"engine": engine.engine_of(accelerator), "clips": len(plan.clips)}
-        facts |= {"clips_per_step": plan.clips_per_step, "total_steps": plan.total_steps}
-        defaults = {action.dest: action.default for action in build_parser()._actions}
-        problem = report.write_run_facts(args.output_dir, checkpoint.public_flags(args), facts, defaults)
-        if problem:
-            say(f"warning: {problem}")
 
 
-def finish(args, trained, result, checkpointer, scorer, validator, plan, step, stop, num_trained, learning_rate):
+def describe_run(args, accelerator, plan, video, data, num_trained):
+    """The content of run.json while nothing is trained yet, for the report and the model card. video: settings of validation's."""
+    base = args.pretrained_model_name_or_path
+    is_on_hub = not Path(base).expanduser().exists()
+    facts = {"name": Path(args.output_dir).resolve().name, "device": report.device_name(accelerator.device)}
+    facts |= {"processes": accelerator.num_processes, "engine": engine.engine_of(accelerator), "clips": len(plan.clips)}
+    facts |= {"clips_per_step": plan.clips_per_step, "total_steps": plan.total_steps, "trained_parameters": num_trained}
+    # Of a local folder only the name is told: the card may be published.
+    facts |= {"base_model": base if is_on_hub else Path(base).name, "is_base_on_hub": is_on_hub}
+    facts |= {"example_prompt": args.prompts[0] if args.prompts else data.records[0].caption}
+    facts |= {name: video[name] for name in ("num_frames", "height", "width")} | {"steps": 0, "videos": []}
+    defaults = {action.dest: action.default for action in build_parser()._actions}
+    return report.run_facts(checkpoint.public_flags(args), facts, defaults)
+
+
+def finish(args, trained, result, checkpointer, scorer, validator, plan, step, stop, run, learning_rate):
     """The one ending: the last checkpoint on disk, the verdict, card, plot, status and report, the push, and the exit code.
 
     stop: the signal that ended the loop, or 0. The result is on disk already, and nothing here can undo it.
     """
     output_dir, problem = Path(args.output_dir), None
     newest = checkpointer.newest()
-    verdict = evaluation.verdict(scorer.lines, learning_rate, ran_all=not stop)
+    verdict = scoring.verdict(scorer.lines, learning_rate, ran_all=not stop)
     if trained.is_main:
         if newest is None and not checkpointer.failed:  # nothing was trained: the run was complete
             newest = output_dir / f"checkpoint-{step}"
             result.publish(newest, output_dir)
-        facts = {"clips": len(plan.clips), "clips_per_step": plan.clips_per_step, "parameters": num_trained / 1e6, **validator.settings}
-        facts |= {"steps": step, "verdict": verdict, "videos": validator.videos_of(step)}
-        problem = publish(args, output_dir, facts, push=args.push_to_hub and not stop)
+        run["facts"] |= hub.without_secrets({"steps": step, "videos": validator.videos_of(step)})
+        problem = publish(args, output_dir, run, verdict, push=args.push_to_hub and not stop)
         code, reason = (1, problem) if problem else (0, "done")
         code, reason = (128 + stop, f"stopped by {signal.Signals(stop).name}") if stop else (code, reason)
         code, reason = (BAD_OUTPUT, "the last checkpoint was not written") if checkpointer.failed else (code, reason)
@@ -678,14 +682,16 @@ def finish(args, trained, result, checkpointer, scorer, validator, plan, step, s
         fail(1, problem)
 
 
-def publish(args, output_dir, facts, push):
-    """Write the plot and the model card, say the verdict, and upload if it was asked for. Returns what failed as a sentence, or None."""
+def publish(args, output_dir, run, verdict, push):
+    """Write run.json, the card and the plot, say the verdict, and upload if it was asked for. Returns what failed, or None."""
+    if problem := report.write_run_facts(output_dir, run):
+        warn(f"{problem}")
     try:
-        hub.write_model_card(output_dir, args, facts)
+        hub.write_model_card(output_dir, run)
         metrics.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
     except OSError as error:
-        say(f"warning: the model card and the plot were not written ({error})")
-    made, (word, sentences) = output_dir / checkpoint.RESULTS[args.training_type].RESULT, facts["verdict"]
+        warn(f"the model card and the plot were not written ({error})")
+    made, (word, sentences) = output_dir / checkpoint.RESULTS[args.training_type].RESULT, verdict
     say(f"\nverdict: {word}. {' '.join(sentences)}")
     say(f"\nthe result: {made}\nhow to use it: {output_dir / 'README.md'}\nthe run on a page: {output_dir / report.NAME}")
     if not push:
@@ -694,7 +700,7 @@ def publish(args, output_dir, facts, push):
     try:
         say(f"uploaded to {hub.push(output_dir, args, token)}")
     except Exception as error:  # the hub client raises many kinds; the result is here whatever it says
-        reason = hub.redacted((str(error).splitlines() or [""])[0], token)
+        reason = hub.without_secrets((str(error).splitlines() or [""])[0], token)
         return f"--push_to_hub: the upload failed ({type(error).__name__}: {reason}); everything is in {output_dir}"
     return None
 

@@ -14,23 +14,18 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import accelerate
-import diffusers
-import peft
 import torch
-import transformers
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from cogvideox import engine, lora, sft
+from cogvideox import engine, lora, report, sft
+from cogvideox.console import BAD_OUTPUT, fail, say, warn
 from cogvideox.engine import averaged
-from cogvideox.files import file_sha256, write_durably, write_tensors
-from cogvideox.launch import BAD_OUTPUT, fail, say
+from cogvideox.files import file_sha256, read_json, write_durably, write_tensors
 
 FORMAT = 1
 RESULTS = {"lora": lora, "sft": sft}  # --training_type: the module that knows what is trained and how it is shipped
-VERSIONS = {module.__name__: module.__version__.split("+")[0] for module in (torch, diffusers, transformers, accelerate, peft)}
 
 # What older checkpoints were trained with, before there were flags for it.
 FLAGS_ONCE_MISSING = {"training_type": "lora", "ema_decay": 0.0, "timestep_sampling": "uniform", "snr_gamma": None}
@@ -133,7 +128,7 @@ def write_checkpoint(output_dir, step, snapshot, facts, result_facts):
         write_durably(partial / "state.json", json.dumps(snapshot["state"]).encode())
         written = sorted(path for path in partial.rglob("*") if path.is_file())
         files = {p.relative_to(partial).as_posix(): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in written}
-        manifest = {"format": FORMAT, "step": step, "versions": VERSIONS, **facts, "files": files}
+        manifest = {"format": FORMAT, "step": step, "versions": report.versions(), **facts, "files": files}
         write_durably(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
         if final.is_symlink() or final.is_file():
             final.unlink()
@@ -184,7 +179,7 @@ class Saver:
             except (OSError, ValueError) as error:
                 self.failed = True
                 kept = [path.name for _, path in list_checkpoints(self.output_dir)]
-                say(f"warning: a checkpoint was not written ({error}); kept: {', '.join(kept) or 'none'}")
+                warn(f"a checkpoint was not written ({error}); kept: {', '.join(kept) or 'none'}")
         return self.newest
 
 
@@ -198,6 +193,22 @@ def sync_folder(folder):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def report_export(result, folder, transformer):
+    """Load a checkpoint's result as its users will, and say whether it is what was trained. result: of RESULTS."""
+    try:
+        error, effect = result.check_export(folder, transformer)
+    except Exception as problem:  # a check must not cost the run that it checks
+        warn(f"{result.RESULT} could not be checked with {result.LOADER}: {type(problem).__name__}: {problem}")
+        return
+    word = "PASS" if error <= result.export_tolerance(transformer) else "FAIL"
+    if effect == 0:
+        word = "inconclusive (it changes nothing yet)"
+    say(
+        f"{result.RESULT} loaded by {result.LOADER}: {word} "
+        f"(relative error against the live weights: {error:.1e}; {result.EFFECT}: {effect:.1e})"
+    )
 
 
 def set_aside_newer(output_dir, step):
@@ -238,7 +249,7 @@ def read_manifest(path):
     """The manifest of a checkpoint, after checking every file against it. Raises BadCheckpoint."""
     path = Path(path)
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json(path / "manifest.json")
         files = manifest["files"]
         if manifest["format"] != FORMAT:
             raise BadCheckpoint(f"{path}: written in format {manifest['format']}, this script reads {FORMAT}")
@@ -316,7 +327,7 @@ def load_checkpoint(path, result, transformer, optimizer, parameters, schedule, 
     try:
         result.load_live(transformer, load_file(path / result.WEIGHTS))
         tensors = load_file(path / "optimizer.safetensors")
-        state = json.loads((path / "state.json").read_text())
+        state = read_json(path / "state.json")
         engine.load_optimizer_state(optimizer, parameters, unpack(state["optimizer"], tensors))
         schedule.load_state_dict(unpack(state["schedule"], tensors))
         if scaler and (scaler_state := unpack(state["scaler"], tensors)):
@@ -416,7 +427,7 @@ class Checkpointer:
         if broadcast_object_list([first])[0]:
             with trained.averaged(), trained.full_model() as full_model:
                 if trained.is_main and self.saver.join():
-                    self.result.report_export(self.saver.newest, full_model)
+                    report_export(self.result, self.saver.newest, full_model)
         trained.barrier()
 
     def save_best(self, step):
@@ -428,7 +439,7 @@ class Checkpointer:
                 exported = self.export(self.trained.transformer, live)
                 self.result.write(self.output_dir / "best", exported, self.result_facts | {"step": str(step)})
         except (OSError, ValueError) as error:
-            say(f"warning: best/ was not written at step {step} ({error})")
+            warn(f"best/ was not written at step {step} ({error})")
 
     def newest(self):
         """Wait for the last checkpoint. Returns the path of the newest that this run wrote, None without any."""

@@ -80,12 +80,6 @@ first_host() {
   echo "$host${rest%%,*}"
 }
 
-# without_usr1 COMMAND...: run it so that SIGUSR1 does nothing to it; to be started in the background.
-without_usr1() {
-  trap '' USR1
-  exec "$@"
-}
-
 # One start of this script a machine: it starts the processes itself.
 refuse_second_start() {
   local tasks name way_out="run it with bash, once on each machine"

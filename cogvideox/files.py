@@ -1,8 +1,35 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and their hashes.
 
+A file's content is hashed in full; the hash is remembered under (device, inode, size, mtime, ctime). Any write to a file
+changes its ctime, which no tool sets back, so a changed file is never taken for the old one.
+"""
+
+import contextlib
 import hashlib
+import json
 import os
+import time
 import uuid
+from pathlib import Path
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that every loader looks for
+
+
+def read_json(path):
+    """A JSON file's content. OSError where it cannot be read, ValueError where it is not JSON."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_json_lines(path):
+    """The values of a file that has one a line; [] without the file. A line cut by a kill is left out."""
+    values = []
+    if Path(path).exists():
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                values.append(json.loads(line))
+            except ValueError:
+                continue
+    return values
 
 
 def write_bytes(path, content, durable=False):
@@ -60,3 +87,34 @@ def try_writing(folder):
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / ".write_test", b"")
     (folder / ".write_test").unlink(missing_ok=True)
+
+
+def key_of(*parts):
+    """A hash of JSON-ready values, as a file name."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def hash_file(path, cache):
+    """SHA-256 of a file's content, remembered in `cache` (which may be read-only) for as long as the file is untouched."""
+    status = os.stat(path)
+    if resolved_blob := hub_blob_hash(path):
+        return resolved_blob
+    stamp = key_of(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    note = cache / "hashes" / stamp
+    with contextlib.suppress(OSError):
+        known = note.read_text()
+        if len(known) == 64:
+            return known
+    content = file_sha256(path)
+    # A file written in the last moments may be written again within the same clock tick.
+    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > 2_000_000_000:
+        with contextlib.suppress(OSError):
+            write_bytes(note, content.encode())
+    return content
+
+
+def hub_blob_hash(path):
+    """The SHA-256 of a file in the hub's cache, which names large files by it; None for any other file."""
+    resolved = Path(path).resolve()
+    name = resolved.name
+    return name if resolved.parent.name == "blobs" and len(name) == 64 and set(name) <= set("0123456789abcdef") else None

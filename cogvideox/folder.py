@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from dataset import longest_legal_length
+from cogvideox.decode import longest_legal_length
+from cogvideox.files import read_json
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -78,11 +79,6 @@ def check_model_folder(folder, variant=None, may_lack=()):
     return problems + unsupported_family(
         read_json(folder / "transformer/config.json"), read_json(folder / "scheduler/scheduler_config.json")
     )
-
-
-def read_json(path):
-    """A JSON file's content."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def weight_files(folder, variant=None):

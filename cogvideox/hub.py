@@ -1,89 +1,86 @@
-"""The model card, and the upload of what belongs to the result (and nothing else)."""
+"""The model card, and the upload of what belongs to the result (and nothing else). Both know a run by its run.json."""
 
+import functools
 import json
 import re
 from pathlib import Path
 
-from cogvideox.files import write_durably
-from cogvideox.lora import LORA_FILE
+from cogvideox.files import LORA_FILE, write_durably
 
 UPLOADED = [LORA_FILE, "transformer/*", "README.md", "metrics.jsonl", "loss.png"]
 UPLOADED += ["validation/step-*/*.mp4", "validation/step-*/contact_sheet.png"]
+TEMPLATES = Path(__file__).parent / "templates"
+# Facts of a run that has not begun: enough to try whether a card can be written.
+NO_FACTS = {"name": "", "base_model": "", "is_base_on_hub": False, "example_prompt": "", "steps": 0, "clips": 0, "clips_per_step": 0}
+NO_FACTS |= {"trained_parameters": 0, "num_frames": 0, "height": 0, "width": 0, "videos": []}
 
 
-NO_FACTS = {"steps": 0, "clips": 0, "clips_per_step": 0, "parameters": 0, "num_frames": 0, "height": 0, "width": 0, "videos": []}
+@functools.cache
+def template(name):
+    """A template of templates/. Those of HTML escape every value that is not marked as safe; a name that is missing is an error."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=lambda name: name.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)  # a string of JSON is one of Python
+    return environment.get_template(name)
 
 
-def write_model_card(folder, args, facts):
+def snippet(run):
+    """Python that makes a video with the result. run: as `report.run_facts` gives it. KeyError if it lacks a fact."""
+    flags, facts = run["flags"], run["facts"]
+    return template("snippet.py.j2").render(
+        is_lora=flags["training_type"] == "lora",
+        lora_file=LORA_FILE,
+        base_model=facts["base_model"],
+        dtype={"fp16": "float16", "bf16": "bfloat16"}.get(flags["mixed_precision"], "float32"),
+        prompt=facts["example_prompt"],
+        num_frames=facts["num_frames"],
+        height=facts["height"],
+        width=facts["width"],
+        fps=f"{flags['fps']:g}",
+    )
+
+
+def write_model_card(folder, run):
     """Write README.md: what was trained on what, how to use it, and the last validation videos.
 
-    facts: steps, clips, clips_per_step, parameters (millions), num_frames, height and width
-    of the videos, and `videos`, [(prompt, relative path)].
+    run: as `report.run_facts` gives it; its facts have all names of NO_FACTS. steps: optimizer steps. trained_parameters: a
+    count. num_frames, height, width: of the videos. videos: [(prompt, relative path)].
     """
-    example = facts["videos"][0][0] if facts["videos"] else (f"{args.id_token} ..." if args.id_token else "...")
-    base = args.pretrained_model_name_or_path
-    # A local folder is no hub id, and its path is nobody else's business.
-    base_name = Path(base).name if Path(base).expanduser().exists() else base
-    with_lora = args.training_type == "lora"
-    tags = ["text-to-video", "cogvideox", *(["lora"] if with_lora else []), "diffusers"]
-    header = {"tags": tags, "library_name": "diffusers", "pipeline_tag": "text-to-video"}
-    if base_name == base:
-        header["base_model"] = base
-    if args.id_token:
-        header["instance_prompt"] = args.id_token
-    yaml = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in header.items())
-    table = {"rank": args.rank, "alpha": f"{args.lora_alpha:g}", "target modules": ", ".join(args.target_modules)} if with_lora else {}
-    table |= {"parameters": f"{facts['parameters']:.1f} M", "learning rate": f"{args.learning_rate:g}", "schedule": args.lr_scheduler}
-    table |= {"optimizer": args.optimizer, "precision": args.mixed_precision, "seed": args.seed}
-    table |= {"average": f"decay {args.ema_decay:g}"} if args.ema_decay else {}
-    size = f"num_frames={facts['num_frames']}, height={facts['height']}, width={facts['width']}"
-    dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(args.mixed_precision, "float32")
-    gallery = "\n".join(f"- {markdown(prompt)}: [{Path(path).name}]({path})" for prompt, path in facts["videos"])
-    if with_lora:
-        what, imported = f"A LoRA for `{base_name}`", "CogVideoXPipeline"
-        load = f'pipe = CogVideoXPipeline.from_pretrained({json.dumps(base_name)}, torch_dtype=torch.{dtype}).to("cuda")\n'
-        load += f'pipe.load_lora_weights("path/to/this/folder", weight_name="{LORA_FILE}", adapter_name="lora")'
-        remark = "alpha / rank is folded into the weights: weight 1.0 is the trained strength in every loader; do not multiply by it again."
-    else:
-        what, imported = f"The transformer of `{base_name}`, all of it fine-tuned", "CogVideoXPipeline, CogVideoXTransformer3DModel"
-        place = '"path/to/this/folder", subfolder="transformer"'
-        load = f"transformer = CogVideoXTransformer3DModel.from_pretrained({place}, torch_dtype=torch.{dtype})\n"
-        load += f"pipe = CogVideoXPipeline.from_pretrained({json.dumps(base_name)}, transformer=transformer, torch_dtype=torch.{dtype})"
-        load += '.to("cuda")'
-        remark = "`transformer/` is an ordinary diffusers folder, in the dtype that the base model is stored in."
-    trigger = f"\nStart prompts with `{args.id_token}`, as the training captions did.\n" if args.id_token else ""
-    card = f"""---
-{yaml}
----
+    from huggingface_hub import ModelCard, ModelCardData
 
-# {markdown(Path(args.output_dir).name)}
-
-{what}, trained for {facts["steps"]} optimizer steps of {facts["clips_per_step"]} clips on {facts["clips"]} clips
-({facts["num_frames"]} frames at most, {facts["height"]} x {facts["width"]}, {args.fps:g} frames a second).
-
-| {" | ".join(table)} |
-|{"---|" * len(table)}
-| {" | ".join(map(str, table.values()))} |
-
-## Use it
-{trigger}
-```python
-import torch
-from diffusers import {imported}
-from diffusers.utils import export_to_video
-
-{load}
-video = pipe({json.dumps(example, ensure_ascii=False)}, {size}).frames[0]
-export_to_video(video, "video.mp4", fps={args.fps:g})
-```
-
-{remark}
-
-{"## Validation videos" if facts["videos"] else ""}
-
-{gallery}
-"""
-    write_durably(Path(folder) / "README.md", card.rstrip().encode() + b"\n")
+    flags, facts = run["flags"], run["facts"]
+    is_lora = flags["training_type"] == "lora"
+    data = ModelCardData(
+        base_model=facts["base_model"] if facts["is_base_on_hub"] else None,  # a local folder is no hub id
+        instance_prompt=flags["id_token"] or None,
+        library_name="diffusers",
+        pipeline_tag="text-to-video",
+        tags=["text-to-video", "cogvideox", *(["lora"] if is_lora else []), "diffusers"],
+    )
+    table = {"rank": flags["rank"], "alpha": f"{flags['lora_alpha']:g}"} if is_lora else {}
+    table |= {"target modules": ", ".join(flags["target_modules"])} if is_lora else {}
+    table |= {"parameters": f"{facts['trained_parameters'] / 1e6:.1f} M", "learning rate": f"{flags['learning_rate']:g}"}
+    table |= {"schedule": flags["lr_scheduler"], "optimizer": flags["optimizer"], "precision": flags["mixed_precision"]}
+    table |= {"seed": flags["seed"]} | ({"average": f"decay {flags['ema_decay']:g}"} if flags["ema_decay"] else {})
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATES / "model_card.md.j2"),
+        facts=facts,
+        is_lora=is_lora,
+        fps=f"{flags['fps']:g}",
+        table=table,
+        trigger=flags["id_token"],
+        snippet=snippet(run),
+        markdown=markdown,
+    )
+    write_durably(Path(folder) / "README.md", str(card).rstrip().encode(errors="replace") + b"\n")
 
 
 def markdown(text):
@@ -105,7 +102,14 @@ def push(folder, args, token):
     return str(repository)
 
 
-def redacted(text, token=None):
-    """Text without hub tokens."""
-    text = text.replace(token, "hf_...") if token else text
-    return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_...", text)
+def without_secrets(value, token=None):
+    """A nested value whose texts hold no hub token (nor `token`), and ~ for the home folder."""
+    if isinstance(value, dict):
+        return {name: without_secrets(item, token) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(item, token) for item in value]
+    if not isinstance(value, (str, Path)):
+        return value
+    text, home = str(value).replace(token, "hf_...") if token else str(value), str(Path.home())
+    text = re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_...", text)
+    return "~" + text[len(home) :] if len(home) > 1 and (text + "/").startswith(home + "/") else text

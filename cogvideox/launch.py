@@ -1,8 +1,4 @@
-"""How a run starts and ends: processes, the banner, messages, exit codes.
-
-Exit codes of the script itself (both launchers turn any of them into 1): 0 done, 1 anything unforeseen, 2 flags or
-environment, 3 dataset, 4 output folder or checkpoint, 5 numbers that are not finite.
-"""
+"""How a run starts: processes, the banner, the output folder, barriers."""
 
 import gc
 import os
@@ -20,35 +16,13 @@ import torch.distributed as distributed
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
-from tqdm.auto import tqdm
+from filelock import FileLock
 
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
-
-BAD_FLAGS, BAD_DATA, BAD_OUTPUT, BAD_NUMBERS = 2, 3, 4, 5
-
+from cogvideox.console import BAD_FLAGS, fail, say
 
 # Their bars would tell of files of a second; ours tell of work of hours.
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
-
-
-def say(*words):
-    """Print one line on the main process, above any progress bar."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        tqdm.write(" ".join(map(str, words)), file=sys.stderr)
-        sys.stderr.flush()
-
-
-def fail(code, problems):
-    """End the run with one sentence a problem. Every process calls it; the main one prints."""
-    problems = [problems] if isinstance(problems, str) else problems
-    say(*[f"\nERROR[{code}]: {problem}" for problem in problems])
-    if int(os.environ.get("RANK", "0")) != 0:
-        time.sleep(3)  # the launcher ends all processes when the first one stops: let the main one print before that
-    raise SystemExit(code)
 
 
 def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minutes):
@@ -98,7 +72,7 @@ def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minute
     )
     backend = f", {distributed.get_backend()}" if distributed.is_initialized() else ""
     rank = f"process {accelerator.process_index} of {accelerator.num_processes}"
-    tqdm.write(f"{rank} on {platform.node()}: {device} ({kind}){backend}", file=sys.stderr)
+    say(f"{rank} on {platform.node()}: {device} ({kind}){backend}", on_every_rank=True)
     return accelerator
 
 
@@ -123,27 +97,17 @@ def wait_for_main_process(seconds=120):
     raise SystemExit(BAD_FLAGS)
 
 
-class FolderLock:
-    """Keeps a second run out of a folder for as long as this object lives; the system lets go of it when a process is killed.
+def lock_folder(folder):
+    """Keep a second run out of a folder for as long as the returned object lives; the system lets go of it when a process is killed.
 
-    Raises BlockingIOError if another run has the folder.
+    Returns None on a file system without locks. Raises filelock.Timeout if another run has the folder, OSError if it is not writable.
     """
-
-    def __init__(self, folder):
-        self.handle = None
-        if fcntl is None:  # Windows
-            return
-        self.handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise
-        except OSError:
-            return  # a network file system without locks
-
-    def __del__(self):
-        if self.handle is not None:
-            os.close(self.handle)
+    lock = FileLock(Path(folder) / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except NotImplementedError:
+        return None
+    return lock
 
 
 def folders_not_shared(accelerator, folders):

@@ -12,7 +12,7 @@ import torch
 CPU_ROWS = 256
 
 
-class HeldLinear(torch.nn.Module):
+class FrozenLinear(torch.nn.Module):
     """A frozen linear layer [in] -> [out] that holds its weight in `precision`.
 
     stored: the dtype it came in. fp8: float8_e4m3fn, int8: 8-bit integers, each with one fp32 scale an output (the row's
@@ -114,7 +114,7 @@ def dequantize_nf4(held, shape, dtype):
 
 
 def hold_linears(transformer, base_precision="stored", offload=False, device=None):
-    """Replace the frozen linear layers of the blocks, those inside LoRA layers too, by HeldLinear. Call it after `add_lora`.
+    """Replace the frozen linear layers of the blocks, those inside LoRA layers too, by FrozenLinear. Call it after `add_lora`.
 
     Not those of the norms: they are a fifth of the weights, see one row a clip, and what they scale is sensitive. On a
     GPU with nothing to be gained (stored precision, no offload) nothing is replaced. device: where to quantize (a GPU is
@@ -128,7 +128,7 @@ def hold_linears(transformer, base_precision="stored", offload=False, device=Non
             if isinstance(child, torch.nn.Linear) and not child.weight.requires_grad and "norm" not in f"{name}.{child_name}":
                 if base_precision != "stored":
                     child.to(device)
-                layer = HeldLinear(child, base_precision, resident=not offload).requires_grad_(False)
+                layer = FrozenLinear(child, base_precision, resident=not offload).requires_grad_(False)
                 if offload:
                     layer.held = [tensor.cpu() for tensor in layer.held]
                 setattr(module, child_name, layer)

@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from cogvideox.engine import trained_state, trained_weights, write_trained
-from cogvideox.files import write_durably
-from cogvideox.launch import say
+from cogvideox.files import LORA_FILE, write_durably
 from cogvideox.model import load_transformer
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 # What this module and sft.py both have: how the result is called, and the file of the weights as they are trained.
 RESULT, FILES, WEIGHTS = LORA_FILE, [LORA_FILE], "adapter.safetensors"
+LOADER = "the stock pipeline at weight 1.0"  # what `check_export` loads it with
+EFFECT = "largest change of the output by the LoRA"  # the second number that it gives
 
 
 def check_targets(folder, target_modules):
@@ -171,6 +171,11 @@ def check_finite(tensors, kind):
         raise ValueError(f"{len(broken)} {kind} are not finite (the first is {broken[0]}); nothing was written")
 
 
+def export_tolerance(transformer):
+    """The largest error that `check_export` may find: the rounding of the dtype that the loader keeps."""
+    return 1e-5 if next(transformer.parameters()).dtype == torch.float32 else 2e-2
+
+
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # other adapters and shapes than in training: they would be compiled for one use
 def check_export(folder, transformer):
@@ -225,20 +230,3 @@ def check_export(folder, transformer):
             p.requires_grad_(True)
         transformer.train(was_training)
     return (error / size if size else float(error > 0)), (live - base).abs().max().item()
-
-
-def report_export(folder, transformer):
-    """Run `check_export` and say what it found. The tolerance is the rounding of the dtype that the loader keeps."""
-    try:
-        error, effect = check_export(folder, transformer)
-    except Exception as problem:  # a check must not cost the run that it checks
-        say(f"warning: {LORA_FILE} could not be checked with the stock loader: {type(problem).__name__}: {problem}")
-        return
-    half = next(transformer.parameters()).dtype != torch.float32
-    word = "PASS" if error <= (2e-2 if half else 1e-5) else "FAIL"
-    if effect == 0:
-        word = "inconclusive (the LoRA changes nothing yet)"
-    say(
-        f"{LORA_FILE} loaded by the stock pipeline at weight 1.0: {word} "
-        f"(its updates differ from the live ones by {error:.1e} of their size; the LoRA changes the output by up to {effect:.1e})"
-    )

@@ -26,8 +26,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from transformers import T5Config, T5EncoderModel
 
 from cogvideox import linear, lora
-from cogvideox.encode import CAPTIONS_PER_BATCH
-from cogvideox.folder import PRECISIONS, facts_of, latent_shape, read_json, stored_precision
+from cogvideox.encodings import CAPTIONS_PER_BATCH
+from cogvideox.files import read_json
+from cogvideox.folder import PRECISIONS, facts_of, latent_shape, stored_precision
 from cogvideox.model import blocks_to_recompute, checkpoint_blocks, decode_latents, encode_frames, keep_position_tables, rotary_tables
 
 # bitsandbytes keeps the states of smaller parameters in fp32.
@@ -176,7 +177,7 @@ def without_data(dtype):
 def bring_to_device(model, in_host=False):
     """Replace what a model has on the meta device by tensors of the fake device, which are counted.
 
-    in_host: but for the weights that HeldLinear holds.
+    in_host: but for the weights that FrozenLinear holds.
     """
     brought = {}  # a parameter that two modules share stays one
     for module in model.modules():
@@ -188,7 +189,7 @@ def bring_to_device(model, in_host=False):
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-        if isinstance(module, linear.HeldLinear):
+        if isinstance(module, linear.FrozenLinear):
             make = HostTensor if in_host else torch.empty
             module.held = [make(tensor.shape, dtype=tensor.dtype) for tensor in module.held]
 
@@ -313,7 +314,7 @@ def frozen_tensors(module):
     """What of a block does not train and lies on the device."""
     for part in module.modules():
         yield from (p for p in [*part.parameters(recurse=False), *part.buffers(recurse=False)] if not p.requires_grad)
-        if isinstance(part, linear.HeldLinear):
+        if isinstance(part, linear.FrozenLinear):
             yield from (tensor for tensor in part.held if not isinstance(tensor, HostTensor))
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from accelerate.tracking import filter_trackers
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 
 from cogvideox import engine, report
-from cogvideox.files import write_bytes
-from cogvideox.launch import BAD_NUMBERS, fail, peak_memory_gib, say
+from cogvideox.console import BAD_NUMBERS, fail, progress, warn
+from cogvideox.files import read_json_lines, write_bytes
+from cogvideox.launch import peak_memory_gib
 from cogvideox.stopping import write_status
 from cogvideox.survey import printable
 from cogvideox.video import gif_bytes, read_video
@@ -27,7 +27,7 @@ class MetricsFile:
         if not enabled:
             return
         path = self.path
-        kept = [line for line in read_metrics(path) if line["step"] <= first_step] if first_step else []
+        kept = [line for line in read_json_lines(path) if line["step"] <= first_step] if first_step else []
         write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.file = path.open("a", encoding="utf-8")
 
@@ -39,7 +39,7 @@ class MetricsFile:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
         except OSError as error:  # a full disk; the numbers of later steps may fit again
-            say(f"warning: step {values['step']} is missing from metrics.jsonl ({error.strerror})")
+            warn(f"step {values['step']} is missing from metrics.jsonl ({error.strerror})")
 
 
 class Meter:
@@ -58,7 +58,7 @@ class Meter:
         """The steps from `first` to `last`, counted on a progress bar."""
         self.since_log = time.perf_counter()
         settings = {"initial": first - 1, "unit": "step", "disable": not self.trained.is_main, "dynamic_ncols": True}
-        self.progress = tqdm(range(first, last + 1), "training", last, **settings)
+        self.progress = progress(range(first, last + 1), "training", total=last, **settings)
         return self.progress
 
     def is_due(self, step, last=False):
@@ -120,7 +120,7 @@ class NonFiniteGuard:
         if not self.in_a_row:
             return
         for sentence in self.describe(result):
-            say(f"warning: step {step} {self.fate}, its gradient is not finite: {sentence}")
+            warn(f"step {step} {self.fate}, its gradient is not finite: {sentence}")
         if self.in_a_row < self.most:
             return
         path = self.checkpointer.newest()
@@ -142,19 +142,6 @@ class NonFiniteGuard:
         return gather_object(bad) or ["every loss was finite, its gradient was not"]
 
 
-def read_metrics(path):
-    """The lines of a metrics.jsonl: none of a run that wrote none yet. A last line cut by a kill is left out."""
-    if not Path(path).exists():
-        return []
-    lines = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
-
-
 def plot_losses(metrics_path, picture_path):
     """loss.png: training loss (and its running mean), the scores on fixed noise, learning rate and gradient norm over steps."""
     import matplotlib
@@ -162,7 +149,7 @@ def plot_losses(metrics_path, picture_path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = read_metrics(metrics_path)
+    lines = read_json_lines(metrics_path)
     trained = [line for line in lines if "loss" in line]
     scored = [line for line in lines if "eval_train_loss" in line]
     figure, axes = pyplot.subplots(3, 1, figsize=(9, 9), sharex=True, height_ratios=[3, 1, 1])
@@ -223,7 +210,7 @@ def track_videos(trackers, folder, jobs, prompts, step, fps):
                 videos = [wandb.Video(str(path), caption=prompts[job["prompt"]], format="mp4") for job, path in paths]
                 tracker.log({"validation": videos}, step=step)
         except Exception as error:
-            say(f"warning: {tracker.name} did not take the validation videos ({type(error).__name__}: {error}); they are in {folder}")
+            warn(f"{tracker.name} did not take the validation videos ({type(error).__name__}: {error}); they are in {folder}")
 
 
 def track_gif(writer, tag, frames, step, fps):

@@ -9,8 +9,9 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXD
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import T5EncoderModel
 
-from cogvideox.folder import read_json, stored_dtype, weight_files
-from cogvideox.launch import say
+from cogvideox.console import say, warn
+from cogvideox.files import read_json
+from cogvideox.folder import stored_dtype, weight_files
 
 
 def usable_dtype(stored, device):
@@ -192,7 +193,7 @@ def compile_blocks(transformer, device):
         else:
             importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler()
     except Exception as error:  # torch's own kinds for a missing compiler
-        say(f"warning: --compile: no compiler was found ({str(error).splitlines()[0][:100]}); training goes on without it")
+        warn(f"--compile: no compiler was found ({str(error).splitlines()[0][:100]}); training goes on without it")
         return
     for block in transformer.transformer_blocks:
         block.compile()

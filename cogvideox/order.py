@@ -12,9 +12,6 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from torch.utils.data import Dataset
-
-from cogvideox.model import sample_latents
 
 
 def seeded_generator(*key):
@@ -67,6 +64,13 @@ def positions_of(rank, world_size, batch_size, accumulation, first_step, total_s
             yield list(range(start, start + batch_size))
 
 
+def choose_held_out(count, share, seed):
+    """The clips of `count` that are held out: round(share * count) of them, at least one, a function of the seed alone."""
+    if not share:
+        return []
+    return sorted(torch.randperm(count, generator=seeded_generator(seed, "held out"))[: max(1, round(share * count))].tolist())
+
+
 GOLDEN_RATIO = 0.6180339887498949  # its multiples, without their whole part, never leave a large gap between them
 
 
@@ -116,46 +120,3 @@ class Plan:
     def clip_of(self, position):
         """The number of the clip that is trained at a position."""
         return clip_at(self.seed, position, self.shapes, self.clips_per_step, self.clips)
-
-
-class TrainingClips(Dataset):
-    """What the loss needs of a position, as CPU tensors: latents, noise, timestep and prompt embedding.
-
-    encodings: has `moments(clip, flipped)` [2C, F', H', W'] and `prompt(clip or None)` [T, D]; None is the empty caption.
-    clip_of: position -> clip, as `clip_at` tells it. timestep_sampling: as in `sampled_timestep`.
-    """
-
-    def __init__(
-        self,
-        encodings,
-        clip_of,
-        seed,
-        scaling_factor,
-        num_train_timesteps,
-        caption_dropout=0.0,
-        random_flip=False,
-        timestep_sampling="uniform",
-    ):
-        self.timestep_sampling = timestep_sampling
-        self.encodings, self.clip_of, self.seed, self.scaling_factor = encodings, clip_of, seed, scaling_factor
-        self.num_train_timesteps = num_train_timesteps
-        self.caption_dropout, self.random_flip = caption_dropout, random_flip
-
-    def __getitem__(self, position):
-        return self.item(self.clip_of(position), position)
-
-    def item(self, clip, position):
-        """What a given clip would be at a given position."""
-        generator = seeded_generator(self.seed, "noise", position)
-        timestep = sampled_timestep(self.timestep_sampling, self.seed, position, self.num_train_timesteps, generator)
-        # Drawn whether used or not, so that turning one option on does not change the noise of the others.
-        drop, flip = torch.rand(2, generator=generator).tolist()
-        moments = self.encodings.moments(clip, flipped=self.random_flip and flip < 0.5)
-        latents = sample_latents(moments, self.scaling_factor, generator)
-        return {
-            "latents": latents,  # [F', C, H', W'], fp32
-            "noise": torch.randn(latents.shape, generator=generator),
-            "timestep": timestep,
-            "prompt": self.encodings.prompt(None if drop < self.caption_dropout else clip),  # [T, D], the encoder's dtype
-            "position": position,
-        }

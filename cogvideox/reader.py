@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset import BadClip, Framing, read_clip
+from cogvideox.decode import BadClip, Framing, read_clip
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "cogvideox.reader"]

@@ -12,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import default_collate
 
 from cogvideox import engine, hub
-from cogvideox.launch import BAD_OUTPUT, fail, peak_memory_gib, say
+from cogvideox.console import BAD_OUTPUT, fail, say, warn
+from cogvideox.launch import peak_memory_gib
 from cogvideox.model import checkpoint_blocks
 from cogvideox.optimizer import make_optimizer
+from cogvideox.report import run_facts
 from cogvideox.video import read_video, write_video
 
 
@@ -73,10 +75,10 @@ def rehearse(args, accelerator, model, transformer, optimizer, whole, result, ex
                 result.write(folder, export(looked_at, live), facts)
                 _, effect = result.check_export(folder, looked_at)
                 if effect == 0:
-                    say("warning: an optimizer step changes no output of the model; check --learning_rate and --target_modules")
+                    warn("an optimizer step changes no output of the model; check --learning_rate and --target_modules")
                 write_video(folder / "video.mp4", np.zeros((5, 32, 32, 3), np.uint8), args.fps)
                 assert len(read_video(folder / "video.mp4")) == 5
-                hub.write_model_card(folder, args, hub.NO_FACTS)
+                hub.write_model_card(folder, run_facts(vars(args), hub.NO_FACTS))
             except (OSError, ValueError, RuntimeError) as error:
                 problem = f"rehearsal in {folder}: {type(error).__name__}: {error}"
             finally:

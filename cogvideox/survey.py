@@ -4,19 +4,89 @@ The result of decoding a file is remembered beside the encodings, under the hash
 ten thousand clips are decoded for this once, not at every start.
 """
 
-import hashlib
+import functools
 import importlib.util
 import json
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from accelerate.utils import gather_object
 
-from cogvideox.cache import ENCODING_VERSION, hash_file, key_of
-from cogvideox.files import write_bytes
-from cogvideox.stopping import leave_if_wanted
-from dataset import Framing, Record, locate, random_crop, read_records
+from cogvideox.console import progress, say, warn
+from cogvideox.decode import ENCODING_VERSION, Framing, clip_framing
+from cogvideox.files import hash_file, key_of, read_json, write_bytes
+from cogvideox.folder import count_tokens
+from cogvideox.order import choose_held_out
+from cogvideox.stopping import exit_if_requested
+from dataset import list_clips, list_eval_clips
+
+
+@dataclass
+class Data:
+    """The checked clips: records and facts side by side, tokens of each caption, and what is wrong (sentences).
+
+    held_out: the numbers of the clips that are scored and never trained on; trained: the others.
+    """
+
+    records: list
+    clips: list
+    tokens: list
+    problems: list
+    framing: Framing
+    held_out: list = field(default_factory=list)
+
+    @functools.cached_property
+    def trained(self):
+        held_out = set(self.held_out)
+        return [number for number in range(len(self.records)) if number not in held_out]
+
+
+def check_data(args, facts, tokenizer, readers, accelerator, barrier):
+    """List and decode every clip, print the report, and return the Data. Of the output folder only dataset.json and the
+    text made from it, dataset_report.txt, are written."""
+    records, problems, layout = list_clips(args)
+    others, more_problems = list_eval_clips(args)
+    of_data, records, problems = len(records), records + others, problems + more_problems
+    framing, cache = framing_of(args, facts), Path(args.encoding_cache_dir)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    mine = survey_clips(records[rank::world_size], framing, args.seed, cache, readers, show_progress=rank == 0)
+    barrier()  # one process may have had slower files than another
+    numbered = gather_object(list(zip(range(rank, len(records), world_size), mine, strict=True)))
+    clips = [clip for _, clip in sorted(numbered, key=lambda pair: pair[0])]
+    tokens = count_tokens(tokenizer, [r.caption for r in records]) if tokenizer and records else [0] * len(records)
+    bad = [f"{r.where}: {printable(r.listed)}: {clip['reason']}" for r, clip in zip(records, clips, strict=True) if "reason" in clip]
+    skipped = args.bad_videos == "skip" and len(bad) <= args.max_bad_share * len(records) and len(bad) < len(records)
+    problems += [] if skipped else bad
+    if bad and args.bad_videos == "skip" and not skipped:
+        problems.append(f"--bad_videos skip: {len(bad)} of {len(records)} clips are bad, more than --max_bad_share {args.max_bad_share:g}")
+    kept = [i for i, clip in enumerate(clips) if "reason" not in clip]
+    own = [i for i in kept if i < of_data]
+    drawn = {own[i] for i in choose_held_out(len(own), args.eval_share, args.seed)} | {i for i in kept if i >= of_data}
+    held_out = [place for place, i in enumerate(kept) if i in drawn]
+    if own and drawn.issuperset(own):
+        problems.append(f"--eval_share {args.eval_share:g}: of {len(own)} clips none would be left to train on; give a smaller share, or 0")
+    if args.train_batch_size > 1 and not args.bucket and shapes_differ([clip for i, clip in enumerate(clips) if i not in drawn]):
+        problems.append(
+            f"--train_batch_size {args.train_batch_size}: the clips differ in length, and a batch has one shape; "
+            "use --train_batch_size 1, --bucket, or a --max_num_frames that all reach"
+        )
+    dataset = describe(records, clips, tokens, facts.max_text_seq_length, framing, drawn)
+    dataset = {"source": args.dataset_name or args.instance_data_root, "layout": layout} | dataset | {"problems": problems}
+    if accelerator.is_main_process:
+        write_bytes(Path(args.output_dir) / "dataset.json", json.dumps(dataset, indent=1).encode())
+        write_bytes(Path(args.output_dir) / "dataset_report.txt", report_text(dataset).encode())
+    table = list(table_lines(dataset))
+    shown = table if len(table) <= 13 else table[:13] + [f"... {len(table) - 13} more in dataset_report.txt"]
+    for sentence in bad if skipped else []:
+        warn(f"skipped {sentence}")
+    say(f"\n{layout} of {dataset['source']}")
+    for line in [*shown, *dataset["remarks"]]:
+        say("  " + line)
+    if records:
+        for record in records[:3]:
+            say(f"  {printable(record.listed)}: {record.caption[:100]!r}")
+    return Data([records[i] for i in kept], [clips[i] for i in kept], [tokens[i] for i in kept], problems, framing, held_out)
 
 
 def framing_of(args, facts):
@@ -32,60 +102,6 @@ def framing_of(args, facts):
         frames_per_latent=facts.frames_per_latent,
         latents_per_patch=facts.latents_per_patch,
     )
-
-
-def list_clips(args):
-    """The records of --instance_data_root or --dataset_name, the id token put before each caption."""
-    if args.dataset_name:
-        records, problems, layout = read_hub_dataset(args)
-    else:
-        records, problems, layout = read_records(args.instance_data_root, args.caption_column, args.video_column, args.allow_external_paths)
-    if args.id_token:
-        records = [replace(r, caption=f"{args.id_token} {r.caption}") for r in records]
-    return records, problems, layout
-
-
-def read_hub_dataset(args):
-    """Records of a dataset loaded with the datasets package. Videos may be file names, or bytes, which are unpacked once."""
-    import datasets
-
-    columns = args.caption_column or "text", args.video_column or "video"
-    try:
-        rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, split="train")
-    except Exception as error:  # the package raises many kinds; the user needs one sentence
-        return [], [f"--dataset_name {args.dataset_name}: cannot be loaded ({str(error).splitlines()[0]})"], "datasets"
-    missing = [name for name in columns if name not in rows.column_names]
-    if missing:
-        return (
-            [],
-            [f"--dataset_name {args.dataset_name}: no column {', '.join(missing)} (it has: {', '.join(rows.column_names)})"],
-            "datasets",
-        )
-    if isinstance(rows.features[columns[1]], datasets.Video):
-        rows = rows.cast_column(columns[1], datasets.Video(decode=False))
-    records, problems = [], []
-    for number, row in enumerate(rows, 1):
-        where, caption, video = f"{args.dataset_name}:{number}", " ".join(str(row[columns[0]] or "").split()), row[columns[1]]
-        name = None
-        if isinstance(video, dict) and video.get("bytes"):
-            name = video.get("path") or where
-            path = Path(args.encoding_cache_dir) / "unpacked" / hashlib.sha256(video["bytes"]).hexdigest()
-            path = path.with_suffix(Path(video.get("path") or "clip.mp4").suffix)
-            if not path.exists():
-                write_bytes(path, video["bytes"])
-            video = {"path": str(path)}
-        listed = str(video["path"] if isinstance(video, dict) else video)
-        path, reason = locate(Path.cwd(), listed, allow_external_paths=True)
-        if caption:
-            records.append(Record(where, name or listed, str(path), caption, reason))
-        else:
-            problems.append(f"{where}: empty caption")
-    return records, problems, "datasets"
-
-
-def clip_framing(record, framing, seed):
-    """The framing of one clip: a random crop lies at a place of its own."""
-    return random_crop(framing, seed, record.listed) if framing.reshape_mode == "random" else framing
 
 
 def survey_key(content, framing):
@@ -107,13 +123,15 @@ def survey_clips(records, framing, seed, cache, readers, show_progress=True):
         content = hash_file(record.path, cache)
         known = cache / "surveys" / f"{survey_key(content, own)}.json"
         try:
-            facts[number] = json.loads(known.read_text())
+            facts[number] = read_json(known)
         except (OSError, ValueError):
             pending.append((number, content, own))
     results = readers.read_all([(records[number].path, own) for number, _, own in pending], want_frames=False)
-    bar = tqdm(zip(pending, results, strict=True), "checking clips", len(pending), unit="clip", disable=not show_progress or not pending)
+    bar = progress(
+        zip(pending, results, strict=True), "checking clips", total=len(pending), unit="clip", disable=not show_progress or not pending
+    )
     for (number, content, own), (clip, _, reason) in bar:
-        leave_if_wanted()
+        exit_if_requested()
         facts[number] = {"reason": reason} if reason else clip
         facts[number] |= {"sha256": content, "survey": survey_key(content, own), "path": records[number].path}
     return facts
@@ -127,67 +145,105 @@ def remember_survey(facts, cache):
             write_bytes(path, json.dumps(clip).encode())
 
 
-def table_lines(records, facts, tokens, limit):
-    """The per-clip report: a table of one line a clip, and the remarks below it."""
-    yield f"{'clip':<28} {'source':>20} {'reader':>7} {'frames':>6} {'seconds':>7} {'used':>5} {'cut':>5} {'size':>9} {'tokens':>6}"
-    for record, clip, count in zip(records, facts, tokens, strict=True):
-        name = printable(record.listed)[-28:]
+# What is not shown of a clip: where its pixels come from, and what it is called in the cache.
+INNER_FACTS = {"indices", "box", "note", "survey", "path"}
+
+
+def describe(records, facts, tokens, limit, framing, held_out=()):
+    """The content of dataset.json, from which the text report and the page are made: {clips, totals, remarks}, JSON-ready.
+
+    facts: one dict a record, as `survey_clips` gives them. tokens: of each caption, which is cut at `limit`. held_out: the
+    numbers of the records that are scored and never trained on.
+    """
+    clips = []
+    for number, (record, clip, count) in enumerate(zip(records, facts, tokens, strict=True)):
+        described = {"line": record.where, "path": record.listed, "caption": record.caption, "tokens": count}
+        described |= {
+            "is_caption_cut": count > limit,
+            "split": "held out" if number in held_out else "trained",
+            "problem": None,
+            "notes": [],
+        }
         if "reason" in clip:
-            yield f"{name:<28} unusable: {clip['reason']}"
+            clips.append(described | {"split": None, "problem": clip["reason"]})
+            continue
+        described |= {name: value for name, value in clip.items() if name not in INNER_FACTS}
+        described |= {"fps": framing.fps, "bucket": f"{clip['frames']}x{clip['height']}x{clip['width']}"}
+        clips.append(described | {"notes": [clip["note"]] if clip["note"] else []})
+    usable = [clip for clip in clips if not clip["problem"]]
+    totals = {"clips": len(clips), "usable": len(usable), "held_out": sum(clip["split"] == "held out" for clip in usable)}
+    totals |= {"seconds": sum(clip["seconds"] for clip in usable), "source_seconds": sum(clip["source_seconds"] for clip in usable)}
+    totals |= {"buckets": dict(Counter(clip["bucket"] for clip in usable).most_common())}
+    return {"clips": clips, "totals": totals, "remarks": list(remarks(clips, usable, totals, limit, framing))}
+
+
+def table_lines(dataset):
+    """The clips of `describe` as a table of one line a clip, with notes below it."""
+    yield f"{'clip':<28} {'source':>20} {'reader':>7} {'frames':>6} {'seconds':>7} {'used':>5} {'cut':>5} {'size':>9} {'tokens':>6}"
+    for clip in dataset["clips"]:
+        name = printable(clip["path"])[-28:]
+        if clip["problem"]:
+            yield f"{name:<28} unusable: {clip['problem']}"
             continue
         source = f"{clip['source_width']}x{clip['source_height']} {clip['source_frames']}f @{clip['source_fps']:g}"
+        tokens = f"{clip['tokens']:>6}{'!' if clip['is_caption_cut'] else ''}"
         yield (
             f"{name:<28} {source:>20} {clip['reader']:>7} {clip['frames']:>6} {clip['seconds']:>7.2f} {clip['used_percent']:>4.0f}% "
-            f"{clip['cropped_percent']:>4.0f}% {clip['width']:>4}x{clip['height']:<4} {count:>6}{'!' if count > limit else ''}"
+            f"{clip['cropped_percent']:>4.0f}% {clip['width']:>4}x{clip['height']:<4} {tokens}"
         )
-        if clip["note"]:
-            yield f"{'':<28} {clip['note']}"
+        for note in clip["notes"]:
+            yield f"{'':<28} {note}"
 
 
-def remarks(records, facts, tokens, limit, framing):
-    """What a user would want to know of the data before hours are spent on it, each a sentence."""
-    good = [(record, clip) for record, clip in zip(records, facts, strict=True) if "reason" not in clip]
-    if not good:
+def report_text(dataset):
+    """dataset_report.txt: what dataset.json says, for reading in a terminal."""
+    problems = [f"ERROR: {problem}" for problem in dataset["problems"]]
+    return "\n".join([*table_lines(dataset), "", *dataset["remarks"], *problems]) + "\n"
+
+
+def remarks(clips, usable, totals, limit, framing):
+    """What a user would want to know of the data before hours are spent on it, each a sentence. clips: as `describe` has them."""
+    if not usable:
         return
-    seconds, total = sum(c["seconds"] for _, c in good), sum(c["source_seconds"] for _, c in good)
-    lengths = Counter((c["frames"], c["height"], c["width"]) for _, c in good)
-    shapes = ", ".join(f"{n} of {f}x{h}x{w}" for (f, h, w), n in lengths.most_common())
-    yield f"{len(good)} clips, {seconds:.1f} of {total:.1f} seconds used, as frames x height x width: {shapes}"
+    buckets = ", ".join(f"{count} of {bucket}" for bucket, count in totals["buckets"].items())
+    used = f"{totals['seconds']:.1f} of {totals['source_seconds']:.1f} seconds used"
+    yield f"{len(usable)} clips, {used}, as frames x height x width: {buckets}"
     checks = [
         (
-            lambda r, c: c["used_percent"] < 90,
+            lambda c: c["used_percent"] < 90,
             "use less than 90 % of their clip (--max_num_frames, --fps); the caption should match what is left",
         ),
-        (lambda r, c: c["frames"] < framing.max_num_frames, f"are shorter than --max_num_frames {framing.max_num_frames}"),
-        (lambda r, c: c["repeated_frames"] > 0, f"have fewer frames a second than --fps {framing.fps:g}: some frames repeat"),
-        (lambda r, c: c["cropped_percent"] > 5, "lose more than 5 % of the picture to the crop (--video_reshape_mode, --height, --width)"),
-        (lambda r, c: c["stretch_percent"] > 5, "are stretched by more than 5 % (--video_reshape_mode none)"),
+        (lambda c: c["frames"] < framing.max_num_frames, f"are shorter than --max_num_frames {framing.max_num_frames}"),
+        (lambda c: c["repeated_frames"] > 0, f"have fewer frames a second than --fps {framing.fps:g}: some frames repeat"),
+        (lambda c: c["cropped_percent"] > 5, "lose more than 5 % of the picture to the crop (--video_reshape_mode, --height, --width)"),
+        (lambda c: c["stretch_percent"] > 5, "are stretched by more than 5 % (--video_reshape_mode none)"),
         (
-            lambda r, c: c["source_height"] * c["source_width"] < c["height"] * c["width"] * 0.8,
+            lambda c: c["source_height"] * c["source_width"] < c["height"] * c["width"] * 0.8,
             "are enlarged: the source is smaller than the training size",
         ),
     ]
     for test, words in checks:
-        hits = [r for r, c in good if test(r, c)]
-        if hits:
-            yield f"{len(hits)} of {len(good)} clips {words}: {some(hits)}"
-    cut = [record for record, count in zip(records, tokens, strict=True) if count > limit]
-    if cut:
+        if hits := [clip for clip in usable if test(clip)]:
+            yield f"{len(hits)} of {len(usable)} clips {words}: {some(hits)}"
+    if cut := [clip for clip in clips if clip["is_caption_cut"]]:
         yield f"{len(cut)} captions are longer than {limit} tokens and will be cut there: {some(cut)}"
-    twice = Counter(c["sha256"] for _, c in good)
-    copies = [r for r, c in good if twice[c["sha256"]] > 1]
-    if copies:
+    contents = Counter(clip["sha256"] for clip in usable)
+    if copies := [clip for clip in usable if contents[clip["sha256"]] > 1]:
         yield f"{len(copies)} clips have the same content as another: {some(copies)}"
-    same = Counter(record.caption for record, _ in good)
-    alike = [record for record, _ in good if same[record.caption] > 1]
-    if alike:
+    captions = Counter(clip["caption"] for clip in usable)
+    if alike := [clip for clip in usable if captions[clip["caption"]] > 1]:
         yield f"{len(alike)} clips share their caption with another: {some(alike)}"
+    if held_out := [clip for clip in usable if clip["split"] == "held out"]:
+        yield f"{len(held_out)} clips are held out: scored, and never trained on: {some(held_out, most=len(held_out))}"
+        trained = {clip["sha256"] for clip in usable if clip["split"] == "trained"}
+        if copies := sum(clip["sha256"] in trained for clip in held_out):
+            yield f"{copies} of the held-out clips have the same content as a trained one: their score cannot tell memorising"
 
 
-def some(records, most=4):
+def some(clips, most=4):
     """A few names of many."""
-    names = [printable(record.listed) for record in records[:most]]
-    return ", ".join(names) + (f" and {len(records) - most} more" if len(records) > most else "")
+    names = [printable(clip["path"]) for clip in clips[:most]]
+    return ", ".join(names) + (f" and {len(clips) - most} more" if len(clips) > most else "")
 
 
 def printable(text):

@@ -13,10 +13,11 @@ import torch
 from diffusers import CogVideoXPipeline
 
 from cogvideox import metrics, report
+from cogvideox.console import say, warn
 from cogvideox.files import write_bytes
-from cogvideox.launch import free, say
+from cogvideox.launch import free
 from cogvideox.model import decode_latents
-from cogvideox.stopping import wanted
+from cogvideox.stopping import stop_requested
 from cogvideox.video import contact_sheet, read_video, write_video
 
 
@@ -61,7 +62,7 @@ def sample_latents(transformer, scheduler, prompt, negative_prompt, seed, device
 
 def stop_sampling_if_wanted(pipeline, step, timestep, tensors):
     """Leave a video unfinished when a signal asks the run to stop; the loop then saves."""
-    if wanted():
+    if stop_requested():
         raise InterruptedError("a signal asked the run to stop")
     return tensors
 
@@ -191,7 +192,7 @@ class Validator:
             try:
                 write_sheet(folder, self.folder_of(0), self.jobs, self.args.prompts, step, self.settings)
             except Exception as error:  # Pillow and the video reader raise many kinds; no picture is worth the run
-                say(f"warning: no contact sheet of step {step} ({type(error).__name__}: {error})")
+                warn(f"no contact sheet of step {step} ({type(error).__name__}: {error})")
             metrics.track_videos(trained.accelerator.trackers, folder, self.jobs, self.args.prompts, step, self.args.fps)
         report.refresh(self.args.output_dir)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
+from cogvideox.console import progress
 from cogvideox.video import read_video, write_video
 
 CLIPS = Path(__file__).resolve().parent / "dataset"
@@ -46,7 +46,7 @@ def write_dataset(folder):
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     names = (CLIPS / "videos.txt").read_text(encoding="utf-8").splitlines()
-    for number, name in enumerate(tqdm(names, "old film", unit="clip")):
+    for number, name in enumerate(progress(names, "old film", unit="clip")):
         write_video(partial / name, old_film(read_video(CLIPS / name), number), 24)
     prompts = (CLIPS / "prompts.txt").read_text(encoding="utf-8").splitlines()
     (partial / "prompts.txt").write_text("".join(prompt.removeprefix("BUNNYTOON ") + "\n" for prompt in prompts), encoding="utf-8")

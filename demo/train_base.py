@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
 from torch.nn.functional import avg_pool3d, l1_loss
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
+from cogvideox.console import progress
 from cogvideox.model import decode_latents
 from cogvideox.video import contact_sheet, write_video
 from demo.make_model import TOKENIZER, make_scheduler
@@ -141,7 +141,7 @@ def train_vae(films, shots, work_dir, steps, seed, learning_rate=2e-3, muon_lear
     matrices = [parameter for parameter in vae.parameters() if parameter.ndim > 1 and len(parameter) > 3]
     others = [parameter for parameter in vae.parameters() if not (parameter.ndim > 1 and len(parameter) > 3)]
     optimizer, muon = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0), Muon(matrices)
-    bar = tqdm(range(steps), "VAE", unit="step")
+    bar = progress(range(steps), "VAE", unit="step")
     for step in bar:
         # 17 frames are encoded in two pieces.
         shape = (16, 1, 48, 48) if step < first_clips else (2, 17 if step % 8 == 7 else 9, 64, 96)
@@ -230,7 +230,7 @@ def encode_windows(vae, film, chosen, frames, path):
     """Latents [N, 2, F', 16, H', W'] (mean and deviation, scaled) of each window, kept on disk in fp16."""
     if not path.exists():
         encoded = []
-        for start in tqdm(range(0, len(chosen), 4), f"encoding {path.stem}", unit="batch"):
+        for start in progress(range(0, len(chosen), 4), f"encoding {path.stem}", unit="batch"):
             clips = [film[first : first + (frames - 1) * stride + 1 : stride] for _, first, stride in chosen[start : start + 4]]
             posterior = vae.encode(stack(clips)).latent_dist
             moments = torch.stack([posterior.mean, posterior.std], dim=1) * vae.config.scaling_factor
@@ -257,7 +257,7 @@ def train_transformer(sets, captions, token_ids, work_dir, steps, seed, make_sam
     others = [parameter for parameter in parameters if id(parameter) not in chosen]
     optimizer, muon = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0), Muon(matrices)
     lengthened, curve = steps * 7 // 8, []
-    bar = tqdm(range(steps), "transformer", unit="step")
+    bar = progress(range(steps), "transformer", unit="step")
     for step in bar:
         if step == lengthened:
             see_text(transformer, 226)

@@ -11,11 +11,13 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export CONFIG_PATH="${CONFIG_PATH:-$ROOT/configs/fsdp2.yaml}"
 export OUTPUT_PATH="${OUTPUT_PATH:-cogvideox-sft}"
 
-exec bash "$ROOT/finetune_multi_gpus_1.sh" \
-  --training_type sft \
-  --learning_rate 1e-5 \
-  --lr_scheduler cosine \
-  --lr_warmup_steps 100 \
-  --ema_decay 0                          `# 0.999 ships an average of the weights (not with DeepSpeed)` \
-  --checkpoints_total_limit 2 \
-  "$@"
+SFT_ARGS=(
+  --training_type sft
+  --learning_rate 1e-5                   # a tenth of what a LoRA takes
+  --lr_scheduler cosine
+  --lr_warmup_steps 100                  # optimizer steps
+  --ema_decay 0                          # 0.999 ships an average of the weights (not with DeepSpeed)
+  --checkpoints_total_limit 2            # each holds all weights and the optimizer's state
+)
+
+exec bash "$ROOT/finetune_multi_gpus_1.sh" "${SFT_ARGS[@]}" "$@"

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import train_cogvideox_lora as script
 from demo.make_model import make_model
+from tests.forked import ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -150,6 +151,20 @@ def lora_of(folder):
 def same(a, b):
     """Whether two sets of tensors are equal, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory):
+    """The warm process of a session."""
+    with ForkServer(tmp_path_factory.mktemp("forked"), environment()) as server:
+        yield server
+
+
+@pytest.fixture
+def forked(fork_server):
+    """Run the script in processes of its own, without the seconds that their imports take. None of them outlives the test."""
+    yield fork_server
+    fork_server.end_all()
 
 
 def environment():

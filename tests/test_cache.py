@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import train_cogvideox_lora as script
-from cogvideox import cache as store
-from cogvideox import data, encode
+from cogvideox import encodings, survey
 from tests.conftest import ROOT, environment, lora_of, same, words
+from tools.chaos import family, strike
 
 
 def content(cache):
@@ -97,31 +97,31 @@ def test_a_changed_file_is_seen_even_with_its_old_size_and_time(tmp_path):
     path.write_bytes(b"a" * 100)
     os.utime(path, (1_000_000_000, 1_000_000_000))
     old = path.stat()
-    first = store.hash_file(path, tmp_path / "cache")
+    first = encodings.hash_file(path, tmp_path / "cache")
     time.sleep(2.1)  # so that the hash is remembered
-    assert store.hash_file(path, tmp_path / "cache") == first
+    assert encodings.hash_file(path, tmp_path / "cache") == first
     assert len(list((tmp_path / "cache/hashes").iterdir())) == 1
     path.write_bytes(b"b" * 100)
     os.utime(path, (1_000_000_000, 1_000_000_000))
     assert (path.stat().st_size, path.stat().st_mtime) == (old.st_size, old.st_mtime)
-    assert store.hash_file(path, tmp_path / "cache") != first
+    assert encodings.hash_file(path, tmp_path / "cache") != first
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
 def test_other_weights_or_another_config_are_another_component(tiny_model, tmp_path, part):
-    before = store.identify(tiny_model, part, tmp_path)
-    assert store.identify(shutil.copytree(tiny_model, tmp_path / "copy"), part, tmp_path) == before  # its place does not matter
+    before = encodings.identify(tiny_model, part, tmp_path)
+    assert encodings.identify(shutil.copytree(tiny_model, tmp_path / "copy"), part, tmp_path) == before  # its place does not matter
     changed = shutil.copytree(tiny_model, tmp_path / "changed")
     weights = next((changed / part).glob("*.safetensors"))
     blob = bytearray(weights.read_bytes())
     blob[-1] ^= 1
     weights.write_bytes(blob)
-    assert store.identify(changed, part, tmp_path)[0] != before[0]
+    assert encodings.identify(changed, part, tmp_path)[0] != before[0]
     config = shutil.copytree(tiny_model, tmp_path / "config") / part / "config.json"
     config.write_text(
         config.read_text().replace('"norm_num_groups": 4', '"norm_num_groups": 2').replace('"num_layers": 2', '"num_layers": 1')
     )
-    assert store.identify(tmp_path / "config", part, tmp_path)[0] != before[0]
+    assert encodings.identify(tmp_path / "config", part, tmp_path)[0] != before[0]
 
 
 def test_every_setting_that_changes_an_encoding_changes_its_name():
@@ -138,7 +138,7 @@ def test_every_setting_that_changes_an_encoding_changes_its_name():
         (*base[:4], False, False),
         (*base[:5], True),
     ]
-    assert len({store.clip_key(*each) for each in [base, *others]}) == 12
+    assert len({encodings.clip_key(*each) for each in [base, *others]}) == 12
     captions = [
         ("a", "t5", torch.float32, 226),
         ("b", "t5", torch.float32, 226),
@@ -146,7 +146,7 @@ def test_every_setting_that_changes_an_encoding_changes_its_name():
         ("a", "t5", torch.float16, 226),
         ("a", "t5", torch.float32, 224),
     ]
-    assert len({store.caption_key(*each) for each in captions}) == 5
+    assert len({encodings.caption_key(*each) for each in captions}) == 5
 
 
 @pytest.mark.slow
@@ -163,7 +163,7 @@ def test_a_damaged_entry_is_encoded_again(train, tmp_path):
 
 def test_an_encoding_that_is_not_finite_is_never_stored(tmp_path):
     with pytest.raises(ValueError, match="not finite"):
-        store.write_entry(tmp_path / "x.safetensors", torch.tensor([1.0, float("nan")]))
+        encodings.write_entry(tmp_path / "x.safetensors", torch.tensor([1.0, float("nan")]))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -182,16 +182,16 @@ def test_an_embedding_does_not_depend_on_what_was_left_to_encode(tiny_model, tmp
     encoder = load_tokenizer(tiny_model), load_text_encoder(tiny_model, torch.device("cpu"))
 
     def key(caption):
-        return store.key_of(caption)
+        return encodings.key_of(caption)
 
-    encode.fill_captions(tmp_path / "at once", captions, key, map(key, captions), lambda: encoder, 226)
+    encodings.fill_captions(tmp_path / "at once", captions, key, map(key, captions), lambda: encoder, 226)
     for rank in (1, 0):  # two processes, and a second run that finds some missing
-        encode.fill_captions(tmp_path / "in parts", captions, key, map(key, captions[::2]), lambda: encoder, 226, rank, 2)
-    encode.fill_captions(
+        encodings.fill_captions(tmp_path / "in parts", captions, key, map(key, captions[::2]), lambda: encoder, 226, rank, 2)
+    encodings.fill_captions(
         tmp_path / "in parts",
         captions,
         key,
-        store.missing_entries(tmp_path / "in parts", "captions", dict.fromkeys(map(key, captions), (226, encoder[1].config.d_model))),
+        encodings.missing_entries(tmp_path / "in parts", "captions", dict.fromkeys(map(key, captions), (226, encoder[1].config.d_model))),
         lambda: encoder,
         226,
     )
@@ -201,7 +201,7 @@ def test_an_embedding_does_not_depend_on_what_was_left_to_encode(tiny_model, tmp
 
 def test_work_is_shared_by_frames_without_overlap():
     sizes = [49, 9, 49, 25, 9, 9, 49, 1]
-    shares = [encode.share(sizes, rank, 3) for rank in range(3)]
+    shares = [encodings.share(sizes, rank, 3) for rank in range(3)]
     assert sorted(sum(shares, [])) == list(range(8))
     loads = [sum(sizes[i] for i in share) for share in shares]
     assert max(loads) - min(loads) <= 25
@@ -223,57 +223,50 @@ def test_clips_are_shown_beside_what_the_vae_keeps_of_them(train, tmp_path):
     assert read_video(next(folder.glob("*.mp4"))).shape == (9, 32, 96, 3)
 
 
-COMMAND = [sys.executable, "train_cogvideox_lora.py"]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_twenty_kills_in_encoding_leave_the_cache_that_an_unbroken_run_fills(tiny_model, six_clips, tmp_path):
+def test_twenty_kills_in_encoding_leave_the_cache_that_an_unbroken_run_fills(forked, tiny_model, six_clips, tmp_path):
     flags = {"random_flip": True, "max_num_frames": 17, "height": 64, "width": 96}
-    run = {"cwd": ROOT, "env": environment(), "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run(
-        [*COMMAND, *words(tiny_model, six_clips, tmp_path / "a", tmp_path / "unbroken", **flags)], check=True, timeout=120, **run
-    )
+    codes, output = forked.run(words(tiny_model, six_clips, tmp_path / "a", tmp_path / "unbroken", **flags))
+    assert codes == [0], output[-2000:]
     killed, chance = 0, random.Random(0)
     for _ in range(20):
         line = words(tiny_model, six_clips, tmp_path / "b", tmp_path / "killed", **flags)
-        process = subprocess.Popen([*COMMAND, *line, "--overwrite_output_dir"], start_new_session=True, **run)
+        [process] = forked.start([*line, "--overwrite_output_dir"])
         started, seen = time.monotonic(), len(content(tmp_path / "killed"))
         while process.poll() is None and time.monotonic() - started < 60:
             if len(content(tmp_path / "killed")) > seen:  # it has begun to write: strike some random moment later
                 time.sleep(chance.random() * 0.3)
-                os.killpg(process.pid, signal.SIGKILL)
-                killed += 1
+                strike(family(process.pid), signal.SIGKILL)
                 break
             time.sleep(0.005)
-        process.wait()
+        killed += process.wait(60) == -signal.SIGKILL
         if len(content(tmp_path / "killed")) == len(content(tmp_path / "unbroken")):
             shutil.rmtree(tmp_path / "killed/clips")
             shutil.rmtree(tmp_path / "killed/captions")
     assert killed >= 15
-    subprocess.run([*COMMAND, *words(tiny_model, six_clips, tmp_path / "c", tmp_path / "killed", **flags)], check=True, timeout=120, **run)
+    codes, output = forked.run(words(tiny_model, six_clips, tmp_path / "c", tmp_path / "killed", **flags))
+    assert codes == [0], output[-2000:]
     assert content(tmp_path / "killed") == content(tmp_path / "unbroken")
     assert len(content(tmp_path / "killed")) == 12 + 7
 
 
 @pytest.mark.slow
-def test_one_process_and_two_fill_identical_caches(tiny_model, six_clips, tmp_path):
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_cogvideox_lora.py"]
-    for command, cache in ((COMMAND, "one"), (two, "two")):
-        line = words(tiny_model, six_clips, tmp_path / f"out-{cache}", tmp_path / cache, max_train_steps=1, validation_prompt="a:::b:::c")
-        done = subprocess.run([*command, *line], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-2000:]
-    assert "process 1 of 2" in done.stderr
-    assert content(tmp_path / "one") == content(tmp_path / "two")
-    assert len(content(tmp_path / "one")) == 6 + 7 + 3
+def test_one_process_and_two_fill_identical_caches(forked, tiny_model, six_clips, tmp_path):
+    for processes in (1, 2):
+        out, cache = tmp_path / f"out-{processes}", tmp_path / f"cache-{processes}"
+        line = words(tiny_model, six_clips, out, cache, max_train_steps=1, validation_prompt="a:::b:::c")
+        codes, output = forked.run(line, processes)
+        assert codes == [0] * processes, output[-2000:]
+    assert content(tmp_path / "cache-1") == content(tmp_path / "cache-2")
+    assert len(content(tmp_path / "cache-1")) == 6 + 7 + 3
 
 
 @pytest.mark.slow
-def test_two_runs_may_fill_one_cache_at_once(tiny_model, six_clips, tmp_path):
+def test_two_runs_may_fill_one_cache_at_once(forked, tiny_model, six_clips, tmp_path):
     lines = [words(tiny_model, six_clips, tmp_path / f"out-{i}", tmp_path / "cache", max_train_steps=1) for i in range(2)]
-    runs = [subprocess.Popen([*COMMAND, *line], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) for line in lines]
-    told = [run.communicate(timeout=180)[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], told[0][-1500:] + told[1][-1500:]
+    runs = [forked.start(line)[0] for line in lines]
+    assert [run.wait(180) for run in runs] == [0, 0], runs[0].output()[-1500:] + runs[1].output()[-1500:]
     assert same(lora_of(tmp_path / "out-0"), lora_of(tmp_path / "out-1"))
     assert not list((tmp_path / "cache").rglob("*.partial"))
 
@@ -382,9 +375,7 @@ def test_the_dataset_tool_needs_no_model_and_tells_the_verdict(clips, tmp_path):
 def test_surveys_are_remembered_by_content(train, six_clips, tmp_path, monkeypatch):
     train(cache=tmp_path / "cache")
     asked = []
-    read_all = data.survey_clips.__globals__["tqdm"]
-    monkeypatch.setitem(
-        data.survey_clips.__globals__, "tqdm", lambda pairs, *rest, **more: asked.extend(pairs) or read_all([], disable=True)
-    )
+    read_all = survey.progress
+    monkeypatch.setattr(survey, "progress", lambda pairs, *rest, **more: asked.extend(pairs) or read_all([], disable=True))
     train(cache=tmp_path / "cache")
     assert asked == []

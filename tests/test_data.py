@@ -9,7 +9,9 @@ from PIL import Image
 
 import train_cogvideox_lora as script
 from cogvideox import survey
-from dataset import BadClip, Framing, choose_frames, exact_scale, fit, longest_legal_length, read_clip, read_records, source_box
+from cogvideox.decode import BadClip, Framing, choose_frames, exact_scale, fit, longest_legal_length, read_clip, source_box
+from cogvideox.files import read_json
+from dataset import read_records
 from tests.conftest import lora_of, same, words
 
 
@@ -262,8 +264,8 @@ def test_a_bad_folder_ends_before_any_model_loads_with_every_fault_named(clips, 
     def forbidden(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("cogvideox.data.load_text_encoder", forbidden)
-    monkeypatch.setattr("cogvideox.data.load_vae", forbidden)
+    monkeypatch.setattr("cogvideox.encodings.load_text_encoder", forbidden)
+    monkeypatch.setattr("cogvideox.encodings.load_vae", forbidden)
     monkeypatch.setattr("cogvideox.lora.load_transformer", forbidden)
     spoil(clips)
     with pytest.raises(SystemExit) as stop:
@@ -279,7 +281,7 @@ def test_a_bad_folder_ends_before_any_model_loads_with_every_fault_named(clips, 
     ):
         assert sentence in told
     assert told.count("ERROR[3]") == 5
-    assert [p.name for p in (tmp_path / "out").rglob("*")] == ["dataset_report.txt"]
+    assert {p.name for p in (tmp_path / "out").rglob("*")} == {".lock", "dataset.json", "dataset_report.txt"}
     assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and "hashes" not in str(p)] == []
 
 
@@ -321,13 +323,38 @@ def test_the_report_says_what_a_user_would_want_to_know(clips, train):
     captions[1], captions[2] = "long " * 300, captions[3]
     (clips / "prompts.txt").write_text("\n".join(captions))
     (clips / "videos/05.mp4").write_bytes((clips / "videos/06.mp4").read_bytes())
-    report = (train(data=clips, width=32) / "dataset_report.txt").read_text()
+    folder = train(data=clips, width=32)
+    report = (folder / "dataset_report.txt").read_text()
     assert "240x160 49f @24" in report
     assert "6 of 6 clips use less than 90 % of their clip" in report
     assert "6 of 6 clips lose more than 5 % of the picture" in report
     assert "1 captions are longer than 226 tokens" in report
     assert "2 clips have the same content as another: videos/05.mp4, videos/06.mp4" in report
     assert "2 clips share their caption with another" in report
+    assert survey.report_text(read_json(folder / "dataset.json")) == report
+
+
+def test_dataset_json_says_of_each_clip_what_is_trained_and_the_text_report_is_made_from_it(clips, train):
+    captions = (clips / "prompts.txt").read_text().splitlines()
+    captions[0] = "a <script>alert(1)</script> {{ 7 * 7 }} \x1b[31m"
+    (clips / "prompts.txt").write_text("\n".join(captions))
+    (clips / "videos/05.mp4").write_bytes(b"")
+    folder = train(data=clips, bad_videos="skip", max_bad_share=0.5, eval_share=0.2, id_token="TOK")
+    dataset = read_json(folder / "dataset.json")
+    assert survey.report_text(dataset) == (folder / "dataset_report.txt").read_text()
+    records, _, _ = read_records(clips)
+    assert [(clip["line"], clip["path"]) for clip in dataset["clips"]] == [(r.where, r.listed) for r in records]
+    assert [clip["caption"] for clip in dataset["clips"]] == [f"TOK {r.caption}" for r in records]
+    bad = next(clip for clip in dataset["clips"] if clip["path"] == "videos/05.mp4")
+    assert (bad["split"], bad["problem"]) == (None, "empty file")
+    usable = [clip for clip in dataset["clips"] if clip is not bad]
+    assert sorted(clip["split"] for clip in usable) == ["held out"] + ["trained"] * 4
+    assert all((clip["frames"], clip["height"], clip["width"], clip["fps"]) == (9, 32, 48, 8) for clip in usable)
+    totals = {name: dataset["totals"][name] for name in ("clips", "usable", "held_out", "buckets")}
+    assert totals == {"clips": 6, "usable": 5, "held_out": 1, "buckets": {"9x32x48": 5}}
+    page = (folder / "report.html").read_text()
+    assert "TOK a &lt;script&gt;alert(1)&lt;/script&gt; {{ 7 * 7 }}" in page
+    assert "unusable: empty file" in page
 
 
 @pytest.mark.slow

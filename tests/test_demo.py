@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from cogvideox.evaluation import evaluations
+from cogvideox.files import read_json_lines
 from cogvideox.folder import read_facts, stored_precision
-from cogvideox.metrics import read_metrics
 from cogvideox.model import decode_latents, encode_frames, load_scheduler, load_vae
+from cogvideox.scoring import evaluations
 from cogvideox.video import read_video, write_video
 from demo.make_model import TOKENIZER, make_model
 from demo.measure import measure, saturation
@@ -127,7 +127,7 @@ def run_demo(data, output_dir, *flags):
     command = " ".join([demo_flags(), *map(str, flags)])
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=1400)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((output_dir / "status.json").read_text()), evaluations(read_metrics(output_dir / "metrics.jsonl"))
+    return json.loads((output_dir / "status.json").read_text()), evaluations(read_json_lines(output_dir / "metrics.jsonl"))
 
 
 @pytest.mark.slow

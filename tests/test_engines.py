@@ -44,10 +44,35 @@ def config_of(name, folder):
     return folder / "zero3.yaml"
 
 
-def launch(name, folder, line, timeout=400, **variables):
-    """Train on two processes under an engine; returns (exit code, output)."""
+def accelerate(name, folder):
+    """The command that starts two processes under an engine."""
     command = ["accelerate", "launch", "--config_file", config_of(name, folder), "--num_processes", "2"]
-    return run([*map(str, command), "--main_process_port", str(free_port()), "train_cogvideox_lora.py", *line], timeout, **variables)
+    return [*map(str, command), "--main_process_port", str(free_port())]
+
+
+@pytest.fixture(scope="module")
+def settings_of(tmp_path_factory):
+    """engine -> what accelerate tells its processes about it: the variables that it adds to the environment."""
+
+    @functools.cache
+    def ask(name):
+        folder = tmp_path_factory.mktemp(name)
+        code, output = run([*accelerate(name, folder), "--no_python", "bash", "-c", 'env -0 > "$0-$RANK"', str(folder / "told")])
+        assert code == 0, output[-3000:]
+        told = [dict(line.split("=", 1) for line in (folder / f"told-{rank}").read_text().split("\0")[:-1]) for rank in (0, 1)]
+        return {key: value for key, value in told[0].items() if told[1].get(key) == value and key.startswith(("ACCELERATE_", "FSDP_"))}
+
+    return ask
+
+
+@pytest.fixture
+def launch(forked, settings_of):
+    """Train on two processes under an engine; returns (exit codes, output)."""
+
+    def run_engine(name, line):
+        return forked.run(line, processes=2, timeout=300, **settings_of(name))
+
+    return run_engine
 
 
 def result_of(folder):
@@ -96,11 +121,11 @@ def unfinished(folder, target):
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize("kind", ["lora", "sft"])
 @pytest.mark.parametrize("name", ["ddp", *deepspeed_too])
-def test_two_processes_train_what_one_does_and_one_goes_on_from_theirs(name, kind, tiny_model, six_clips, tmp_path, alone, train):
+def test_two_processes_train_what_one_does_and_one_goes_on_from_theirs(name, kind, tiny_model, six_clips, tmp_path, alone, train, launch):
     flags = TWO_STEPS_AND_TWO | {"training_type": kind, "learning_rate": LEARNING_RATE[kind], "eval_clips": 2}
     flags |= {"validation_prompt": "a rabbit:::a bird:::a frog"}
-    code, output = launch(name, tmp_path, words(tiny_model, six_clips, tmp_path / "two", tmp_path / "cache", **flags))
-    assert code == 0, output[-3000:]
+    codes, output = launch(name, words(tiny_model, six_clips, tmp_path / "two", tmp_path / "cache", **flags))
+    assert codes == [0, 0], output[-3000:]
     assert "process 1 of 2" in output
     assert f"engine: {NAMES[name]}\n" in output
     assert "PASS" in output
@@ -122,14 +147,14 @@ def test_two_processes_train_what_one_does_and_one_goes_on_from_theirs(name, kin
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in ("fsdp2", "zero2", "zero3") for kind in ("lora", "sft")])
-def test_two_processes_go_on_from_what_one_has_saved(name, kind, tiny_model, six_clips, tmp_path, alone, encodings):
+def test_two_processes_go_on_from_what_one_has_saved(name, kind, tiny_model, six_clips, tmp_path, alone, encodings, launch):
     if name != "fsdp2" and not shutil.which("g++"):
         pytest.skip("DeepSpeed compiles its CPU collectives")
     begun = unfinished(alone[kind], tmp_path / "begun")
     flags = TWO_STEPS_AND_TWO | {"training_type": kind, "learning_rate": LEARNING_RATE[kind], "eval_clips": 2}
     line = words(tiny_model, six_clips, begun, encodings, resume_from_checkpoint="latest", **flags)
-    code, output = launch(name, tmp_path, line)
-    assert code == 0, output[-3000:]
+    codes, output = launch(name, line)
+    assert codes == [0, 0], output[-3000:]
     assert "going on from" in output
     assert f"engine: {NAMES[name]}\n" in output
     assert worst_difference(result_of(begun), result_of(alone[kind])) < 1e-4
@@ -139,13 +164,11 @@ def test_two_processes_go_on_from_what_one_has_saved(name, kind, tiny_model, six
 @pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_fsdp2_in_bf16_with_accumulation_checkpointing_and_an_average(tiny_model, six_clips, tmp_path, encodings, train):
+def test_fsdp2_in_bf16_with_accumulation_checkpointing_and_an_average(tiny_model, six_clips, tmp_path, encodings, train, launch):
     flags = {"training_type": "sft", "learning_rate": 1e-3, "mixed_precision": "bf16", "gradient_checkpointing": "attention"}
     flags |= {"max_train_steps": 3, "ema_decay": 0.9, "eval_clips": 2}
-    code, output = launch(
-        "fsdp2", tmp_path, words(tiny_model, six_clips, tmp_path / "two", encodings, **flags, gradient_accumulation_steps=2)
-    )
-    assert code == 0, output[-3000:]
+    codes, output = launch("fsdp2", words(tiny_model, six_clips, tmp_path / "two", encodings, **flags, gradient_accumulation_steps=2))
+    assert codes == [0, 0], output[-3000:]
     one = train(**flags, train_batch_size=4)
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(one), rel=2e-3)
     assert worst_difference(result_of(tmp_path / "two"), result_of(one)) < 1e-2
@@ -154,19 +177,11 @@ def test_fsdp2_in_bf16_with_accumulation_checkpointing_and_an_average(tiny_model
 @pytest.mark.slow
 def test_a_signal_to_one_process_of_fsdp2_saves_what_one_process_goes_on_from(tiny_model, six_clips, tmp_path, encodings, train):
     flags = {"training_type": "sft", "learning_rate": 1e-3, "max_train_steps": 400, "checkpointing_steps": 400}
-    command = [
-        "accelerate",
-        "launch",
-        "--config_file",
-        "configs/fsdp2.yaml",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-        str(free_port()),
-    ]
     line = words(tiny_model, six_clips, tmp_path / "out", encodings, **flags)
     with open(tmp_path / "log", "w") as log:
-        trainer = subprocess.Popen([*command, "train_cogvideox_lora.py", *line], cwd=ROOT, env=environment(), stdout=log, stderr=log)
+        trainer = subprocess.Popen(
+            [*accelerate("fsdp2", tmp_path), "train_cogvideox_lora.py", *line], cwd=ROOT, env=environment(), stdout=log, stderr=log
+        )
         metrics, deadline = tmp_path / "out/metrics.jsonl", time.monotonic() + 200
         while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -184,7 +199,8 @@ def test_a_signal_to_one_process_of_fsdp2_saves_what_one_process_goes_on_from(ti
 @needs_compiler
 def test_a_gradient_that_is_not_finite_ends_a_run_under_deepspeed_at_once(tiny_model, six_clips, tmp_path, encodings):
     flags = {"learning_rate": 1e30, "max_train_steps": 6, "checkpointing_steps": 1, "max_grad_norm": 0}
-    code, output = launch("zero2", tmp_path, words(tiny_model, six_clips, tmp_path / "out", encodings, **flags))
+    line = words(tiny_model, six_clips, tmp_path / "out", encodings, **flags)
+    code, output = run([*accelerate("zero2", tmp_path), "train_cogvideox_lora.py", *line])
     assert code == 1
     assert "ERROR[5]: 1 step had no finite gradient" in output or "were not finite" in output, output[-2000:]
     assert "Traceback" not in output.split("ERROR[5]")[0]

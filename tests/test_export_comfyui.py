@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cogvideox import lora
-from cogvideox.apply import find_lora, read_layers
 from cogvideox.lora import LORA_FILE
 from cogvideox.model import load_transformer
 from tools import export_comfyui
+from tools.lora_file import find_lora, read_layers
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 

@@ -25,8 +25,7 @@ import torch
 from safetensors.torch import save
 
 import train_cogvideox_lora as script
-from cogvideox import cache as store
-from cogvideox import checkpoint, hub, stopping, survey, validation
+from cogvideox import checkpoint, encodings, hub, stopping, validation
 from dataset import read_records
 from tests.conftest import ROOT, STEADY_ADAM, STEADY_BOUND, environment, lora_of, same, words
 from tests.test_faults import ONE, TWO, start, steps_of
@@ -201,7 +200,7 @@ def test_a_clip_that_may_not_be_read_is_named(clips, train, capsys, open_folder,
         with without_privileges():
             return read_records(*args)
 
-    monkeypatch.setattr(survey, "read_records", read)
+    monkeypatch.setattr("dataset.read_records", read)
     assert len(lora_of(train(data=data))) == 16
     (data / "videos/04.mp4").chmod(0)
     ended(3, train, data=data)
@@ -272,7 +271,7 @@ def test_an_entry_of_another_shape_is_encoded_again(train, tmp_path):
     right = train(cache=cache)
     before = content(cache / "clips")
     for name in before:
-        moments = store.read_entry(cache / "clips" / name)
+        moments = encodings.read_entry(cache / "clips" / name)
         (cache / "clips" / name).write_bytes(save({"encoding": moments[..., :2].contiguous()}))
     again = train(cache=cache)
     assert content(cache / "clips") == before
@@ -285,7 +284,7 @@ def test_numbers_in_the_cache_that_are_not_finite_are_named_and_train_nothing(tr
     clean = train(cache=cache, max_train_steps=6)
     assert "was skipped" not in capsys.readouterr().err
     entry = sorted((cache / "clips").rglob("*.safetensors"))[0]
-    entry.write_bytes(save({"encoding": store.read_entry(entry) * float("nan")}))
+    entry.write_bytes(save({"encoding": encodings.read_entry(entry) * float("nan")}))
     folder = train(cache=cache, max_train_steps=6)
     told = capsys.readouterr().err
     assert told.count("was skipped") == 1  # six clips, six steps
@@ -296,16 +295,15 @@ def test_numbers_in_the_cache_that_are_not_finite_are_named_and_train_nothing(tr
 
 def fill_after_first_entry(monkeypatch, folder):
     """Fill a file system up as soon as the first encoding is on it."""
-    from cogvideox import encode
 
-    write = store.write_entry
+    write = encodings.write_entry
 
     def last(*args):
         write(*args)
         if not (folder / "ballast").exists():
             fill(folder)
 
-    monkeypatch.setattr(encode, "write_entry", last)
+    monkeypatch.setattr(encodings, "write_entry", last)
 
 
 def test_a_full_disk_while_encoding_is_told_in_a_sentence(train, small_disk, capsys, monkeypatch):
@@ -321,7 +319,7 @@ def test_a_full_disk_while_encoding_leaves_whole_entries_that_the_next_run_uses(
         train(cache=small_disk / "cache")
     entries = {path: path.stat().st_mtime_ns for path in small_disk.rglob("*/??/*.safetensors")}
     assert entries
-    assert all(store.is_complete(path, store.read_entry(path).shape) for path in entries)
+    assert all(encodings.is_complete(path, encodings.read_entry(path).shape) for path in entries)
     assert not list(small_disk.rglob("*.partial"))
     os.truncate(small_disk / "ballast", 0)  # it stays there, so nothing fills the disk again
     assert same(lora_of(train(cache=small_disk / "cache")), lora_of(train()))
@@ -436,9 +434,8 @@ def test_overwriting_waits_until_the_new_run_can_start(train, clips, tmp_path):
     ended(3, train, output=folder, data=clips, overwrite_output_dir=True)
     assert (folder / "pytorch_lora_weights.safetensors").exists()
     after = content(folder)
-    assert {name: after.get(name) for name in before if name != "dataset_report.txt"} == {
-        name: before[name] for name in before if name != "dataset_report.txt"
-    }
+    kept = before.keys() - {"dataset.json", "dataset_report.txt"}
+    assert {name: after.get(name) for name in kept} == {name: before[name] for name in kept}
 
 
 def test_overwriting_follows_no_link_and_takes_nothing_that_no_run_wrote(train, tmp_path):
@@ -448,6 +445,7 @@ def test_overwriting_follows_no_link_and_takes_nothing_that_no_run_wrote(train, 
     (folder / "validation").symlink_to(tmp_path / "elsewhere")
     (folder / "checkpoint-notes").mkdir()
     train(output=folder, overwrite_output_dir=True)
+    assert len(json.loads((folder / "dataset.json").read_text())["clips"]) == 6  # of the new run
     assert (tmp_path / "elsewhere/precious").read_text() == "mine"
     assert (folder / "checkpoint-notes").is_dir()
 
@@ -666,13 +664,13 @@ WRAPPER = """
 import os, runpy, sys, time
 sys.argv = sys.argv[1:]
 sys.path.insert(0, '.')
-import cogvideox.order as order
-item = order.TrainingClips.__getitem__
+import dataset
+item = dataset.TrainingClips.__getitem__
 def changed(self, position):
     if position == 9 and os.environ['RANK'] == '1':  # the second process's clip of step 5
         {action}
     return item(self, position)
-order.TrainingClips.__getitem__ = changed
+dataset.TrainingClips.__getitem__ = changed
 runpy.run_path('train_cogvideox_lora.py', run_name='__main__')
 """
 
@@ -700,16 +698,16 @@ def test_a_process_that_fails_or_freezes_ends_both_and_the_checkpoint_stays(tiny
 
 @pytest.mark.numeric
 @pytest.mark.slow
-def test_more_processes_than_clips_train_each_clip_with_noise_of_its_own(tiny_model, six_clips, train, tmp_path):
+def test_more_processes_than_clips_train_each_clip_with_noise_of_its_own(forked, tiny_model, six_clips, train, tmp_path):
     data = tmp_path / "one clip"
     (data / "videos").mkdir(parents=True)
     for name in ("prompts.txt", "videos.txt"):
         (data / name).write_text((six_clips / name).read_text().splitlines()[0] + "\n")
     listed = (data / "videos.txt").read_text().strip()
     shutil.copy(six_clips / listed, data / listed)
-    run = start(TWO, words(tiny_model, data, tmp_path / "two", tmp_path / "cache", max_train_steps=3, eval_clips=2, **STEADY_ADAM))
-    output = run.communicate(timeout=120)[0]
-    assert run.returncode == 0, output[-2000:]
+    line = words(tiny_model, data, tmp_path / "two", tmp_path / "cache", max_train_steps=3, eval_clips=2, **STEADY_ADAM)
+    codes, output = forked.run(line, processes=2)
+    assert codes == [0, 0], output[-2000:]
     assert "1 clips; 1 a batch x 2 processes" in output
     flags = {"data": data, "cache": tmp_path / "cache", "max_train_steps": 3} | STEADY_ADAM
     assert worst_difference(lora_of(tmp_path / "two"), lora_of(train(train_batch_size=2, **flags))) < STEADY_BOUND

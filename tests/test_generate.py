@@ -10,13 +10,12 @@ import torch
 from diffusers import CogVideoXPipeline
 from PIL import Image
 
-from cogvideox import apply
 from cogvideox.lora import LORA_FILE
 from cogvideox.validation import video_jobs
 from cogvideox.video import read_video, write_video
 from demo.make_model import make_model
 from tests.test_export_comfyui import make_lora, refused
-from tools import generate, merge
+from tools import generate, lora_file, merge
 
 SMALL = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2}
 NAME = video_jobs(["a rabbit"], 1, 0)[0]["name"].removesuffix("0.mp4")
@@ -64,8 +63,8 @@ def stock_video(model, lora=None, scale=1.0, seed=1, prompt="a rabbit"):
 
 
 def test_a_sweep_beside_the_base_leaves_videos_grids_and_the_settings(tiny_model, lora, tmp_path, monkeypatch):
-    encoded, encode = [], apply.model.encode_captions
-    monkeypatch.setattr(apply.model, "encode_captions", lambda *args: encoded.append(args[2]) or encode(*args))
+    encoded, encode = [], lora_file.model.encode_captions
+    monkeypatch.setattr(lora_file.model, "encode_captions", lambda *args: encoded.append(args[2]) or encode(*args))
     (tmp_path / "more.txt").write_text("a bird\n\n")
     flags = {"seed": [1, 2], "lora_scale": [0.5, 1], "compare_base": True, "prompts_file": tmp_path / "more.txt", "fps": 4}
     generate.main(line(tiny_model, tmp_path / "out", lora=lora, **flags))
@@ -118,7 +117,7 @@ def test_a_fine_tuned_transformer_is_taken_by_its_run_or_itself(tiny_model, lora
     assert np.array_equal(base, stock_video(tiny_model))
     assert np.abs(made - stock_video(tiny_model, lora)).max() <= 1
     assert np.abs(made - base).max() > 3
-    assert apply.find_transformer(tuned / "transformer", tiny_model) == apply.find_transformer(tuned, tiny_model) == tuned
+    assert lora_file.find_transformer(tuned / "transformer", tiny_model) == lora_file.find_transformer(tuned, tiny_model) == tuned
     other = make_model(tmp_path / "other", vae_channels=8, layers=1, heads=2, head_width=16)
     assert "its num_layers is 1, the base model's 2" in refused(generate.main, capsys, *line(tiny_model, tmp_path / "c", transformer=other))
     assert "no transformer/config.json" in refused(generate.main, capsys, *line(tiny_model, tmp_path / "c", transformer=tmp_path / "a"))
@@ -146,14 +145,14 @@ def test_the_other_families_and_the_size_that_the_config_names(kind, request, tm
 
 def test_offloaded_models_make_the_same_video(tiny_model, lora, monkeypatch):
     device = torch.device("cpu")
-    embeddings = [apply.encode_prompts(tiny_model, ["a rabbit", ""], device)[text] for text in ("a rabbit", "")]
+    embeddings = [lora_file.encode_prompts(tiny_model, ["a rabbit", ""], device)[text] for text in ("a rabbit", "")]
     args = SimpleNamespace(lora=lora / LORA_FILE, variant=None, enable_slicing=True, enable_tiling=True)
     videos = {}
     for args.offload in ("none", "model"):
-        pipeline = apply.load_pipeline(args, tiny_model, tiny_model, torch.float32, device)
+        pipeline = lora_file.load_pipeline(args, tiny_model, tiny_model, torch.float32, device)
         assert hasattr(pipeline.transformer, "_hf_hook") == (args.offload == "model")
         run = functools.partial(
-            apply.make_video, pipeline, embeddings, 1, device=device, after_step=lambda: None, guidance_scale=6.0, **SMALL
+            lora_file.make_video, pipeline, embeddings, 1, device=device, after_step=lambda: None, guidance_scale=6.0, **SMALL
         )
         videos[args.offload] = [run(scale) for scale in (0.0, 1.0, 0.0)]
     assert all(np.array_equal(a, b) for a, b in zip(*videos.values(), strict=True))
@@ -163,7 +162,7 @@ def test_offloaded_models_make_the_same_video(tiny_model, lora, monkeypatch):
     asked = []
     monkeypatch.setattr(CogVideoXPipeline, "enable_sequential_cpu_offload", lambda self, device: asked.append(device))
     args.offload = "sequential"
-    apply.load_pipeline(args, tiny_model, tiny_model, torch.float32, device)
+    lora_file.load_pipeline(args, tiny_model, tiny_model, torch.float32, device)
     assert asked == [device]
 
 
@@ -199,8 +198,8 @@ def test_all_mistakes_are_told_at_once_and_before_a_model_is_loaded(tiny_model, 
     def loaded(*args, **kwargs):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(apply.model, "load_text_encoder", loaded)
-    monkeypatch.setattr(apply.model, "load_transformer", loaded)
+    monkeypatch.setattr(lora_file.model, "load_text_encoder", loaded)
+    monkeypatch.setattr(lora_file.model, "load_transformer", loaded)
     flags = {"prompt": ["a rabbit", "a rabbit"], "seed": [1, -1, 1], "lora_scale": [1, "nan", 1.0], "height": 40, "num_frames": 6}
     flags |= {
         "num_inference_steps": 2000,
@@ -261,7 +260,7 @@ def test_too_little_memory_and_a_prompt_that_is_too_long_are_told(tiny_model, lo
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(apply, "make_video", full)
+    monkeypatch.setattr(lora_file, "make_video", full)
     with pytest.raises(SystemExit) as stop:
         generate.main(line(tiny_model, tmp_path / "out", lora=lora))
     assert stop.value.code == 1
@@ -274,7 +273,7 @@ def test_too_little_memory_and_a_prompt_that_is_too_long_are_told(tiny_model, lo
 def test_what_the_trainer_wrote_is_taken_from_the_run_its_best_and_a_checkpoint(train, tiny_model, tmp_path, frames):
     run = train(eval_clips=1, eval_share=0.34, checkpointing_steps=1)
     for folder in (run, run / "best", run / "checkpoint-1"):
-        assert apply.find_lora(folder) == folder / LORA_FILE
-        assert apply.check_fit(folder, apply.read_layers(folder / LORA_FILE), tiny_model) == []
+        assert lora_file.find_lora(folder) == folder / LORA_FILE
+        assert lora_file.check_fit(folder, lora_file.read_layers(folder / LORA_FILE), tiny_model) == []
     generate.main(line(tiny_model, tmp_path / "out", lora=run, compare_base=True, num_inference_steps=1, lora_scale=20))
     assert not np.array_equal(frames[f"{NAME}1-base.mp4"], frames[f"{NAME}1-scale20.mp4"])

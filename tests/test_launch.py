@@ -2,10 +2,8 @@
 
 import json
 import os
-import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -14,6 +12,7 @@ import torch
 import yaml
 
 from tests.conftest import ROOT, STEADY_ADAM, STEADY_BOUND, environment, lora_of, same, words
+from tests.forked import free_port
 
 SMALL = words("MODEL", "DATA", "OUT", "CACHE")[8:]  # the size and the flags that make a run short
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_cogvideox_lora.py"]
@@ -25,12 +24,6 @@ def run(command, timeout=240, **variables):
         command, cwd=ROOT, env=environment() | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
     )
     return done.returncode, done.stdout
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def variables(model, data, output, cache, **more):
@@ -62,7 +55,7 @@ def one_process(tmp_path_factory, tiny_model, six_clips, encodings):
 @pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_two_processes_train_what_one_does_and_resume_bit_for_bit(tiny_model, six_clips, tmp_path, one_process):
+def test_two_processes_train_what_one_does_and_resume_bit_for_bit(forked, tiny_model, six_clips, tmp_path, one_process):
     flags = {"max_train_steps": 4, "checkpointing_steps": 2, "validation_prompt": "a rabbit:::a bird"} | STEADY_ADAM
     code, output = run([*TORCHRUN, *words(tiny_model, six_clips, tmp_path / "two", tmp_path / "cache", **flags)])
     assert code == 0, output[-3000:]
@@ -80,37 +73,21 @@ def test_two_processes_train_what_one_does_and_resume_bit_for_bit(tiny_model, si
 
     (tmp_path / "two/checkpoint-4/manifest.json").unlink()
     line = words(tiny_model, six_clips, tmp_path / "two", tmp_path / "cache", resume_from_checkpoint="latest", **flags)
-    code, output = run([*TORCHRUN, *line])
-    assert code == 0, output[-3000:]
+    codes, output = forked.run(line, processes=2)
+    assert codes == [0, 0], output[-3000:]
     assert "checkpoint-2, step 2" in output
     assert same(lora_of(tmp_path / "two"), two)
 
 
 @pytest.mark.numeric
 @pytest.mark.slow
-def test_the_noise_of_two_processes_differs(tiny_model, six_clips, tmp_path):
+def test_the_noise_of_two_processes_differs(forked, tiny_model, six_clips, encodings, tmp_path):
     """Two processes with one clip each must not train what one process with one clip does."""
-    code, output = run([*TORCHRUN, *words(tiny_model, six_clips, tmp_path / "two", tmp_path / "cache", max_train_steps=1)])
-    assert code == 0, output[-3000:]
-    line = [
-        sys.executable,
-        "train_cogvideox_lora.py",
-        *words(tiny_model, six_clips, tmp_path / "one", tmp_path / "cache", max_train_steps=1),
-    ]
-    code, output = run(line)
-    assert code == 0, output[-3000:]
-    assert worst_difference(lora_of(tmp_path / "one"), lora_of(tmp_path / "two")) > 1e-4
-
-
-@pytest.mark.slow
-def test_the_single_gpu_script_runs_on_the_variables_of_the_environment(tiny_model, six_clips, tmp_path):
-    flags = ["--num_train_epochs", "1", "--validation_prompt", "a rabbit"]
-    settings = variables(tiny_model, six_clips, tmp_path / "out", tmp_path / "cache")
-    code, output = run(["bash", "finetune_single_gpu.sh", *SMALL[:-4], *flags, "--report_to", "none"], **settings)
-    assert code == 0, output[-3000:]
-    assert "process 0 of 1" in output
-    assert len(lora_of(tmp_path / "out")) == 16
-    assert (tmp_path / "cache/cogvideox-encodings/clips").is_dir()
+    for processes in (1, 2):
+        line = words(tiny_model, six_clips, tmp_path / f"run-{processes}", encodings, max_train_steps=1)
+        codes, output = forked.run(line, processes)
+        assert codes == [0] * processes, output[-3000:]
+    assert worst_difference(lora_of(tmp_path / "run-1"), lora_of(tmp_path / "run-2")) > 1e-4
 
 
 @pytest.mark.numeric
@@ -132,33 +109,28 @@ MATCHING += ["--adam_epsilon", str(STEADY_ADAM["adam_epsilon"])]
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_multi_gpu_script_runs_as_two_machines(tiny_model, six_clips, tmp_path, one_process):
+    """The first is told its place by its user, the second by Kubernetes, as a pod of a PyTorchJob."""
     port = str(free_port())
-    settings = variables(tiny_model, six_clips, tmp_path / "out", tmp_path / "cache", NNODES="2", GPUS_PER_NODE="1", MASTER_PORT=port)
+    settings = variables(tiny_model, six_clips, tmp_path / "out", tmp_path / "cache", GPUS_PER_NODE="1", MASTER_PORT=port)
     settings["MASTER_ADDR"] = "127.0.0.1"
-    command = ["bash", "finetune_multi_gpus_1.sh", *SMALL, *MATCHING]
+    places = ({"NNODES": "2", "NODE_RANK": "0"}, {"WORLD_SIZE": "2", "RANK": "1"})
     nodes = [
         subprocess.Popen(
-            command,
+            ["bash", "finetune_multi_gpus_1.sh", *SMALL, *MATCHING],
             cwd=ROOT,
-            env=environment() | settings | {"NODE_RANK": str(rank)},
+            env=environment() | settings | place,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for place in places
     ]
     outputs = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs[0][-2000:] + outputs[1][-2000:]
     assert "process 0 of 2" in outputs[0]
     assert "process 1 of 2" in outputs[1]
+    assert "machine 1 of 2 (RANK, WORLD_SIZE)" in outputs[1]
     assert worst_difference(lora_of(tmp_path / "out"), lora_of(one_process[0])) < STEADY_BOUND
-
-
-@pytest.mark.parametrize("counts", [{"NNODES": "2", "NODE_RANK": "2"}, {"NODE_RANK": "-1"}, {"GPUS_PER_NODE": "0"}])
-def test_counts_that_do_not_add_up_are_refused_by_the_script(counts):
-    code, output = run(["bash", "finetune_multi_gpus_1.sh"], **({"GPUS_PER_NODE": "1"} | counts))
-    assert code == 2
-    assert "has to be a whole number from" in output
 
 
 GUIDE = """
@@ -233,46 +205,12 @@ def test_both_yaml_files_load_in_accelerate_and_describe_what_they_run():
         assert yaml.safe_load(path.read_text())["mixed_precision"] == "no"
 
 
-@pytest.mark.parametrize("name", ["finetune_single_gpu.sh", "finetune_multi_gpus_1.sh"])
-def test_the_shell_scripts_use_flags_that_exist_and_say_what_each_is_for(name):
-    import train_cogvideox_lora as script
-
-    known = {option for action in script.build_parser()._actions for option in action.option_strings}
-    text = (ROOT / name).read_text()
-    used = set(re.findall(r"^  (--[a-z_0-9]+)", text.split("\ntrap ")[0], re.M))
-    assert used
-    assert used <= known
-    assert "set -euo pipefail" in text
-    assert re.search(r'^  "\$@" &$', text, re.M)
-    assert subprocess.run(["bash", "-n", ROOT / name]).returncode == 0
-    variable_names = re.findall(r'^([A-Z_]+)="\$\{', text, re.M)
-    assert {"MODEL_PATH", "DATASET_PATH", "OUTPUT_PATH", "CACHE_PATH"} <= set(variable_names)
-
-
 @pytest.mark.slow
-def test_processes_that_do_not_see_each_other_are_refused(tiny_model, six_clips, tmp_path):
+def test_processes_that_do_not_see_each_other_are_refused(forked, tiny_model, six_clips, tmp_path):
     """A launcher that starts two trainers which each believe to be alone would let both write one folder."""
-    code = (
-        "import sys, accelerate; real = accelerate.Accelerator\n"
-        "class Alone(real):\n"
-        "    num_processes = 1\n"
-        "accelerate.Accelerator = Alone\n"
-        "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    alone = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "--no-python",
-        sys.executable,
-        "-c",
-        code,
-    ]
-    status, output = run([*alone, "train_cogvideox_lora.py", *words(tiny_model, six_clips, tmp_path / "out", tmp_path / "cache")])
-    assert status != 0
+    alone = "import cogvideox.launch as launch\nclass Alone(launch.Accelerator):\n    num_processes = 1\nlaunch.Accelerator = Alone\n"
+    codes, output = forked.run(words(tiny_model, six_clips, tmp_path / "out", tmp_path / "cache"), processes=2, before=alone)
+    assert codes == [2, 2]
     assert "2 processes were started but accelerate sees 1" in output
     assert not (tmp_path / "out").exists()
 
@@ -297,11 +235,10 @@ def test_the_process_timeout_reaches_the_process_group(monkeypatch):
     assert seen["cpu"] is not torch.cuda.is_available()
 
 
-@pytest.mark.slow
-def test_a_bad_folder_prints_sentences_and_no_traceback(clips, tiny_model, tmp_path):
+def test_a_bad_folder_prints_sentences_and_no_traceback(forked, clips, tiny_model, tmp_path):
     (clips / "videos/05.mp4").write_bytes(b"")
-    code, output = run([sys.executable, "train_cogvideox_lora.py", *words(tiny_model, clips, tmp_path / "out", tmp_path / "cache")])
-    assert code == 3
+    codes, output = forked.run(words(tiny_model, clips, tmp_path / "out", tmp_path / "cache"))
+    assert codes == [3]
     assert output.rstrip().splitlines()[-1].startswith("ERROR[3]: videos.txt:3: videos/05.mp4: empty file")
     assert "Traceback" not in output
-    assert os.listdir(tmp_path / "out") == ["dataset_report.txt"]
+    assert set(os.listdir(tmp_path / "out")) == {".lock", "dataset.json", "dataset_report.txt"}

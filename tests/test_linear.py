@@ -14,7 +14,7 @@ def pair(dtype, precision="stored", width=128):
     """A frozen layer and one that holds its weight."""
     torch.manual_seed(0)
     plain = torch.nn.Linear(width, 192).to(dtype).requires_grad_(False)
-    return plain, linear.HeldLinear(plain, precision)
+    return plain, linear.FrozenLinear(plain, precision)
 
 
 def product_and_gradient(layer, rows, dtype, seed=0):
@@ -55,7 +55,7 @@ def test_a_row_of_zeros_and_a_large_one_survive():
     for precision in ("fp8", "int8"):
         plain, _ = pair(torch.bfloat16)
         plain.weight.data[0], plain.weight.data[1] = 0, 3e4
-        held = linear.HeldLinear(plain, precision).weight
+        held = linear.FrozenLinear(plain, precision).weight
         assert torch.equal(held[:2], plain.weight[:2])
 
 
@@ -69,7 +69,7 @@ def test_no_dense_weight_outlives_its_product():
 
 def test_offloaded_weights_stay_when_the_model_moves():
     for resident in (True, False):
-        layer = linear.HeldLinear(pair(torch.float32)[0], "int8", resident=resident)
+        layer = linear.FrozenLinear(pair(torch.float32)[0], "int8", resident=resident)
         layer.to("meta")
         assert {tensor.device.type for tensor in layer.held} == {"meta" if resident else "cpu"}
         assert layer.bias.device.type == "meta"
@@ -80,7 +80,7 @@ def test_a_transformer_holds_all_frozen_weights_of_its_blocks_but_the_norms(tiny
     transformer = model.load_transformer(tiny_model, torch.bfloat16)
     parameters = lora.add_lora(transformer, 4, 4.0, 0.0, ["to_q", "ff.net.2"], seed=0)
     linear.hold_linears(transformer, precision)
-    held = {name for name, module in transformer.transformer_blocks.named_modules() if isinstance(module, linear.HeldLinear)}
+    held = {name for name, module in transformer.transformer_blocks.named_modules() if isinstance(module, linear.FrozenLinear)}
     kinds = ("attn1.to_q.base_layer", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj", "ff.net.2.base_layer")
     assert held == {f"{block}.{kind}" for block in (0, 1) for kind in kinds}
     left = {name for name, p in transformer.named_parameters() if "transformer_blocks" in name and name.endswith("weight") and p.dim() == 2}
@@ -91,7 +91,7 @@ def test_a_transformer_holds_all_frozen_weights_of_its_blocks_but_the_norms(tiny
 def test_on_a_gpu_nothing_is_replaced_where_nothing_is_gained(tiny_model):
     transformer = model.load_transformer(tiny_model, torch.bfloat16)
     linear.hold_linears(transformer, device="cuda")
-    assert not any(isinstance(module, linear.HeldLinear) for module in transformer.modules())
+    assert not any(isinstance(module, linear.FrozenLinear) for module in transformer.modules())
 
 
 @pytest.mark.parametrize("kept_out", [True, False])

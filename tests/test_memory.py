@@ -301,7 +301,7 @@ def test_a_step_of_the_whole_2b_runs_and_takes_what_is_predicted():
     assert sum(p.numel() for p in parameters) == 30 * 4 * 2 * 1920 * 128  # 59.0 M, as the guide's rank has it
     generator = torch.Generator().manual_seed(0)
     for module in transformer.modules():
-        if isinstance(module, linear.HeldLinear):
+        if isinstance(module, linear.FrozenLinear):
             module.held[0].uniform_(-0.03, 0.03, generator=generator)
     for name, tensor in transformer.named_parameters():
         if "lora_" not in name:

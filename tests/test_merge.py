@@ -144,7 +144,7 @@ def test_the_check_finds_what_is_wrong(tiny_model, tmp_path):
 
     def checked(scale=1.0, **changes):
         save_file(good | changes, target / WEIGHTS)
-        with merge.tqdm(disable=True) as bar:
+        with merge.progress(disable=True) as bar:
             return merge.check(base, target, lora, scale, bar)
 
     assert checked() < 1e-4

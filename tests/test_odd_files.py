@@ -19,8 +19,9 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
+from cogvideox.decode import BadClip, Framing, Untrusted, read_clip
 from cogvideox.reader import Readers
-from dataset import BadClip, Framing, Untrusted, locate, read_clip
+from dataset import locate
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 TOLERANCE = 3.0  # mean levels of 255: two versions of one decoder interpolate the colour planes a little differently

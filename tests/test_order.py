@@ -2,7 +2,8 @@
 
 import torch
 
-from cogvideox.order import TrainingClips, clip_at, epoch_length, epoch_order, positions_of, sampled_timestep, seeded_generator
+from cogvideox.order import clip_at, epoch_length, epoch_order, positions_of, sampled_timestep, seeded_generator
+from dataset import TrainingClips
 
 FIVE = (0,) * 5
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -305,9 +306,9 @@ def test_a_run_of_epochs_takes_the_steps_that_hold_them(train):
 def test_the_model_card_is_right_and_its_prompts_are_escaped(train, tiny_model):
     folder = train(validation_prompt="a [rabbit](x) *runs*", id_token="TOK", lora_alpha=2)
     card = (folder / "README.md").read_text()
-    header = card.split("---")[1]
-    assert 'instance_prompt: "TOK"' in header
-    assert "base_model" not in header  # a local folder is no hub id
+    header = ModelCard(card).data
+    assert header.instance_prompt == "TOK"
+    assert header.base_model is None  # a local folder is no hub id
     assert str(tiny_model.parent) not in card
     assert "| 4 | 2 | to_q, to_k, to_v, to_out.0 |" in card
     assert r"a \[rabbit\](x) \*runs\*" in card

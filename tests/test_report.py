@@ -1,6 +1,8 @@
 """report.html: made from whatever is there, bounded, escaped, and played by a browser where one is installed."""
 
+import ast
 import contextlib
+import html
 import http.server
 import json
 import os
@@ -8,18 +10,21 @@ import queue
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 
 import av
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 
-from cogvideox import report
+from cogvideox import charts, hub, report
 from cogvideox.video import contact_sheet, write_video
+from tests.conftest import ROOT
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-HOSTILE = "a bird <script>alert(1)</script> \"' & </textarea>"
+HOSTILE = "a bird <script>alert(1)</script> \"' & </textarea> {{ 7 * 7 }} {% endif %}"
 
 
 def training_line(step, **values):
@@ -60,6 +65,40 @@ def write_status(folder, code, reason, step, **more):
     (folder / "status.json").write_text(json.dumps({"code": code, "reason": reason, "step": step, "checkpoint": None} | more))
 
 
+def write_dataset(folder, caption):
+    """dataset.json: a clip that is used and one that is not."""
+    clip = {"line": "videos.txt:1", "path": "videos/02.mp4", "caption": caption, "tokens": 40, "is_caption_cut": False, "problem": None}
+    clip |= {"split": "trained", "notes": [caption], "source_width": 240, "source_height": 160, "source_frames": 49, "source_fps": 24.0}
+    clip |= {"reader": "decord", "frames": 9, "height": 64, "width": 96, "seconds": 1.12, "used_percent": 55.0, "cropped_percent": 0.0}
+    bad = {
+        "line": "videos.txt:2",
+        "path": caption,
+        "caption": caption,
+        "tokens": 40,
+        "is_caption_cut": False,
+        "problem": "cut",
+        "notes": [],
+    }
+    content = {"clips": [clip, bad], "remarks": [f"1 clips used: {caption}"], "problems": [caption]}
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+def run_of(**facts):
+    """What run.json holds of a run of a LoRA; its prompts are hostile."""
+    flags = {"training_type": "lora", "rank": 8, "lora_alpha": 4.0, "target_modules": ["to_q", "to_k"], "learning_rate": 5e-4}
+    flags |= {"lr_scheduler": "constant", "optimizer": "adamw", "mixed_precision": "bf16", "seed": 42, "ema_decay": 0.0, "fps": 8.0}
+    flags |= {"id_token": "TOK", "validation_prompt": HOSTILE}
+    known = hub.NO_FACTS | {"base_model": "THUDM/CogVideoX-2b", "is_base_on_hub": True, "example_prompt": HOSTILE}
+    return report.run_facts(
+        flags, known | {"device": "CPU", "engine": "one process"} | facts, flags | {"rank": 128, "validation_prompt": None}
+    )
+
+
+def write_run(folder, **facts):
+    """run.json."""
+    assert report.write_run_facts(folder, run_of(**facts)) is None
+
+
 @pytest.fixture
 def whole_run(tmp_path):
     """The files of a run that is done; its prompts, captions and messages are hostile."""
@@ -70,11 +109,9 @@ def whole_run(tmp_path):
         write_validation(folder, step, ["a rabbit", HOSTILE])
     rows = [("a clip", np.zeros((9, 32, 48, 3), np.uint8)), ("decoded", np.ones((9, 32, 48, 3), np.uint8))]
     contact_sheet(folder / "encoded/contact_sheet.png", rows)
-    clip = f"{'videos/02.mp4':<28} {'240x160 49f @24':>20} {'decord':>7} {9:>6} {1.12:>7.2f} {55:>4.0f}% {0:>4.0f}% {96:>4}x{64:<4} {40:>6}"
-    (folder / "dataset_report.txt").write_text(f"clip\n{clip}\n{HOSTILE:<28} unusable: cut\n\n1 clips used: {HOSTILE}\n")
-    (folder / "README.md").write_text(f"# x\n\n```python\npipe({json.dumps(HOSTILE)})\n```\n")
-    flags, facts = {"rank": 8, "seed": 42, "validation_prompt": HOSTILE}, {"device": "CPU", "engine": "one process", "total_steps": 4}
-    assert report.write_run_facts(folder, flags, facts, {"rank": 128, "seed": 42, "validation_prompt": None}) is None
+    write_dataset(folder, HOSTILE)
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    write_run(folder, total_steps=4)
     write_status(folder, 0, "done", 4, verdict="learned", verdict_sentences=["The held-out loss fell.", HOSTILE])
     return folder
 
@@ -97,9 +134,9 @@ def test_an_empty_folder_gives_a_page_that_says_what_is_missing(tmp_path, whole_
     said = [
         "no validation videos yet",
         "no metrics.jsonl",
-        "no dataset_report.txt yet",
-        "written at the end",
-        "no run.json",
+        "no dataset.json",
+        "The snippet is made from run.json",
+        "no run.json: flags",
         "no verdict yet",
     ]
     page, full = page_of(empty), page_of(whole_run)
@@ -120,13 +157,16 @@ def test_a_whole_run_is_on_the_page(whole_run):
     assert text.count("<svg") == 6
     assert text.index("--rank") < text.index("flags at their defaults") < text.index("--seed")
     assert "<td>240x160 49f @24</td><td>decord</td><td>9</td>" in text
+    assert 'from_pretrained("THUDM/CogVideoX-2b", torch_dtype=torch.bfloat16)' in html.unescape(text)
 
 
 def test_captions_and_messages_are_text_and_nothing_comes_from_outside(whole_run):
     page = page_of(whole_run)
     assert HOSTILE not in page
     assert len(re.findall("<script", page)) == 1  # the page's own
-    assert visible(page).count("&lt;script&gt;alert(1)") >= 7
+    assert visible(page).count("&lt;script&gt;alert(1)") >= 10
+    assert visible(page).count("{{ 7 * 7 }} {% endif %}") >= 10  # no caption is a template
+    assert "49 {%" not in page
     addresses = re.findall(r"(?:src|href|action|data|poster)=[\"']?([^\"' >]+)", page)
     assert addresses
     assert all(address.startswith(("data:video/mp4", "data:image/png")) for address in addresses)
@@ -166,7 +206,7 @@ def test_files_that_are_cut_odd_or_being_written_cost_nothing_else(whole_run):
 )
 def test_how_the_run_ended_is_told_and_a_resumed_one_runs_again(tmp_path, code, reason, words):
     write_metrics(tmp_path, [training_line(step) for step in range(1, 11)])
-    report.write_run_facts(tmp_path, {}, {"total_steps": 100})
+    write_run(tmp_path, total_steps=100)
     write_status(tmp_path, code, reason, 10)
     assert words in page_of(tmp_path)
     hour_ago = time.time() - 3600
@@ -188,10 +228,10 @@ def test_a_hundred_thousand_steps_make_a_small_page_quickly(tmp_path):
     page = page_of(tmp_path)
     assert time.monotonic() - started < 15  # a second or two where nothing else runs
     assert len(page) < 1_000_000
-    thinned = report.thin([(line["step"], line["loss"]) for line in lines])
-    assert len(thinned) <= report.CURVE_POINTS
+    thinned = charts.thin([(line["step"], line["loss"]) for line in lines])
+    assert len(thinned) <= charts.CURVE_POINTS
     assert (50_001, 7.25) in thinned
-    assert (50_001, 7.25) not in report.evenly([(line["step"], line["loss"]) for line in lines], report.CURVE_POINTS)
+    assert (50_001, 7.25) not in charts.evenly([(line["step"], line["loss"]) for line in lines], charts.CURVE_POINTS)
 
 
 def test_videos_keep_to_a_budget_the_first_and_the_newest_before_all(tmp_path):
@@ -238,7 +278,7 @@ def test_a_report_that_cannot_be_written_is_a_sentence_and_the_old_one_stays(who
     problem = report.write_report(whole_run)
     assert "report.html was not written" in problem
     assert "No space left" in problem
-    assert "run.json was not written" in report.write_run_facts(whole_run, {}, {})
+    assert "run.json was not written" in report.write_run_facts(whole_run, run_of())
     assert (whole_run / "report.html").read_text() == old
     assert not list(whole_run.glob(".*"))
 
@@ -251,7 +291,7 @@ def test_run_json_holds_neither_tokens_nor_the_home_folder(tmp_path, monkeypatch
         "tracker_name": "x hf_abcdefgh12345",
         "output_dir": "/home/somebody2",
     }
-    assert report.write_run_facts(tmp_path, flags, {"device": "CPU"}) is None
+    assert report.write_run_facts(tmp_path, report.run_facts(flags, {"device": "CPU"})) is None
     text = (tmp_path / "run.json").read_text()
     record = json.loads(text)
     assert record["flags"] == {"instance_data_root": "~/clips", "tracker_name": "x hf_...", "output_dir": "/home/somebody2"}
@@ -260,6 +300,43 @@ def test_run_json_holds_neither_tokens_nor_the_home_folder(tmp_path, monkeypatch
     page = page_of(tmp_path)
     assert "~/clips" in page
     assert "somebody/" not in page
+
+
+def test_run_json_alone_is_a_report(tmp_path):
+    write_run(tmp_path, total_steps=100)
+    text = html.unescape(visible(page_of(tmp_path)))
+    for words in ("step 0 of 100", "--rank", hub.snippet(run_of()), "Start prompts with <code>TOK</code>", "first checkpoint brings it"):
+        assert words in text, words
+    assert "could not be made" not in text
+
+
+def test_the_report_shows_the_snippet_of_the_model_card(whole_run):
+    hub.write_model_card(whole_run, run_of())
+    snippet = (whole_run / "README.md").read_text().split("```python\n")[1].split("\n```")[0]
+    assert snippet in html.unescape(visible(page_of(whole_run)))
+    called = next(node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "pipe")
+    assert called.args[0].value == HOSTILE
+
+
+@pytest.mark.parametrize(
+    "token", ['x: - "y"', "a\n---\nbase_model: other", "# no", "'", "\x1b[31m", "yes", "1e3", "{{ 7 * 7 }}", "\u2028 \ud800"]
+)
+def test_the_header_of_the_card_survives_odd_tokens_and_captions(tmp_path, token):
+    run = run_of(videos=[[token, "validation/step-000002/00.mp4"]], example_prompt=token)
+    run["flags"]["id_token"] = token
+    hub.write_model_card(tmp_path, run)
+    card = (tmp_path / "README.md").read_text()
+    header = ModelCard(card).data
+    assert header.instance_prompt == token
+    assert header.base_model == "THUDM/CogVideoX-2b"
+    assert header.tags == ["text-to-video", "cogvideox", "lora", "diffusers"]
+    assert card.count("validation/step-000002/00.mp4") == 1
+    assert "49" not in card
+
+
+def test_a_report_needs_nothing_heavy():
+    words = "import sys; from cogvideox import report; print([m for m in ('torch', 'huggingface_hub', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
 
 
 def test_the_tool_writes_it_again(whole_run, monkeypatch, capsys):
@@ -365,11 +442,11 @@ def test_a_browser_plays_every_video_without_errors(whole_run, tmp_path):
 
 
 def test_the_charts_have_round_ticks():
-    assert report.ticks(0.005, 0.058) == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05])
-    assert report.ticks(0, 100_000) == pytest.approx([0, 20_000, 40_000, 60_000, 80_000, 100_000])
-    assert "Logarithmic" in report.chart("x", [("y", "one", [(1, 0.1), (2, 50.0)])])
-    assert "Logarithmic" not in report.chart("x", [("y", "one", [(1, 0.1), (2, 5.0)])])
+    assert charts.ticks(0.005, 0.058) == pytest.approx([0.01, 0.02, 0.03, 0.04, 0.05])
+    assert charts.ticks(0, 100_000) == pytest.approx([0, 20_000, 40_000, 60_000, 80_000, 100_000])
+    assert "Logarithmic" in charts.line_chart("x", [("y", "one", [(1, 0.1), (2, 50.0)])])["note"]
+    assert "Logarithmic" not in charts.line_chart("x", [("y", "one", [(1, 0.1), (2, 5.0)])])["note"]
     for odd in ([(1, 0.0)], [(1, 5.0), (2, 5.0)], [(0, -1e-30), (0, 1e30)]):
-        assert "<svg" in report.chart("x", [("y", "one", odd)])
-    means = report.running_mean([(step, 2.0) for step in range(50)], 10)
+        assert charts.line_chart("x", [("y", "one", odd)])["lines"]
+    means = charts.running_mean([(step, 2.0) for step in range(50)], 10)
     assert [value for _, value in means] == pytest.approx([2.0] * 50)

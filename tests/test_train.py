@@ -17,8 +17,8 @@ def test_a_run_writes_exactly_these_files(train):
     states = {"adapter.safetensors", "manifest.json", "optimizer.safetensors", "pytorch_lora_weights.safetensors", "state.json"}
     names = {name for name in names if not name.startswith("encoded/")}  # there only if this run encoded something
     shown = {name.split("/")[-1].rsplit("-", 2)[0] for name in names if name.endswith(".mp4")}
-    expected = {"README.md", "status.json", "dataset_report.txt", "loss.png", "metrics.jsonl", "pytorch_lora_weights.safetensors"}
-    expected |= {"report.html", "run.json"}
+    expected = {".lock", "README.md", "status.json", "dataset_report.txt", "loss.png", "metrics.jsonl", "pytorch_lora_weights.safetensors"}
+    expected |= {"report.html", "run.json", "dataset.json"}
     expected |= {f"checkpoint-{step}/{name}" for step in (2, 4) for name in states}
     assert shown == {"00-a-rabbit", "01-a-bird"}
     assert {name for name in names if not name.startswith("validation")} == expected
@@ -55,7 +55,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(train):
 
 def test_the_base_model_is_unchanged_and_every_lora_weight_moved(train, tiny_model, monkeypatch):
     from cogvideox import lora
-    from cogvideox.linear import HeldLinear
+    from cogvideox.linear import FrozenLinear
 
     kept = {}
     load = lora.load_transformer
@@ -68,7 +68,7 @@ def test_the_base_model_is_unchanged_and_every_lora_weight_moved(train, tiny_mod
     monkeypatch.setattr(lora, "load_transformer", remember)
     train(max_train_steps=3)
     after = dict(kept["model"].state_dict())
-    after |= {f"{name}.weight": module.weight for name, module in kept["model"].named_modules() if isinstance(module, HeldLinear)}
+    after |= {f"{name}.weight": module.weight for name, module in kept["model"].named_modules() if isinstance(module, FrozenLinear)}
     after = {name.replace(".base_layer", ""): p for name, p in after.items()}
     assert all(torch.equal(kept["before"][name], after[name]) for name in kept["before"])
     trained = {name: p for name, p in after.items() if ".lora_" in name}

@@ -34,7 +34,8 @@ import time
 from pathlib import Path
 
 import psutil
-from tqdm.auto import tqdm
+
+from cogvideox.console import progress
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -366,9 +367,10 @@ def our_step(job, folder):
     from torch.utils.data import DataLoader
 
     import train_cogvideox_lora as script
-    from cogvideox import cache, engine, lora, order
+    from cogvideox import encodings, engine, lora, order
     from cogvideox.folder import COGVIDEOX_2B, PRECISIONS
     from cogvideox.model import keep_position_tables
+    from dataset import TrainingClips
     from demo.make_model import make_scheduler
 
     dtype, steps, batch_size = PRECISIONS[job["precision"]], job["steps"] + job["warmup"] + 1, job.get("batch", 1)
@@ -393,11 +395,11 @@ def our_step(job, folder):
     captions, moments = captions_and_moments(job)
     width = transformer.config.text_embed_dim
     for name, clip in zip(names, moments, strict=True):
-        cache.write_entry(cache.entry_path(folder, "clips", name), clip.to(dtype))
-        cache.write_entry(cache.entry_path(folder, "captions", name), torch.randn(TEXT_LENGTH, width).to(dtype))
-    encodings = cache.Encodings(folder, names, names, names, names[0])
+        encodings.write_entry(encodings.entry_path(folder, "clips", name), clip.to(dtype))
+        encodings.write_entry(encodings.entry_path(folder, "captions", name), torch.randn(TEXT_LENGTH, width).to(dtype))
+    stored = encodings.Encodings(folder, names, names, names, names[0])
     plan = order.Plan(args.seed, tuple(range(len(names))), (0,) * len(names), batch_size * processes, len(names), steps)
-    clips = order.TrainingClips(encodings, plan.clip_of, args.seed, COGVIDEOX_2B.scaling_factor, scheduler.config.num_train_timesteps)
+    clips = TrainingClips(stored, plan.clip_of, args.seed, COGVIDEOX_2B.scaling_factor, scheduler.config.num_train_timesteps)
     batches = iter(DataLoader(clips, batch_sampler=list(order.positions_of(rank, processes, batch_size, 1, 0, steps))))
     optimizer = script.make_optimizer(args, parameters, args.learning_rate)
     schedule = script.make_schedule(args, optimizer, steps)
@@ -484,7 +486,7 @@ def time_encoder(job):
     import numpy as np
     import torch
 
-    from cogvideox import encode, model
+    from cogvideox import encodings, model
     from cogvideox.folder import PRECISIONS, load_tokenizer
 
     dtype = PRECISIONS[job["precision"]]
@@ -494,7 +496,7 @@ def time_encoder(job):
         frames = np.random.default_rng(0).integers(0, 256, (*job["shape"], 3), dtype=np.uint8)
         call = functools.partial(model.encode_frames, vae, frames)
     else:
-        captions, per_call = (ROOT / "demo/dataset/prompts.txt").read_text().splitlines(), encode.CAPTIONS_PER_BATCH
+        captions, per_call = (ROOT / "demo/dataset/prompts.txt").read_text().splitlines(), encodings.CAPTIONS_PER_BATCH
         text_encoder = make_text_encoder(job["size"], dtype)
         call = functools.partial(model.encode_captions, load_tokenizer(ROOT / "demo"), text_encoder, captions[:per_call], TEXT_LENGTH)
     flops = count_flops(torch.no_grad()(call))
@@ -507,7 +509,7 @@ def time_encoder(job):
 
 def time_decoder(job):
     """Seconds a clip of decoding files in one way, and the bytes that a decoded clip takes."""
-    from dataset import Framing, read_clip
+    from cogvideox.decode import Framing, read_clip
 
     (frames, height, width), kept = job["shape"], []
     framing = Framing(fps=job["fps"], max_num_frames=frames, sizes=((height, width),))
@@ -581,7 +583,7 @@ def take_turns(options, jobs, run=None):
     """Run every job once in each turn. Returns the samples: each job with what was measured of it, and the turn."""
     samples = []
     turns = [(turn, job) for turn in range(options.repeats) for job in jobs]
-    with tqdm(turns, f"measuring {options.what}", unit="run") as bar:
+    with progress(turns, f"measuring {options.what}", unit="run") as bar:
         for turn, job in bar:
             bar.set_postfix_str(job["variant"])
             measured = (run or run_worker)(job, options.threads)
@@ -806,7 +808,7 @@ def measure_memory(work, options):
         # A tiny model: what grows with the clips grows with any model, and shows best beside a small one.
         model, flags = model_folder(work, options, "tiny"), run_flags(options, options.shape[0], 1) | {"rank": SIZES["tiny"]["rank"]}
         plan = [(processes, count) for processes in options.processes for count in options.clips]
-        for processes, count in tqdm(plan, "measuring growth", unit="run"):
+        for processes, count in progress(plan, "measuring growth", unit="run"):
             job = {"variant": "ours", "clips": count, "processes": processes, "cache": f"cache-{processes}-{count}"}
             measured = program_of(work, model, options, flags, job, 1)
             samples.append(job | measured | {"turn": None})

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import safetensors
-from tqdm.auto import tqdm
 
-from cogvideox.cache import tensor_sha256
+from cogvideox.console import progress
+from cogvideox.encodings import tensor_sha256
 
 KINDS = {"clips": "clips (moments)", "captions": "captions (T5 embeddings)"}
 
@@ -43,7 +43,7 @@ def check(cache):
     """Read all entries. Returns [(path, why)] of the bad ones."""
     paths = [path for kind in KINDS for path in entries(cache, kind)]
     return [
-        (path, why) for path in tqdm(paths, "checking entries", unit="entry", disable=not sys.stderr.isatty()) if (why := why_bad(path))
+        (path, why) for path in progress(paths, "checking entries", unit="entry", disable=not sys.stderr.isatty()) if (why := why_bad(path))
     ]
 
 

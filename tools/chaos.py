@@ -23,9 +23,9 @@ from pathlib import Path
 
 import psutil
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
 
 from cogvideox.checkpoint import BadCheckpoint, list_checkpoints, read_manifest
+from cogvideox.console import progress
 from tools.benchmark import ROOT, make_clips, trainer_command
 
 LATE = "did not end in a minute"
@@ -153,7 +153,7 @@ def torment(options, model, clips, work, processes, chance, counts):
     counts["small disk"] = "a tmpfs of 16 MiB" if mounted else "not run: no right to mount one"
     line = command(model, clips, output, work / f"cache-{processes}", processes, options.steps)
     try:
-        bar, number, struck = tqdm(total=options.strikes, desc=f"{processes} processes", unit="strike"), 0, 0
+        bar, number, struck = progress(total=options.strikes, desc=f"{processes} processes", unit="strike"), 0, 0
         while struck < options.strikes:
             number += 1
             log_path = work / f"log-{processes}-{number}"

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from cogvideox.decode import clip_framing
 from cogvideox.flags import add_data_flags, check_data_flags
 from cogvideox.folder import COGVIDEOX_2B, count_tokens, load_tokenizer
 from cogvideox.reader import Readers, decode_workers
-from cogvideox.survey import clip_framing, framing_of, list_clips, remarks, survey_clips, table_lines
+from cogvideox.survey import describe, framing_of, survey_clips, table_lines
 from cogvideox.video import contact_sheet, film_strip
+from dataset import list_clips
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 MOST_ON_SHEET = 100
@@ -89,12 +91,12 @@ def main(words=None):
         clips = survey_clips(records, framing, args.seed, cache, readers, show_progress=sys.stderr.isatty())
         rows, static, pairs = look(records, clips, framing, args.seed, readers)
     good = [clip for clip in clips if "reason" not in clip]
-    limit = COGVIDEOX_2B.max_text_seq_length
+    dataset = describe(records, clips, tokens, COGVIDEOX_2B.max_text_seq_length, framing)
     print(f"{layout} of {args.dataset_name or args.instance_data_root}\n")
     for line in [
-        *table_lines(records, clips, tokens, limit),
+        *table_lines(dataset),
         "",
-        *remarks(records, clips, tokens, limit, framing),
+        *dataset["remarks"],
         *advice(good, static, pairs),
     ]:
         print(line)

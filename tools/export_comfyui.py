@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
-from tqdm.auto import tqdm
 
-from cogvideox.apply import find_lora, load_pairs, read_layers
+from cogvideox.console import progress
 from cogvideox.files import write_durably
+from tools.lora_file import find_lora, load_pairs, read_layers
 
 IN_BLOCKS = {
     "attn1.to_q": "q",
@@ -63,7 +63,7 @@ def check(file, output):
     """
     written = load_file(output)
     compared, difference, largest = 0, 0.0, 0.0
-    for layer, down, up in tqdm(list(load_pairs(file)), "checking", unit="layer", disable=not sys.stderr.isatty()):
+    for layer, down, up in progress(list(load_pairs(file)), "checking", unit="layer", disable=not sys.stderr.isatty()):
         name = comfyui_name(layer)
         kept = [written.pop(f"{name}.{part}", None) for part in ("lora_A.weight", "lora_B.weight", "alpha")]
         if any(tensor is None for tensor in kept):

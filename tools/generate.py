@@ -21,17 +21,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from tqdm.auto import tqdm
 
-from cogvideox import apply
-from cogvideox.data import free
-from cogvideox.files import file_sha256, try_writing, write_bytes
+from cogvideox.console import BAD_OUTPUT, fail, progress, say
+from cogvideox.files import file_sha256, read_json, try_writing, write_bytes
 from cogvideox.flags import below, not_above_zero
-from cogvideox.folder import check_geometry, check_model_folder, find_model, read_facts, read_json, stored_dtype
-from cogvideox.launch import BAD_OUTPUT, fail, say
+from cogvideox.folder import check_geometry, check_model_folder, find_model, read_facts, stored_dtype
+from cogvideox.launch import free
 from cogvideox.model import usable_dtype
 from cogvideox.validation import video_jobs
 from cogvideox.video import contact_sheet, film_strip, read_video, write_video
+from tools import lora_file
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAMPLING = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "use_dynamic_cfg")
@@ -109,8 +108,8 @@ def parse(words):
     args.output_dir = Path(args.output_dir).expanduser()
     try:
         if args.lora:
-            args.lora = apply.find_lora(args.lora)
-            layers = apply.read_layers(args.lora)
+            args.lora = lora_file.find_lora(args.lora)
+            layers = lora_file.read_layers(args.lora)
     except ValueError as error:
         problems.append(str(error))
     try:
@@ -125,11 +124,11 @@ def parse(words):
         most = read_json(folder / "scheduler/scheduler_config.json").get("num_train_timesteps", 1000)
         if args.num_inference_steps > most:
             problems.append(f"--num_inference_steps {args.num_inference_steps}: the model's schedule has {most} steps at most")
-        problems += apply.check_fit(args.lora, layers, folder)
+        problems += lora_file.check_fit(args.lora, layers, folder)
         base = ("base", "base model", folder, 0.0 if args.lora else None)
         columns = [base if scale == 0 else (f"scale{scale:g}", f"LoRA {scale:g}", folder, scale) for scale in args.lora_scale]
         if args.transformer:
-            columns = [("finetuned", "fine-tuned", apply.find_transformer(args.transformer, folder), None)]
+            columns = [("finetuned", "fine-tuned", lora_file.find_transformer(args.transformer, folder), None)]
         columns = [base] * (args.compare_base and base not in columns) + columns
     except ValueError as error:
         problems += str(error).split("\n")
@@ -184,15 +183,15 @@ def main(words=None):
     count, size = len(jobs) * len(columns), f"{args.num_frames} frames of {args.height} x {args.width}"
     say(f"videos: {count} of {size}, {args.num_inference_steps} steps each, in {str(dtype).removeprefix('torch.')} on {device.type}")
     try:
-        embeddings = apply.encode_prompts(folder, [*args.prompts, args.negative_prompt], device, args.variant)
-        with tqdm(total=count * args.num_inference_steps, desc="denoising", unit="step") as bar:
+        embeddings = lora_file.encode_prompts(folder, [*args.prompts, args.negative_prompt], device, args.variant)
+        with progress(total=count * args.num_inference_steps, desc="denoising", unit="step") as bar:
             for trained_folder, group in itertools.groupby(columns, key=lambda column: column[2]):
                 pipeline = None  # before the next one is loaded
                 free(device)
-                pipeline = apply.load_pipeline(args, folder, trained_folder, dtype, device)
+                pipeline = lora_file.load_pipeline(args, folder, trained_folder, dtype, device)
                 for job, column in itertools.product(jobs, list(group)):
                     texts = embeddings[job["prompt"]], embeddings[args.negative_prompt]
-                    frames = apply.make_video(pipeline, texts, job["seed"], column[3], device, bar.update, **settings)
+                    frames = lora_file.make_video(pipeline, texts, job["seed"], column[3], device, bar.update, **settings)
                     write_video(args.output_dir / f"{job['stem']}-{column[0]}.mp4", frames, args.fps)
         trained = {"lora": str(args.lora), "sha256": file_sha256(args.lora)} if args.lora else {"transformer": args.transformer}
         facts = {"model": args.pretrained_model_name_or_path, "negative_prompt": args.negative_prompt, "fps": args.fps, "dtype": str(dtype)}

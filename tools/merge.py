@@ -21,13 +21,12 @@ import sys
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
-from cogvideox.apply import check_fit, find_lora, load_pairs, read_layers
-from cogvideox.files import try_writing, write_bytes
-from cogvideox.folder import COMPONENTS, TORCH_DTYPES, check_model_folder, find_model, read_json, safetensors_header, weight_files
-from cogvideox.launch import BAD_OUTPUT, fail
+from cogvideox.console import BAD_OUTPUT, fail, progress
+from cogvideox.files import read_json, try_writing, write_bytes
+from cogvideox.folder import COMPONENTS, TORCH_DTYPES, check_model_folder, find_model, safetensors_header, weight_files
 from cogvideox.sft import link_or_copy
+from tools.lora_file import check_fit, find_lora, load_pairs, read_layers
 
 MERGED_DTYPES, PARTIAL = ("F32", "F16", "BF16"), ".merge.partial"
 
@@ -176,13 +175,13 @@ def main(words=None):
     shutil.rmtree(partial, ignore_errors=True)
     try:
         parts = COMPONENTS if args.whole_pipeline else ("transformer",)
-        for part in tqdm(parts, "copying", unit="part", disable=not sys.stderr.isatty()):
+        for part in progress(parts, "copying", unit="part", disable=not sys.stderr.isatty()):
             copy_part(folder / part, partial / part, args.variant, shutil.copyfile if part == "transformer" else link_or_copy)
         if args.whole_pipeline:
             shutil.copyfile(folder / "model_index.json", partial / "model_index.json")
-        with tqdm(total=len(layers), desc="merging", unit="layer", disable=not sys.stderr.isatty()) as bar:
+        with progress(total=len(layers), desc="merging", unit="layer", disable=not sys.stderr.isatty()) as bar:
             merge(base, partial / "transformer", file, scale, bar)
-        with tqdm(total=len(base), desc="checking", unit="weight", disable=not sys.stderr.isatty()) as bar:
+        with progress(total=len(base), desc="checking", unit="weight", disable=not sys.stderr.isatty()) as bar:
             lost = check(base, partial / "transformer", file, scale, bar)
         for new in partial.iterdir():
             old = args.output_dir / new.name

@@ -15,10 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
-from cogvideox.evaluation import evaluations
-from cogvideox.metrics import read_metrics
+from cogvideox.console import progress
+from cogvideox.files import read_json_lines
+from cogvideox.scoring import evaluations
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = "--id_token OLDFILM --height 64 --width 96 --max_num_frames 17 --mixed_precision no --gradient_checkpointing none"
@@ -79,7 +78,7 @@ def train(name, seed, folders, options, work_dir):
 
 def course_of(output_dir):
     """[(step, seconds of training until then, held-out loss against the base's as a share)] of a run."""
-    lines = read_metrics(output_dir / "metrics.jsonl")
+    lines = read_json_lines(output_dir / "metrics.jsonl")
     seconds, last_step, at = 0.0, 0, {0: 0.0}
     for line in lines:
         if "seconds_per_step" in line:
@@ -161,7 +160,7 @@ def main(words=None):
             write_dataset(work_dir / "old_film")
         folders = write_halves(work_dir / "old_film", work_dir)
         turns, courses = [(seed, name) for seed in range(options.seeds) for name in options.settings], {}
-        with tqdm(turns, "training", unit="run") as bar:
+        with progress(turns, "training", unit="run") as bar:
             for seed, name in bar:
                 bar.set_postfix_str(f"{name}, seed {seed}")
                 courses.setdefault(name, []).append(course_of(train(name, seed, folders, options, work_dir)))

@@ -3,30 +3,26 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import train_cogvideox_lora as script
-from cogvideox import evaluation
-from cogvideox.metrics import read_metrics
-from tests.conftest import ROOT, environment, lora_of, same, words
-
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+from cogvideox import order, scoring
+from cogvideox.files import read_json_lines
+from tests.conftest import lora_of, same, words
 
 KEYS = {"step", "eval_train_loss", "eval_held_out_loss", "eval_train_base_loss", "eval_held_out_base_loss", "eval_caption_gap"}
 KEYS |= {"eval_caption_base_gap", "eval_bands", "eval_clips", "update_share", "best_step"}
 
 
 def scores_of(folder):
-    return evaluation.evaluations(read_metrics(folder / "metrics.jsonl"))
+    return scoring.evaluations(read_json_lines(folder / "metrics.jsonl"))
 
 
 def losses_of(folder):
-    return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+    return [line["loss"] for line in read_json_lines(folder / "metrics.jsonl") if "loss" in line]
 
 
 def test_a_score_has_both_sets_with_the_lora_on_and_off(train):
@@ -73,17 +69,17 @@ def test_held_out_clips_are_never_trained_on(train, monkeypatch):
     plain = script.TrainingClips.item
     monkeypatch.setattr(script.TrainingClips, "item", lambda self, clip, position: drawn.append(clip) or plain(self, clip, position))
     train(eval_share=0.34, eval_clips=0, max_train_steps=12)
-    assert set(drawn) == set(range(6)) - set(evaluation.choose_held_out(6, 0.34, 42))
+    assert set(drawn) == set(range(6)) - set(order.choose_held_out(6, 0.34, 42))
     drawn.clear()
     train(eval_clips=0, max_train_steps=12)
     assert set(drawn) == set(range(6))
 
 
 def test_which_clips_are_held_out_depends_on_the_seed_and_the_share():
-    assert evaluation.choose_held_out(20, 0.0, 1) == []
-    assert len(evaluation.choose_held_out(20, 0.25, 1)) == 5
-    assert len(evaluation.choose_held_out(20, 0.001, 1)) == 1
-    assert evaluation.choose_held_out(20, 0.25, 1) == evaluation.choose_held_out(20, 0.25, 1) != evaluation.choose_held_out(20, 0.25, 2)
+    assert order.choose_held_out(20, 0.0, 1) == []
+    assert len(order.choose_held_out(20, 0.25, 1)) == 5
+    assert len(order.choose_held_out(20, 0.001, 1)) == 1
+    assert order.choose_held_out(20, 0.25, 1) == order.choose_held_out(20, 0.25, 1) != order.choose_held_out(20, 0.25, 2)
 
 
 @pytest.mark.slow
@@ -176,13 +172,13 @@ def test_a_learning_rate_of_zero_changes_nothing_and_the_verdict_says_so(train, 
 @pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_scores_of_two_processes_are_those_of_one(train, tiny_model, six_clips, encodings, tmp_path):
+def test_scores_of_two_processes_are_those_of_one(train, forked, tiny_model, six_clips, encodings, tmp_path):
     flags = {"eval_share": 0.67, "eval_clips": 4, "max_train_steps": 2, "checkpointing_steps": 1}
     one = train(train_batch_size=2, **flags)
     line = words(tiny_model, six_clips, tmp_path / "two", encodings, **flags)
-    two = subprocess.run([*TWO, "train_cogvideox_lora.py", *line], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=380)
-    assert two.returncode == 0, two.stdout + two.stderr
-    assert "x 2 processes x" in two.stderr
+    codes, output = forked.run(line, processes=2)
+    assert codes == [0, 0], output[-3000:]
+    assert "x 2 processes x" in output
     for a, b in zip(scores_of(one), scores_of(tmp_path / "two"), strict=True):
         assert a["eval_clips"] == b["eval_clips"]  # the same clips under both
         for name in KEYS - {"step", "eval_bands", "eval_clips", "best_step"}:
@@ -204,13 +200,13 @@ def run_of(train, held_out=None, gap=None, share=0.05):
         scores = {"train": [loss] * 4, "held_out": None if held is None else [held] * 4}
         base = {"train": [train[0]] * 4, "held_out": None if held is None else [held_out[0]] * 4, "gap": gap and (0.05, 0.02)}
         scores["gap"] = gap if number == len(train) - 1 else None
-        lines.append(evaluation.line_of(100 * number, scores, base, {}, share if number else 0.0, lines, 1000))
+        lines.append(scoring.line_of(100 * number, scores, base, {}, share if number else 0.0, lines, 1000))
     return lines
 
 
 def test_the_word_for_each_kind_of_run():
     def word(*args, **kwargs):
-        return evaluation.verdict(run_of(*args, **kwargs), 1e-4)[0]
+        return scoring.verdict(run_of(*args, **kwargs), 1e-4)[0]
 
     assert word([1.0, 0.9, 0.8], [1.0, 0.92, 0.85]) == "learning"
     assert word([1.0, 0.9, 0.8], [1.0, 0.95, 1.1]) == "memorising"
@@ -231,7 +227,7 @@ def test_the_word_for_each_kind_of_run():
 
 def test_the_sentences_name_the_step_the_cause_and_the_way_out():
     def said(*args, rate=1e-4, **kwargs):
-        return " ".join(evaluation.verdict(run_of(*args, **kwargs), rate)[1])
+        return " ".join(scoring.verdict(run_of(*args, **kwargs), rate)[1])
 
     memorising = said([1.0, 0.7, 0.5], [1.0, 0.9, 0.99])
     assert "from step 100 on" in memorising
@@ -252,14 +248,14 @@ def test_the_size_of_the_update_is_that_of_the_products():
 
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4))
     inject_adapter_in_model(LoraConfig(r=2, lora_alpha=6, target_modules=["0", "1"]), model)
-    assert evaluation.update_share(model) == 0
+    assert scoring.update_share(model) == 0
     added, whole = [], []
     for layer in model:
         torch.nn.init.normal_(layer.lora_B["default"].weight)
         added.append(3 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
         whole.append(layer.get_base_layer().weight)
     expected = torch.cat([a.flatten() for a in added]).norm() / torch.cat([w.flatten() for w in whole]).norm()
-    assert evaluation.update_share(model) == pytest.approx(expected.item(), rel=1e-5)
+    assert scoring.update_share(model) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_plot_has_what_was_scored(train):
@@ -291,16 +287,16 @@ def test_the_caption_gap_sees_what_belongs_together_and_nothing_else():
     generator = torch.Generator().manual_seed(0)
     hard, plain = torch.rand(6, 1, generator=generator), torch.rand(1, 6, generator=generator)
     mixed = 1 + hard + plain  # hard clips, and captions that fit all clips better
-    gap, error = evaluation.caption_gap(mixed)
+    gap, error = scoring.caption_gap(mixed)
     assert abs(gap) < 1e-6
     assert error < 1e-6
     belonging = mixed - 0.1 * torch.eye(6)
-    gap, error = evaluation.caption_gap(belonging)
+    gap, error = scoring.caption_gap(belonging)
     assert gap == pytest.approx(0.1 / belonging.diagonal().mean().item(), rel=1e-4)
     assert error < 1e-6
     off = (belonging.sum() - belonging.diagonal().sum()) / 30
     assert gap == pytest.approx((off / belonging.diagonal().mean() - 1).item(), rel=1e-4)
-    gap, error = evaluation.caption_gap(mixed + torch.rand(6, 6, generator=generator))
+    gap, error = scoring.caption_gap(mixed + torch.rand(6, 6, generator=generator))
     assert abs(gap) < 3 * error
 
 

@@ -8,11 +8,11 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
-from tqdm.auto import tqdm
 
 from cogvideox import model
-from cogvideox.folder import broken_safetensors, count_tokens, load_tokenizer, read_facts, read_json, safetensors_header, weight_files
-from cogvideox.launch import say
+from cogvideox.console import progress, warn
+from cogvideox.files import read_json
+from cogvideox.folder import broken_safetensors, count_tokens, load_tokenizer, read_facts, safetensors_header, weight_files
 from cogvideox.lora import LORA_FILE
 
 
@@ -121,9 +121,9 @@ def encode_prompts(folder, texts, device, variant=None):
     tokenizer, length, texts = load_tokenizer(folder), read_facts(folder).max_text_seq_length, list(dict.fromkeys(texts))
     for text, tokens in zip(texts, count_tokens(tokenizer, texts), strict=True):
         if tokens > length:
-            say(f"warning: the model reads {length} tokens and this prompt has {tokens}, so its end is cut: {text[:60]} ...")
+            warn(f"the model reads {length} tokens and this prompt has {tokens}, so its end is cut: {text[:60]} ...")
     encoder = model.load_text_encoder(folder, device, variant)
-    return {text: model.encode_captions(tokenizer, encoder, [text], length)[0].cpu() for text in tqdm(texts, "encoding", unit="prompt")}
+    return {text: model.encode_captions(tokenizer, encoder, [text], length)[0].cpu() for text in progress(texts, "encoding", unit="prompt")}
 
 
 def load_pipeline(args, folder, trained_folder, dtype, device):

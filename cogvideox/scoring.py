@@ -10,25 +10,19 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import default_collate
-from tqdm.auto import tqdm
 
-from cogvideox import metrics, report
-from cogvideox.launch import free, say
+from cogvideox import report
+from cogvideox.console import progress, say
+from cogvideox.files import read_json_lines
+from cogvideox.launch import free
 from cogvideox.lora import lora_modules
-from cogvideox.order import TrainingClips, seeded_generator
 from cogvideox.validation import undisturbed
+from dataset import TrainingClips
 
 BANDS = 4  # timesteps are the middles of so many equal parts of the schedule
 SMALL = 0.01  # a change of the loss by less than this share of the base's is called none
 LEAST_CAPTIONS = 4  # of fewer nothing is said
 CLEAR_GAP = 0.02  # a caption that changes the loss by this share counts, however few clips say so
-
-
-def choose_held_out(count, share, seed):
-    """The clips of `count` that are held out: round(share * count) of them, at least one, a function of the seed alone."""
-    if not share:
-        return []
-    return sorted(torch.randperm(count, generator=seeded_generator(seed, "held out"))[: max(1, round(share * count))].tolist())
 
 
 def spread(clips, most):
@@ -61,7 +55,7 @@ def score(accelerator, transformer, losses, encodings, sets, captions, seed, sca
     found = torch.zeros(len(jobs), device=accelerator.device)
     with undisturbed(transformer):
         mine = range(accelerator.process_index, len(jobs), accelerator.num_processes)
-        for number in tqdm(mine, "scoring", unit="clip", leave=False, delay=3, disable=not accelerator.is_main_process):
+        for number in progress(mine, "scoring", unit="clip", leave=False, delay=3, disable=not accelerator.is_main_process):
             _, clip, other, band = jobs[number]
             source = TrainingClips(WithCaptionOf(encodings, other), None, f"{seed}/fixed/{band}", scaling_factor, num_train_timesteps)
             item = source.item(clip, position=clip) | {"timestep": torch.tensor(middle_of(band, num_train_timesteps))}
@@ -214,7 +208,7 @@ class Scorer:
 
     def earlier_lines(self):
         """The scores of the same clips in metrics.jsonl, the same on all ranks."""
-        lines = evaluations(metrics.read_metrics(self.output_dir / "metrics.jsonl"), self.clips) if self.trained.is_main else None
+        lines = evaluations(read_json_lines(self.output_dir / "metrics.jsonl"), self.clips) if self.trained.is_main else None
         return broadcast_object_list([lines])[0]
 
     def begin(self, meter, checkpointer, validator):

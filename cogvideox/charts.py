@@ -1,0 +1,232 @@
+"""The report's charts as geometry: what is drawn where, in pixels. templates/parts.html.j2 turns it into SVG."""
+
+import math
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 250, 56, 12, 12, 34
+CURVE_POINTS, HOVER_COLUMNS = 400, 80
+DOTTED_POINTS = 30  # a line of at most this many points shows each as a dot
+
+
+# -----------------------------------------------------------------------------
+# Numbers
+
+
+def number(value):
+    """A finite number, or None for anything else."""
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
+def short(value):
+    """A number with four figures."""
+    return f"{value:.4g}"
+
+
+def points_of(lines, name):
+    """[(step, value)] of the lines of a metrics.jsonl that have a finite value of this name."""
+    return [(line["step"], line[name]) for line in lines if number(line.get(name)) is not None]
+
+
+def evenly(items, count):
+    """`count` of the items, evenly spaced, none of them twice."""
+    return [items[int((i + 0.5) * len(items) / count)] for i in range(count)] if count else []
+
+
+def thin(points, most=CURVE_POINTS):
+    """At most about `most` points of a curve, the lowest and the highest of each piece, so that no spike is lost."""
+    if len(points) <= most:
+        return points
+    pieces, kept = most // 2, []
+    for i in range(pieces):
+        piece = points[i * len(points) // pieces : (i + 1) * len(points) // pieces]
+        kept += sorted({min(piece, key=lambda p: p[1]), max(piece, key=lambda p: p[1])})
+    return kept
+
+
+def running_mean(points, window):
+    """The exponential mean over about `window` points, corrected for its start as Adam's moments are."""
+    mean, weight, result = 0.0, 0.0, []
+    for step, value in points:
+        mean, weight = mean + (value - mean) / window, weight + (1 - weight) / window
+        result.append((step, mean / weight))
+    return result
+
+
+def ticks(low, high, count=5):
+    """Round numbers from low to high, about `count` of them, 1, 2 or 5 times a power of ten apart."""
+    rough = (high - low) / count
+    scale = 10.0 ** math.floor(math.log10(rough))
+    gap = min((scale * factor for factor in (1, 2, 5, 10)), key=lambda gap: abs(math.log(gap / rough)))
+    return [i * gap for i in range(math.ceil(low / gap - 1e-9), math.floor(high / gap + 1e-9) + 1)]
+
+
+def axis(values, length, is_log=False, margin=0.05):
+    """A scale for values: (value -> distance from the start in pixels, ticks)."""
+    change = math.log10 if is_log else float
+    low, high = change(min(values)), change(max(values))
+    if high - low <= 1e-12 * max(1.0, abs(high)):  # one value: give it room
+        low, high = low - max(abs(low), 1e-9) * 0.1, high + max(abs(high), 1e-9) * 0.1
+    low, high = low - margin * (high - low), high + margin * (high - low)
+    marks = [10.0**power for power in range(math.ceil(low), math.floor(high) + 1)] if is_log else ticks(low, high)
+    return lambda value: (change(value) - low) / (high - low) * length, marks
+
+
+# -----------------------------------------------------------------------------
+# Charts: dicts of what the template draws; `absent` says why there is nothing to draw
+
+
+def figure(title, absent="", note="", legend=(), **drawn):
+    """A chart. legend: [(label, class)]. drawn: grid, ticks, lines, dots, bars, columns and mark, each with its place in pixels."""
+    empty = {"grid": [], "ticks": [], "axis": "", "mark": None, "lines": [], "dots": [], "bars": [], "columns": []}
+    return empty | {"title": title, "absent": absent, "note": note, "legend": legend} | drawn
+
+
+def grid_of(marks, y):
+    """The horizontal lines of a chart with their values."""
+    return [{"y": round(y(value), 1), "words": short(value)} for value in marks]
+
+
+def line_chart(title, series, note="", mark=None):
+    """A line chart over steps. series: [(label, class, points)]; mark: (step, words) for an upright line.
+
+    Where positive values span more than a factor of 100 their axis is logarithmic.
+    """
+    series = [(label, kind, points) for label, kind, points in series if points]
+    if not series:
+        return figure(title, absent="no value is logged yet")
+    values = [value for _, _, points in series for _, value in points]
+    steps = [step for _, _, points in series for step, _ in points] + ([mark[0]] if mark else [])
+    is_log = min(values) > 0 and max(values) / min(values) > 100
+    across, step_marks = axis(steps, WIDTH - LEFT - RIGHT, margin=0.01)
+    up, value_marks = axis(values, HEIGHT - TOP - BOTTOM, is_log)
+    x, y = (lambda step: LEFT + across(step)), (lambda value: HEIGHT - BOTTOM - up(value))
+    lines, dots = [], []
+    for _, kind, points in series:
+        drawn = [(round(x(step), 1), round(y(value), 1)) for step, value in thin(points)]
+        lines.append({"kind": kind, "points": " ".join(f"{left},{top}" for left, top in drawn)})
+        if len(drawn) <= DOTTED_POINTS and "base" not in kind:
+            dots += [{"kind": kind, "x": left, "y": top} for left, top in drawn]
+    return figure(
+        title,
+        note=" ".join(part for part in (note, "Logarithmic." if is_log else "") if part),
+        legend=[(label, kind) for label, kind, _ in series] + ([(mark[1], "marked")] if mark else []),
+        grid=grid_of(value_marks, y),
+        ticks=[{"x": round(x(step), 1), "words": int(step)} for step in step_marks if step == int(step)],
+        axis="optimizer step",
+        mark=round(x(mark[0]), 1) if mark else None,
+        lines=lines,
+        dots=dots,
+        columns=hover_columns(series, x),
+    )
+
+
+def hover_columns(series, x):
+    """Invisible columns over a chart, each with the values at its step as the title that a pointer shows."""
+    known = {}
+    for label, _, points in series:
+        for step, value in points:
+            known.setdefault(step, []).append(f"{label} {short(value)}")
+    steps = sorted(known)
+    steps = steps if len(steps) <= HOVER_COLUMNS else evenly(steps, HOVER_COLUMNS)
+    edges = [LEFT, *((x(a) + x(b)) / 2 for a, b in zip(steps, steps[1:], strict=False)), WIDTH - RIGHT]
+    return [
+        {"x": round(start, 1), "width": round(max(0, end - start), 1), "words": f"step {step}: {', '.join(known[step])}"}
+        for step, start, end in zip(steps, edges, edges[1:], strict=False)
+    ]
+
+
+def band_chart(title, bands, note):
+    """Grouped bars: for each band of timesteps the loss now beside the base model's, on either split."""
+    splits = [("training clips", "one", "train"), ("held-out clips", "two", "held_out")]
+    shown = [split for split in splits if any(number(band.get(split[2])) is not None for band in bands)]
+    values = [number(band.get(key + end)) for band in bands for _, _, key in shown for end in ("", "_base")]
+    values = [value for value in values if value is not None and value >= 0]
+    if not values:
+        return figure(title, absent="no evaluation has been made yet")
+    up, value_marks = axis([0, *values], HEIGHT - TOP - BOTTOM, margin=0.0)
+    room = (WIDTH - LEFT - RIGHT) / len(bands)
+    width = min(34, room * 0.8 / (2 * len(shown)))
+    bars, names = [], []
+    for place, band in enumerate(bands):
+        middle, name = LEFT + (place + 0.5) * room, band.get("timestep", "")
+        names.append({"x": round(middle, 1), "words": name})
+        left = middle - width * len(shown)
+        for label, kind, key in shown:
+            for end, words in (("_base", "base model"), ("", "now")):
+                value = number(band.get(key + end))
+                if value is not None and value >= 0:
+                    bars.append(
+                        {
+                            "kind": f"{kind} base" if end else kind,
+                            "x": round(left + 1, 1),
+                            "y": round(HEIGHT - BOTTOM - up(value), 1),
+                            "width": round(width - 2, 1),
+                            "height": round(up(value), 1),
+                            "words": f"timestep {name}, {label}, {words}: {short(value)}",
+                        }
+                    )
+                left += width
+    legend = [
+        (f"{label}, {words}", f"{kind} {end}") for label, kind, _ in shown for words, end in (("base model", "pale"), ("now", "full"))
+    ]
+    grid = grid_of(value_marks, lambda value: HEIGHT - BOTTOM - up(value))
+    return figure(title, note=note, legend=legend, grid=grid, ticks=names, axis="timestep (0: no noise)", bars=bars)
+
+
+# -----------------------------------------------------------------------------
+# The charts of a run
+
+
+def charts_of(lines):
+    """The charts of a metrics.jsonl: training, the scores on fixed noise, and the pace."""
+    losses = points_of(lines, "loss")
+    window = max(10, len(losses) // 50)
+    odd = sum(isinstance(line.get("loss"), float) and not math.isfinite(line["loss"]) for line in lines)
+    newest = newest_score(lines)
+    best = number(newest.get("best_step"))
+    bands = [band for band in newest.get("eval_bands") or [] if isinstance(band, dict)]
+    return [
+        line_chart(
+            "Training loss",
+            [("as logged", "faint", losses), (f"running mean over about {window} lines", "one", running_mean(losses, window))],
+            f"{odd} values that are not finite are left out." if odd else "",
+        ),
+        line_chart(
+            "Loss on fixed noise",
+            [
+                ("training clips", "one", points_of(lines, "eval_train_loss")),
+                ("base model", "one base", points_of(lines, "eval_train_base_loss")),
+                ("held-out clips", "two", points_of(lines, "eval_held_out_loss")),
+                ("base model on them", "two base", points_of(lines, "eval_held_out_base_loss")),
+                ("fixed clips", "one", points_of(lines, "fixed_loss")),
+            ],
+            mark=(best, f"best step: {best:.0f}") if best is not None else None,
+        ),
+        band_chart("Loss by timestep", bands, f"At step {newest['step']}." if newest else ""),
+        line_chart("Learning rate", [("learning rate", "one", points_of(lines, "learning_rate"))]),
+        line_chart("Gradient norm", [("before clipping", "one", points_of(lines, "grad_norm"))]),
+        line_chart("Seconds a step", [("seconds", "one", points_of(lines, "seconds_per_step"))]),
+    ]
+
+
+def newest_score(lines):
+    """The newest line that an evaluation wrote, {} without any."""
+    return next((line for line in reversed(lines) if "eval_train_loss" in line), {})
+
+
+def newest_numbers(lines):
+    """The newest evaluation as rows of a table, (words, now, base model, change), and what else the newest lines say."""
+    newest, rows, facts = newest_score(lines), [], []
+    for words, name in (("training clips", "train"), ("held-out clips", "held_out")):
+        now, base = number(newest.get(f"eval_{name}_loss")), number(newest.get(f"eval_{name}_base_loss"))
+        if now is not None:
+            change = f"{100 * (now - base) / base:+.1f} %" if base else ""
+            rows.append((f"loss, {words}", short(now), "" if base is None else short(base), change))
+    if number(newest.get("update_share")) is not None:
+        facts.append(f"the update is {100 * newest['update_share']:.3g} % of the weights it is added to")
+    gap, base_gap = newest.get("eval_caption_gap"), newest.get("eval_caption_base_gap")
+    if gap and base_gap:
+        facts.append(f"with another clip's caption the loss is {100 * gap[0]:+.1f} % (base model: {100 * base_gap[0]:+.1f} %)")
+    for name, words in (("data_wait_percent", "waiting for data {:.0f} % of a step"), ("peak_memory_gib", "peak memory {:.2f} GiB")):
+        if points := points_of(lines, name):
+            facts.append(words.format(points[-1][1]))
+    return {"step": newest.get("step", ""), "rows": rows, "facts": facts}

@@ -1,0 +1,357 @@
+"""The encodings of clips and captions: named by what they depend on, each made once, read by every step.
+
+An entry's name is a hash of everything its content depends on, so that an entry is either right or not found: there is
+no "clear the cache after changing ...". Clips are stored as the posterior's moments, from which each step draws a fresh
+sample. Files are written under a temporary name and renamed, so a killed run leaves whole entries only, and two runs may
+fill one cache at once.
+"""
+
+import ctypes
+import functools
+import hashlib
+import json
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors.torch import save
+
+from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, progress, say, warn
+from cogvideox.decode import ENCODING_VERSION, clip_framing
+from cogvideox.files import hash_file, key_of, read_json, write_bytes
+from cogvideox.folder import latent_shape, safetensors_header, stored_dtype, weight_files
+from cogvideox.launch import free
+from cogvideox.model import decode_latents, encode_captions, encode_frames, load_text_encoder, load_vae, usable_dtype
+from cogvideox.stopping import exit_if_requested
+from cogvideox.survey import remember_survey
+from cogvideox.video import contact_sheet, write_video
+
+CAPTIONS_PER_BATCH = 8
+
+CLIPS_SHOWN, SECONDS_TO_SHOW = 3, 10  # no further clip after so long: a CPU decodes one in a quarter of a minute
+# no further clip after so long: a CPU decodes one in a quarter of a minute
+
+
+# -----------------------------------------------------------------------------
+# Names
+
+
+def component_note(folder, part, cache, variant):
+    """Where is remembered what a component was when its weights were last seen: under its place and its config."""
+    folder = Path(folder) / part
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    config = {name: value for name, value in config.items() if not name.startswith("_") and name != "transformers_version"}
+    return Path(cache) / "components" / f"{key_of(str(folder.resolve()), variant, config)}.json", config
+
+
+def known_components(folder, cache, variant=None):
+    """The encoders whose weights were seen before, so that a run with a full cache can do without the files."""
+    return [part for part in ("text_encoder", "vae") if component_note(folder, part, cache, variant)[0].exists()]
+
+
+def identify(folder, part, cache, variant=None):
+    """(identity, stored dtype) of a model component: a hash of its config and of its files' content, and a torch dtype.
+
+    Where the weight files are gone there is nothing that could disagree with what was remembered of them.
+    """
+    note, config = component_note(folder, part, cache, variant)
+    files = weight_files(Path(folder) / part, variant)[0]
+    if not files and note.exists():
+        known = read_json(note)
+        return known["identity"], getattr(torch, known["dtype"])
+    dtype = stored_dtype(folder, part, variant) if files else torch.float32
+    files = files or sorted(p for p in (Path(folder) / part).iterdir() if p.is_file())
+    value = key_of(config, [(file.name, hash_file(file, cache)) for file in files])
+    content = json.dumps({"identity": value, "dtype": str(dtype).removeprefix("torch.")}).encode()
+    if not note.exists() or note.read_bytes() != content:
+        write_bytes(note, content)
+    return value, dtype
+
+
+def clip_key(facts, vae_identity, dtype, slicing, tiling, flipped):
+    """The name of a clip's entry. The frames are named by the file's content, the frames taken and the box kept of each."""
+    frames = {name: facts[name] for name in ("sha256", "indices", "height", "width", "box", "reader")}
+    return key_of(ENCODING_VERSION, "clip", frames, vae_identity, str(dtype), slicing, tiling, flipped)
+
+
+def caption_key(caption, text_identity, dtype, max_text_seq_length):
+    """The name of a caption's entry."""
+    return key_of(ENCODING_VERSION, "caption", caption, text_identity, str(dtype), max_text_seq_length)
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+
+def entry_path(cache, kind, key):
+    """Where an entry lies: cache/clips/ab/abcdef....safetensors."""
+    return cache / kind / key[:2] / f"{key}.safetensors"
+
+
+def write_entry(path, tensor):
+    """Store one tensor, with the hash of its bytes for `python -m tools.cache check`. Refuses numbers that are not finite."""
+    tensor = tensor.detach().cpu().contiguous()
+    if not torch.isfinite(tensor).all():
+        raise ValueError("the encoding is not finite (a model in fp16 that needs bf16 or fp32 does this)")
+    write_bytes(path, save({"encoding": tensor}, metadata={"sha256": tensor_sha256(tensor)}))
+
+
+def tensor_sha256(tensor):
+    """SHA-256 of a tensor's bytes."""
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def read_entry(path):
+    """The tensor of an entry. The file is mapped, not read: only what is used is loaded."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.get_tensor("encoding")
+
+
+def is_complete(path, shape):
+    """Whether an entry is there, of this shape, with as many bytes as its header announces."""
+    try:
+        return safetensors_header(path)["encoding"]["shape"] == list(shape)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+class Encodings:
+    """The encodings of a data set, read from the cache one by one. keys: as `plan_encodings` makes them."""
+
+    def __init__(self, cache, clip_keys, flipped_keys, prompt_keys, empty_key):
+        self.cache, self.empty_key = cache, empty_key
+        self.clip_keys, self.flipped_keys, self.prompt_keys = clip_keys, flipped_keys, prompt_keys
+
+    def __len__(self):
+        return len(self.clip_keys)
+
+    def moments(self, clip, flipped=False):
+        """Moments [2C, F', H', W'] of a clip's posterior."""
+        keys = self.flipped_keys if flipped else self.clip_keys
+        return read_entry(entry_path(self.cache, "clips", keys[clip]))
+
+    def prompt(self, clip):
+        """The embedding [T, D] of a clip's caption; of the empty caption for None."""
+        return read_entry(entry_path(self.cache, "captions", self.empty_key if clip is None else self.prompt_keys[clip]))
+
+
+def missing_entries(cache, kind, shapes):
+    """The keys, in order, that have no complete entry. shapes: key -> the shape that its tensor has to have."""
+    return [key for key, shape in shapes.items() if not is_complete(entry_path(cache, kind, key), shape)]
+
+
+# -----------------------------------------------------------------------------
+# Filling: captions in batches, clips one by one while the next are decoded, each process its share
+
+
+def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier):
+    """Encode what the cache lacks, over all processes. Returns (Encodings, validation prompts, negative prompt, fingerprint).
+
+    T5 is loaded only if a caption is missing, the VAE only if a clip is, one after the other; both have left memory when
+    this returns. The fingerprint is a hash of all trained clips, their captions and how they were encoded.
+    """
+    cache, rank, world_size = Path(args.encoding_cache_dir), accelerator.process_index, accelerator.num_processes
+    device, variant = accelerator.device, args.variant
+    captions = [record.caption for record in data.records] + [""] + args.prompts + [args.negative_prompt]
+    # One process looks, and all work on what it saw: another run may be filling the same cache at the same time.
+    plan = [plan_encodings(args, folder, facts, data, captions, cache, device)] if accelerator.is_main_process else [None]
+    keys, clip_keys, missing_captions, missing_clips, transformer_identity, problems = broadcast_object_list(plan)[0]
+    if problems:
+        fail(BAD_FLAGS, problems)
+    jobs = {}
+    for flipped, row in enumerate(clip_keys):
+        for record, clip, key in zip(data.records, data.clips, row, strict=True):
+            if key in missing_clips:
+                jobs[key] = (key, record.path, clip_framing(record, data.framing, args.seed), bool(flipped), clip["frames"], record.listed)
+    total_clips, total_captions = len({key for row in clip_keys for key in row}), len(set(keys.values()))
+    there = f"{total_clips - len(jobs)} of {total_clips} clips and {total_captions - len(missing_captions)} of {total_captions} captions"
+    say(f"\nencodings in {cache}: {there} are there")
+
+    def load_text():
+        return tokenizer, load_text_encoder(folder, device, variant)
+
+    failures = fill_captions(cache, captions, keys.get, missing_captions, load_text, facts.max_text_seq_length, rank, world_size)
+    free(device)
+
+    def load_encoder():
+        return load_vae(folder, device, variant, args.enable_slicing, args.enable_tiling)
+
+    show = functools.partial(show_encoded, args.output_dir, args.fps, [])
+    failures += fill_clips(cache, list(jobs.values()), load_encoder, readers, show, barrier, rank, world_size)
+    if failures := gather_object(failures):
+        fail(BAD_OUTPUT if any("--encoding_cache_dir" in failure for failure in failures) else BAD_DATA, list(dict.fromkeys(failures)))
+    free(device)
+    prompt_keys = [keys[record.caption] for record in data.records]
+    encodings = Encodings(cache, clip_keys[0], clip_keys[-1], prompt_keys, keys[""])
+    prompts = [read_entry(entry_path(cache, "captions", keys[prompt])) for prompt in args.prompts]
+    negative = read_entry(entry_path(cache, "captions", keys[args.negative_prompt]))
+    trained_keys = [[row[clip] for clip in data.trained] for row in clip_keys], [prompt_keys[clip] for clip in data.trained]
+    return encodings, prompts, negative, {"clips": key_of(*trained_keys), "transformer": transformer_identity}
+
+
+def plan_encodings(args, folder, facts, data, captions, cache, device):
+    """The keys of all captions and clips, and which of them have to be encoded. Raises nothing: problems are returned."""
+    remember_survey(data.clips, cache)
+    text_identity, text_dtype = identify(folder, "text_encoder", cache, args.variant)
+    vae_identity, vae_dtype = identify(folder, "vae", cache, args.variant)
+    tokenizer_identity, _ = identify(folder, "tokenizer", cache)
+    transformer_identity, _ = identify(folder, "transformer", cache, args.variant)
+    text = (key_of(text_identity, tokenizer_identity), usable_dtype(text_dtype, device), facts.max_text_seq_length)
+    vae = (vae_identity, usable_dtype(vae_dtype, device), args.enable_slicing, args.enable_tiling)
+    keys = {caption: caption_key(caption, *text) for caption in captions}
+    clip_keys = [[clip_key(clip, *vae, flipped) for clip in data.clips] for flipped in ((False, True) if args.random_flip else (False,))]
+    caption_shape = (facts.max_text_seq_length, read_json(folder / "text_encoder/config.json").get("d_model", 512))
+    clip_shapes = {key: moments_shape(clip, facts) for row in clip_keys for key, clip in zip(row, data.clips, strict=True)}
+    missing_captions = missing_entries(cache, "captions", dict.fromkeys(keys.values(), caption_shape))
+    missing_clips = set(missing_entries(cache, "clips", clip_shapes))
+    problems = []
+    for part, needed in (("text_encoder", missing_captions), ("vae", missing_clips or args.prompts)):
+        problem = weight_files(folder / part, args.variant)[1]
+        if problem and needed:
+            problems.append(f"{problem}; {len(needed)} {'captions' if part == 'text_encoder' else 'clips or videos'} need them")
+    return keys, clip_keys, missing_captions, missing_clips, transformer_identity, problems
+
+
+def moments_shape(clip, facts):
+    """[2C, F', H', W'] of a clip's posterior: mean and log-variance of each latent channel."""
+    frames, channels, height, width = latent_shape(facts, clip["frames"], clip["height"], clip["width"])
+    return 2 * channels, frames, height, width
+
+
+def keep_heap_flat():
+    """Have the C library map blocks of 1 MiB and more by themselves, and give them back when they are freed.
+
+    By default glibc raises that limit to the largest block it has seen freed; decoded clips of some MiB then lie in the
+    heap between the small objects that outlive them, and the process grows with every clip (some 20 MiB each at 480 x 720).
+    """
+    try:
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+    except (OSError, AttributeError, TypeError):  # another C library
+        return
+
+
+def share(sizes, rank, world_size):
+    """The indices that one process works on, so that all have about the same total: largest first, to the least loaded."""
+    loads, shares = [0] * world_size, [[] for _ in range(world_size)]
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        target = loads.index(min(loads))
+        loads[target] += sizes[index]
+        shares[target].append(index)
+    return sorted(shares[rank])
+
+
+def caption_groups(captions):
+    """The distinct captions in groups of a fixed size.
+
+    Whole groups are encoded even where some members are there already, so that an embedding does not depend, by the last
+    bit of a matrix product, on what an earlier run had left to do.
+    """
+    distinct = list(dict.fromkeys(captions))
+    return [distinct[i : i + CAPTIONS_PER_BATCH] for i in range(0, len(distinct), CAPTIONS_PER_BATCH)]
+
+
+def fill_captions(cache, captions, key, missing, load, max_text_seq_length, rank=0, world_size=1):
+    """Encode this process's share of the groups that hold a missing caption.
+
+    key: caption -> key. load: () -> (tokenizer, text encoder), called only if there is something to do.
+    Returns its failures as sentences.
+    """
+    missing = set(missing)
+    groups = [group for group in caption_groups(captions) if any(key(caption) in missing for caption in group)]
+    groups = groups[rank::world_size]
+    if not groups:
+        return []
+    tokenizer, text_encoder = load()
+    for group in progress(groups, "encoding captions", unit=f"x{CAPTIONS_PER_BATCH}", disable=rank != 0):
+        # The last group is filled up, so that every product has the same shape.
+        padded = group + [""] * (CAPTIONS_PER_BATCH - len(group))
+        exit_if_requested()
+        embeddings = encode_captions(tokenizer, text_encoder, padded, max_text_seq_length)
+        try:
+            for caption, embedding in zip(group, embeddings, strict=False):
+                if key(caption) in missing:
+                    write_entry(entry_path(cache, "captions", key(caption)), embedding)
+        except OSError as error:
+            return [f"--encoding_cache_dir {cache}: a caption could not be stored ({error.strerror})"]
+        except ValueError as error:
+            return [f"the caption {caption[:60]!r}: {error}"]
+    return []
+
+
+def fill_clips(cache, jobs, load, readers, show, barrier, rank=0, world_size=1):
+    """Encode this process's share of the missing clips; decoding runs ahead in the readers' processes.
+
+    jobs: [(key, path, framing, flipped, frames, name)], the missing ones, the same list on every process. load: () -> VAE.
+    show: called with (vae, name, frames, moments) of the first few clips of the main process. barrier: waits for the others,
+    without a deadline, and fails where one of them has died. Returns this process's failures as sentences.
+    """
+    failures, mine = [], share([job[4] for job in jobs], rank, world_size)
+    bar = progress(total=len(jobs), desc="encoding clips", unit="clip", disable=rank != 0 or not jobs)
+    done = threading.Event()
+    watcher = threading.Thread(target=show_all_ranks, args=(bar, cache, [job[0] for job in jobs], done), daemon=True)
+    if rank == 0 and jobs:
+        watcher.start()
+    if mine:
+        keep_heap_flat()
+        vae, spent = load(), 0.0
+        decoded = readers.read_all([(jobs[i][1], jobs[i][2]) for i in mine])
+        for number, (i, (_, frames, reason)) in enumerate(zip(mine, decoded, strict=False)):
+            exit_if_requested()
+            key, _, _, flipped, _, name = jobs[i]
+            if reason:
+                failures.append(f"{name}: decoded well before, and now: {reason}")
+                continue
+            frames = np.flip(frames, axis=2) if flipped else frames
+            try:
+                moments = encode_frames(vae, frames)
+                write_entry(entry_path(cache, "clips", key), moments)
+            except ValueError as error:
+                failures.append(f"{name}: {error}")
+                continue
+            except OSError as error:
+                failures.append(f"--encoding_cache_dir {cache}: {name} could not be stored ({error.strerror})")
+                break  # the next one would not fit either
+            if rank == 0 and number < CLIPS_SHOWN and spent < SECONDS_TO_SHOW:
+                started = time.monotonic()
+                try:
+                    show(vae, name, frames, moments)
+                except Exception as error:  # a picture for people must not cost the run
+                    warn(f"the clip beside its encoding was not saved ({type(error).__name__}: {error})")
+                spent += time.monotonic() - started
+    try:
+        barrier()
+    except RuntimeError:
+        exit_if_requested()  # the same signal came to the others, and they have ended
+        raise
+    finally:
+        done.set()
+        if watcher.ident:
+            watcher.join()
+        bar.close()
+    return failures
+
+
+def show_all_ranks(bar, cache, keys, done):
+    """In a thread of the main process: move its bar as all processes write entries, until `done` is set."""
+    pending = set(keys)
+    while pending:
+        ended = done.wait(2)
+        found = {key for key in pending if entry_path(cache, "clips", key).exists()}
+        pending -= found
+        bar.update(len(found))
+        if ended:
+            return
+
+
+def show_encoded(output_dir, fps, rows, vae, name, frames, moments):
+    """Save a clip beside what the VAE keeps of it: `encoded/00.mp4` (left: the frames, right: decoded again) and a sheet."""
+    mean = moments.float().chunk(2)[0].transpose(0, 1) * vae.config.scaling_factor
+    decoded = decode_latents(vae, mean)
+    folder = Path(output_dir) / "encoded"
+    write_video(folder / f"{len(rows) // 2:02d}.mp4", np.concatenate([frames, decoded], axis=2), fps)
+    rows += [(f"{name}: as it is trained on", frames), ("decoded from its latents", decoded)]
+    contact_sheet(folder / "contact_sheet.png", rows, "what the VAE keeps of the clips")
