@@ -9,13 +9,16 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from diffusers.training_utils import EMAModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from cogvideox.launch import free
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of a weight
 
@@ -92,9 +95,19 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def is_zero3_shard(parameter):
+    """Whether ZeRO-3 shards a weight: this process holds its shard in `ds_tensor`, and its whole shape in `ds_shape`."""
+    return hasattr(parameter, "ds_id")
+
+
+def is_zero_weight(parameter):
+    """Whether DeepSpeed (any stage) trains a weight: it keeps the fp32 weight and the optimizer's state apart from the model."""
+    return is_zero3_shard(parameter) or hasattr(parameter, "_hp_mapping")
+
+
 def read_weight(parameter):
     """A weight, whole and as it is trained (fp32 where DeepSpeed keeps it so beside the model's), on its device."""
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+    if is_zero_weight(parameter):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter)
@@ -107,7 +120,7 @@ def write_weight(parameter, value):
     value = value.to(parameter.device, torch.float32)
     if isinstance(parameter, DTensor):
         parameter.copy_(like(parameter, value))
-    elif hasattr(parameter, "ds_id"):  # ZeRO-3: fp32 in one place, the compute dtype in another
+    elif is_zero3_shard(parameter):  # fp32 in one place, the compute dtype in another
         from deepspeed.utils import safe_set_local_fp32_param
 
         local = zero3_part(parameter, value)
@@ -117,7 +130,7 @@ def write_weight(parameter, value):
             parameter.data.copy_(value)
     else:
         parameter.copy_(value)
-        if hasattr(parameter, "_hp_mapping"):
+        if is_zero_weight(parameter):
             from deepspeed.utils import safe_set_full_fp32_param
 
             safe_set_full_fp32_param(parameter, value)
@@ -171,21 +184,25 @@ def optimizer_state(optimizer, parameters, keep):
 
     Tensors are gathered one at a time, so a process that keeps nothing needs room for one.
     """
-    host = (lambda tensor: whole(tensor).detach().cpu().clone()) if keep else (lambda tensor: whole(tensor) is None)
+
+    def to_host(tensor):
+        gathered = whole(tensor)  # a collective, also where nothing is kept
+        return gathered.detach().cpu().clone() if keep else None
+
     inner = getattr(optimizer, "optimizer", optimizer)
-    if hasattr(parameters[0], "ds_id") or hasattr(parameters[0], "_hp_mapping"):
+    if is_zero_weight(parameters[0]):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         steps, base = zero_steps(inner), inner.optimizer
         state = {
-            number: {"step": steps} | {name: host(safe_get_full_optimizer_state(parameter, name)) for name in MOMENTS}
+            number: {"step": steps} | {name: to_host(safe_get_full_optimizer_state(parameter, name)) for name in MOMENTS}
             for number, parameter in enumerate(parameters)
         }
         groups = [{**base.param_groups[0], "params": list(range(len(parameters)))}]
     else:
         packed = optimizer.state_dict()
         state = {
-            number: {name: host(value) if torch.is_tensor(value) else value for name, value in values.items()}
+            number: {name: to_host(value) if torch.is_tensor(value) else value for name, value in values.items()}
             for number, values in packed["state"].items()
         }
         groups = packed["param_groups"]
@@ -194,7 +211,7 @@ def optimizer_state(optimizer, parameters, keep):
 
 def load_optimizer_state(optimizer, parameters, stored):
     """Put back what `optimizer_state` gave. Under DeepSpeed a step must have been taken before: its states come with it."""
-    if hasattr(parameters[0], "ds_id") or hasattr(parameters[0], "_hp_mapping"):
+    if is_zero_weight(parameters[0]):
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         inner = optimizer.optimizer
@@ -203,7 +220,7 @@ def load_optimizer_state(optimizer, parameters, stored):
             for name in MOMENTS:
                 value = values[name] if values else torch.zeros(getattr(parameter, "ds_shape", parameter.shape))
                 value = value.to(parameter.device, torch.float32)
-                if hasattr(parameter, "ds_id"):
+                if is_zero3_shard(parameter):
                     safe_set_local_optimizer_state(parameter, zero3_part(parameter, value), name)
                 else:
                     safe_set_full_optimizer_state(parameter, value, name)
@@ -240,23 +257,28 @@ def zero_steps(zero_optimizer):
 
 @contextlib.contextmanager
 def whole_model(accelerator, transformer, build, dtype):
-    """The model with all its weights on this process, to be looked at: the live one or, where that is split, a copy.
+    """A context with the model that has all its weights on this process: the live one or, where that is sharded, a copy.
 
-    build: () -> the model as it was before training, on the CPU. A process that works with the copy waits for nobody, so
-    processes may have unlike amounts of work, and a failure on one does not stop the others.
+    build: () -> the model as it was before training, on the CPU. A process that works with the copy waits for no other, so
+    processes may have different amounts of work, and a failure on one does not stop the others.
     """
     if not splits_weights(accelerator):
         yield transformer
         return
-    copy, live = build(), dict(transformer.named_parameters())
-    with torch.no_grad():
-        for name, parameter in copy.named_parameters():
-            if live[name].requires_grad:
-                parameter.copy_(read_weight(live[name]))
+    copy = build()
+    gather_into(copy, transformer)
     yield cast(copy, dtype).to(accelerator.device).eval()
     del copy
-    if accelerator.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free(accelerator.device)
+
+
+@torch.no_grad()
+def gather_into(copy, transformer):
+    """Put the trained weights of a model into a copy of it that is whole."""
+    live = dict(transformer.named_parameters())
+    for name, parameter in copy.named_parameters():
+        if live[name].requires_grad:
+            parameter.copy_(read_weight(live[name]))
 
 
 def cast(model, dtype):
@@ -273,25 +295,25 @@ def cast(model, dtype):
 
 def make_average(parameters, decay):
     """diffusers' EMAModel: the decay of the first steps is (1 + n) / (10 + n)."""
-    from diffusers.training_utils import EMAModel  # takes a second to import
-
     return EMAModel(parameters, decay=decay)
 
 
 @contextlib.contextmanager
 def averaged(average, parameters):
-    """Put the averaged weights in place of the trained ones for the block; without an average do nothing."""
+    """Put the averaged weights in place of the trained ones for the block; without an average do nothing.
+
+    The trained ones wait in host memory. Blocks must not be nested: the inner one would store the averaged weights as trained.
+    """
     if average is None:
         yield
         return
-    trained = [parameter.detach().clone() for parameter in parameters]
+    assert average.temp_stored_params is None
+    average.store(parameters)
     average.copy_to(parameters)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, trained, strict=True):
-                parameter.copy_(value)
+        average.restore(parameters)
 
 
 # -----------------------------------------------------------------------------
@@ -317,6 +339,8 @@ class Trained:
     build: Callable | None = None
     dtype: torch.dtype = torch.float32
     barrier: Callable = lambda: None
+    sharing: contextlib.ExitStack | None = field(default=None, repr=False)  # of `one_full_model`: holds the copy open
+    shared_model: torch.nn.Module | None = field(default=None, repr=False)
 
     @property
     def device(self):
@@ -326,9 +350,29 @@ class Trained:
     def is_main(self):
         return self.accelerator.is_main_process
 
+    @contextlib.contextmanager
     def full_model(self):
         """A context with the model that has all its weights on this rank, see `whole_model`."""
-        return whole_model(self.accelerator, self.transformer, self.build, self.dtype)
+        if self.sharing is None:
+            with whole_model(self.accelerator, self.transformer, self.build, self.dtype) as model:
+                yield model
+            return
+        if self.shared_model is None:
+            context = whole_model(self.accelerator, self.transformer, self.build, self.dtype)
+            self.shared_model = self.sharing.enter_context(context)
+        yield self.shared_model
+
+    @contextlib.contextmanager
+    def one_full_model(self):
+        """For the block, every `full_model` gives the same copy, which is made when the first one asks for it.
+
+        The copy has the weights of that moment: all who ask for it in one block ask for the same (averaged or not).
+        """
+        with contextlib.ExitStack() as self.sharing:
+            try:
+                yield
+            finally:
+                self.sharing = self.shared_model = None  # the copy goes before its memory is given back
 
     def averaged(self):
         """A context in which the averaged weights, if there are any, stand in place of the trained ones."""
