@@ -137,8 +137,7 @@ def ended_after(guard, outcomes):
     for step, finite in enumerate(outcomes, start=1):
         try:
             guard.check(step, step_result(1.0, finite=finite))
-        except SystemExit as end:
-            assert end.code == 5
+        except SystemExit:
             return step
     return None
 
