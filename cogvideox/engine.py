@@ -1,8 +1,8 @@
-"""DDP, FSDP2 and DeepSpeed behind a few functions: who holds which part of a weight, and how to get at the whole of it.
+"""DDP, FSDP2 and DeepSpeed behind a few functions: which rank holds which shard of a weight, and how to gather all of it.
 
 The engine is chosen by accelerate's config file (`configs/`), not by a flag. A checkpoint has whole tensors whatever the
-engine, so a run may go on under another one, on another number of processes. Every function here that takes a weight is
-a collective: every process calls it.
+engine, so a run may be resumed under another one, on another number of processes. Every function here that takes a weight
+is a collective: every rank calls it.
 """
 
 import contextlib
@@ -33,17 +33,17 @@ def engine_of(accelerator):
 
 
 def splits_weights(accelerator):
-    """Whether a process holds a part of the weights only, so that a forward pass is a matter for all of them."""
+    """Whether a rank holds only a shard of the weights, so that every rank must run the forward pass."""
     return engine_of(accelerator) in ("FSDP2", "ZeRO-3")
 
 
 def uses_deepspeed(accelerator):
-    """Whether DeepSpeed takes the step: within `accelerator.backward`, before anyone has seen the gradient's norm."""
+    """Whether DeepSpeed takes the step: within `accelerator.backward`, before the trainer knows the gradient's norm."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def unfit_flags(args, environment=os.environ):
-    """A sentence for each flag that the engine which the launcher chose cannot serve. Reads the launcher's environment only."""
+    """A sentence for each flag that the launcher's engine does not support. Reads the launcher's environment only."""
     deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     fsdp = environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if not (deepspeed or fsdp):
@@ -54,20 +54,22 @@ def unfit_flags(args, environment=os.environ):
     if deepspeed and environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") not in ("1", "2", "3"):
         problems.append("the config file asks for a DeepSpeed stage other than 1, 2 and 3: use configs/zero2.yaml or configs/zero3.yaml")
     if args.mixed_precision == "fp16":
-        problems.append(f"--mixed_precision fp16: not with {name}, whose loss scaling is not the trainer's; use bf16 or no")
+        problems.append(f"--mixed_precision fp16: unsupported with {name}, which scales the loss in its own way; use bf16 or no")
     if args.optimizer not in ("adamw", "adam"):
-        problems.append(f"--optimizer {args.optimizer}: not with {name}, which hands it parts of the weights; use adamw or adam")
-    for flag, wanted in (("base_precision", "stored"), ("offload", False), ("compile", False)):
-        if getattr(args, flag) != wanted:
+        problems.append(f"--optimizer {args.optimizer}: unsupported with {name}, which gives it shards of the weights; use adamw or adam")
+    for flag, supported in (("base_precision", "stored"), ("offload", False), ("compile", False)):
+        if getattr(args, flag) != supported:
             way_out = "offload in the engine's own config file" if flag == "offload" else "leave it out, or use DDP"
-            problems.append(f"--{flag}: not with {name}; {way_out}")
+            problems.append(f"--{flag}: unsupported with {name}; {way_out}")
     if deepspeed and args.ema_decay:
-        problems.append(f"--ema_decay {args.ema_decay:g}: not with DeepSpeed, whose weights are not at hand between steps; use FSDP2")
+        problems.append(
+            f"--ema_decay {args.ema_decay:g}: unsupported with DeepSpeed, which keeps the fp32 weights to itself between steps; use FSDP2"
+        )
     return problems
 
 
 def prepare(accelerator, transformer, optimizer, batch_size, max_grad_norm, dtype):
-    """Hand a model and its optimizer to the engine. Returns (model, optimizer, parameters): the trained ones, as they are now."""
+    """Hand a model and its optimizer to the engine. Returns (model, optimizer, the trained parameters as the engine keeps them)."""
     if uses_deepspeed(accelerator):
         # What accelerate would take from a data loader, and from clip_grad_norm_, which comes after DeepSpeed's step.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -91,7 +93,7 @@ def prepare(accelerator, transformer, optimizer, batch_size, max_grad_norm, dtyp
 
 
 def whole(tensor):
-    """A tensor with all its parts, where it was one of FSDP2's."""
+    """A tensor, gathered from all ranks if FSDP2 sharded it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -106,7 +108,7 @@ def is_zero_weight(parameter):
 
 
 def read_weight(parameter):
-    """A weight, whole and as it is trained (fp32 where DeepSpeed keeps it so beside the model's), on its device."""
+    """A whole weight as it is trained (DeepSpeed keeps it in fp32 beside the model's), on its device."""
     if is_zero_weight(parameter):
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -116,14 +118,14 @@ def read_weight(parameter):
 
 @torch.no_grad()
 def write_weight(parameter, value):
-    """Put a whole tensor into a weight, of which this process may hold a part."""
+    """Put a whole tensor into a weight, of which this process may hold a shard."""
     value = value.to(parameter.device, torch.float32)
     if isinstance(parameter, DTensor):
         parameter.copy_(like(parameter, value))
     elif is_zero3_shard(parameter):  # fp32 in one place, the compute dtype in another
         from deepspeed.utils import safe_set_local_fp32_param
 
-        local = zero3_part(parameter, value)
+        local = zero3_shard(parameter, value)
         safe_set_local_fp32_param(parameter, local)
         parameter.ds_tensor.data.copy_(local.view_as(parameter.ds_tensor))
         if parameter.numel():  # a small one, which DeepSpeed leaves whole between its turns
@@ -162,17 +164,17 @@ def write_trained(weights, state, complaint):
 
 
 def like(parameter, value):
-    """A whole tensor, which every process has, split as a parameter is."""
+    """A whole tensor, which every rank has, sharded as a parameter is."""
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def zero3_part(parameter, value):
-    """This process's part of a whole tensor, padded as ZeRO-3 does."""
+def zero3_shard(parameter, value):
+    """This rank's shard of a whole tensor, padded as ZeRO-3 does."""
     import torch.distributed as distributed
 
-    part, rank = parameter.ds_tensor.numel(), distributed.get_rank()
-    flat = torch.nn.functional.pad(value.flatten(), (0, max(0, part * (rank + 1) - value.numel())))
-    return flat[part * rank : part * (rank + 1)]
+    size, rank = parameter.ds_tensor.numel(), distributed.get_rank()
+    flat = torch.nn.functional.pad(value.flatten(), (0, max(0, size * (rank + 1) - value.numel())))
+    return flat[size * rank : size * (rank + 1)]
 
 
 # -----------------------------------------------------------------------------
@@ -182,7 +184,7 @@ def zero3_part(parameter, value):
 def optimizer_state(optimizer, parameters, keep):
     """What `optimizer.state_dict()` would be on one process, with whole tensors on the CPU; None where `keep` is false.
 
-    Tensors are gathered one at a time, so a process that keeps nothing needs room for one.
+    Tensors are gathered one at a time, so a rank that keeps nothing needs room for one.
     """
 
     def to_host(tensor):
@@ -221,7 +223,7 @@ def load_optimizer_state(optimizer, parameters, stored):
                 value = values[name] if values else torch.zeros(getattr(parameter, "ds_shape", parameter.shape))
                 value = value.to(parameter.device, torch.float32)
                 if is_zero3_shard(parameter):
-                    safe_set_local_optimizer_state(parameter, zero3_part(parameter, value), name)
+                    safe_set_local_optimizer_state(parameter, zero3_shard(parameter, value), name)
                 else:
                     safe_set_full_optimizer_state(parameter, value, name)
         steps = next((values["step"] for values in stored["state"].values()), 0)
@@ -233,7 +235,7 @@ def load_optimizer_state(optimizer, parameters, stored):
         return
     state = {
         number: {
-            name: like(parameters[number], value.to(parameters[number].device)) if split_like(parameters[number], value) else value
+            name: like(parameters[number], value.to(parameters[number].device)) if is_sharded_like(parameters[number], value) else value
             for name, value in values.items()
         }
         for number, values in stored["state"].items()
@@ -241,8 +243,8 @@ def load_optimizer_state(optimizer, parameters, stored):
     optimizer.load_state_dict({"state": state, "param_groups": stored["param_groups"]})
 
 
-def split_like(parameter, value):
-    """Whether a state's value has to be split as its parameter is."""
+def is_sharded_like(parameter, value):
+    """Whether a state's value has to be sharded as its parameter is."""
     return isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape
 
 

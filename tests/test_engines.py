@@ -136,7 +136,7 @@ def test_two_processes_train_what_one_does_and_one_goes_on_from_theirs(name, kin
     if kind == "lora":
         assert worst_difference(two, result_of(alone["other seed"])) > 1e-3
     assert len(list((tmp_path / "two/validation/step-000004").glob("*.mp4"))) == 3
-    # The unlike number of videos was no matter; and now one process goes on from what two have saved.
+    # Ranks made different numbers of videos; now one process resumes what two have saved.
     begun = unfinished(tmp_path / "two", tmp_path / "begun")
     train(output=begun, resume_from_checkpoint="latest", train_batch_size=2, **flags)
     assert worst_difference(result_of(begun), one) < 1e-4
@@ -155,7 +155,7 @@ def test_two_processes_go_on_from_what_one_has_saved(name, kind, tiny_model, six
     line = words(tiny_model, six_clips, begun, encodings, resume_from_checkpoint="latest", **flags)
     codes, output = launch(name, line)
     assert codes == [0, 0], output[-3000:]
-    assert "going on from" in output
+    assert "resuming from" in output
     assert f"engine: {NAMES[name]}\n" in output
     assert worst_difference(result_of(begun), result_of(alone[kind])) < 1e-4
     assert losses_of(begun) == pytest.approx(losses_of(alone[kind]), rel=1e-4)
@@ -273,10 +273,10 @@ def test_an_average_is_what_is_shipped_and_training_does_not_feel_it(kind, train
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"optimizer": "prodigy"}, "--optimizer prodigy: not with FSDP2"),
-        ({"base_precision": "int8"}, "--base_precision: not with FSDP2"),
-        ({"offload": True}, "--offload: not with FSDP2; offload in the engine's own config file"),
-        ({"compile": True}, "--compile: not with FSDP2"),
+        ({"optimizer": "prodigy"}, "--optimizer prodigy: unsupported with FSDP2"),
+        ({"base_precision": "int8"}, "--base_precision: unsupported with FSDP2"),
+        ({"offload": True}, "--offload: unsupported with FSDP2; offload in the engine's own config file"),
+        ({"compile": True}, "--compile: unsupported with FSDP2"),
     ],
 )
 def test_flags_that_an_engine_cannot_serve_are_refused(flags, sentence, tiny_model, six_clips, tmp_path, encodings):
@@ -289,7 +289,7 @@ def test_flags_that_an_engine_cannot_serve_are_refused(flags, sentence, tiny_mod
 def test_what_the_config_file_asks_for_is_refused_where_it_is_not_supported(tiny_model, six_clips, tmp_path, encodings):
     args = script.parse_args(words(tiny_model, six_clips, tmp_path, encodings, mixed_precision="no", ema_decay=0.9))
     assert "FSDP 1" in engine.unfit_flags(args, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"})[0]
-    assert "--ema_decay 0.9: not with DeepSpeed" in engine.unfit_flags(args, {"ACCELERATE_USE_DEEPSPEED": "true"})[0]
+    assert "--ema_decay 0.9: unsupported with DeepSpeed" in engine.unfit_flags(args, {"ACCELERATE_USE_DEEPSPEED": "true"})[0]
 
 
 @pytest.mark.parametrize("flags", [{"lora_dropout": 0.1}, {"offload": True}, {"base_precision": "int8"}, {"init_lora": "x"}])
