@@ -10,13 +10,17 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.distributed as distributed
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import train_cogvideox_lora as script
 from cogvideox import checkpoint, engine
 from cogvideox.video import read_video, write_video
 from tests.conftest import ROOT, STEADY_ADAM, environment, words
+from tests.stand_ins import make_trained, train_one_step
 from tests.test_launch import free_port, run
 
 TWO_STEPS_AND_TWO = {"max_train_steps": 4, "checkpointing_steps": 2} | STEADY_ADAM
@@ -268,6 +272,39 @@ def test_an_average_is_what_is_shipped_and_training_does_not_feel_it(kind, train
     shipped = result_of(averaged)
     for name, tensor in expected.items():
         torch.testing.assert_close(shipped.get(name, shipped.get(f"transformer.{name}")), tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_an_average_stands_in_for_a_sharded_weight_and_leaves_its_bits(tmp_path):
+    distributed.init_process_group("gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        weight = torch.nn.Parameter(distribute_tensor(torch.randn(6, 4), mesh, [Shard(0)]))
+        average = engine.make_average([weight], 0.5)
+        for _ in range(2):
+            engine.write_weight(weight, torch.randn(6, 4))
+            average.step([weight])
+        live, mean = engine.whole(weight.detach()).clone(), engine.whole(average.shadow_params[0]).clone()
+        assert not torch.equal(live, mean)
+        with engine.averaged(average, [weight]):
+            assert torch.equal(engine.read_weight(weight), mean)
+        assert torch.equal(engine.read_weight(weight), live)
+        assert isinstance(weight, DTensor)
+        assert weight.requires_grad
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_rank_that_keeps_nothing_gathers_every_optimizer_state_all_the_same(keep, monkeypatch):
+    trained, gathered = make_trained(), []
+    train_one_step(trained)
+    monkeypatch.setattr(engine, "whole", lambda tensor: gathered.append(tensor) or tensor)
+    state = engine.optimizer_state(trained.optimizer, trained.parameters, keep)
+    assert len(gathered) == len(trained.optimizer.state[trained.parameters[0]])
+    assert (state is not None) is keep
+    if keep:
+        assert all(torch.is_tensor(value) for value in state["state"][0].values())
+        assert all(torch.equal(value, trained.optimizer.state[trained.parameters[0]][name]) for name, value in state["state"][0].items())
 
 
 @pytest.mark.parametrize(
