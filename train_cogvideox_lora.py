@@ -408,8 +408,9 @@ def main(args):
     if first_step == 0:
         if is_main:
             shutil.rmtree(output_dir / "best", ignore_errors=True)  # of a run that ended before its first checkpoint
-        scorer.offer(0)
-        validator.offer(0)
+        with trained.one_full_model():
+            scorer.offer(0)
+            validator.offer(0)
     batches = iter(load_batches(args, accelerator, clips, first_step, plan.total_steps))
     step, stop = first_step, 0
     for step in meter.bar(first_step + 1, plan.total_steps):
@@ -419,7 +420,7 @@ def main(args):
         guard.check(step, outcome)  # too many non-finite gradients end the run
         meter.offer(step, outcome, last)
         checkpointer.offer(step, last)
-        with meter.paused():
+        with meter.paused(), trained.one_full_model():
             scorer.offer(step, last)
             validator.offer(step, last)
         # A signal to any rank ends the run here, on all of them, with everything on disk.

@@ -123,7 +123,7 @@ TENSOR_FILES = ("exported", "live", "optimizer")
 class Saver:
     """Writes checkpoints in a thread, one at a time, on the process that may write; on the others it does nothing.
 
-    A checkpoint that cannot be written is told, and neither ends the run nor costs an older one.
+    A checkpoint that cannot be written is a warning: it ends no run and costs no older checkpoint.
     """
 
     def __init__(self, output_dir, limit, enabled):
@@ -172,7 +172,7 @@ def sync_folder(folder):
 
 
 def report_export(result, folder, transformer):
-    """Load a checkpoint's result as its users will, and say whether it is what was trained. result: of RESULTS."""
+    """Load a checkpoint's result as its users will, and compare it with the live weights. result: of RESULTS."""
     try:
         error, effect = result.check_export(folder, transformer)
     except Exception as problem:  # a check must not cost the run that it checks
@@ -214,7 +214,7 @@ def prune_checkpoints(output_dir, limit):
 
 
 def list_checkpoints(output_dir):
-    """(step, path) of the checkpoint folders below `output_dir`, oldest first; other names are nobody's business here."""
+    """(step, path) of the checkpoint folders below `output_dir`, oldest first; other names are ignored."""
     output_dir = Path(output_dir)
     entries = output_dir.iterdir() if output_dir.is_dir() else []
     found = [(int(m[1]), p) for p in entries if (m := re.fullmatch(r"checkpoint-(\d+)", p.name)) and p.is_dir()]
@@ -253,18 +253,18 @@ def read_manifest(path):
     return manifest
 
 
-def choose_checkpoint(wanted, output_dir):
+def choose_checkpoint(requested, output_dir):
     """The checkpoint to resume from. Returns (path, manifest, remarks); path is None where "latest" finds nothing.
 
     "latest" takes the newest whole one and says what it skipped; a path has to be whole. Raises BadCheckpoint.
     """
-    if wanted != "latest":
-        path = Path(wanted).expanduser()
-        if not path.is_dir() and (Path(output_dir) / wanted).is_dir():
-            path = Path(output_dir) / wanted
+    if requested != "latest":
+        path = Path(requested).expanduser()
+        if not path.is_dir() and (Path(output_dir) / requested).is_dir():
+            path = Path(output_dir) / requested
         if not path.is_dir():
             there = ", ".join(p.name for _, p in list_checkpoints(output_dir)) or "none"
-            raise BadCheckpoint(f"--resume_from_checkpoint {wanted}: no such folder ({output_dir} has: {there})")
+            raise BadCheckpoint(f"--resume_from_checkpoint {requested}: no such folder ({output_dir} has: {there})")
         return path, read_manifest(path), []
     remarks = []
     for _, path in reversed(list_checkpoints(output_dir)):
@@ -320,7 +320,7 @@ def load_checkpoint(path, result, transformer, optimizer, parameters, schedule, 
 
 
 def resume(args, accelerator, result, transformer, optimizer, parameters, schedule, facts, average=None):
-    """Go on from --resume_from_checkpoint, on every process. Returns the number of steps already trained.
+    """Resume from --resume_from_checkpoint, on every process. Returns the number of steps already trained.
 
     Ends the run with a sentence where the checkpoint is not whole, or was made with settings that would train another run.
     """
@@ -346,7 +346,7 @@ def resume(args, accelerator, result, transformer, optimizer, parameters, schedu
         load_checkpoint(path, result, transformer, optimizer, parameters, schedule, accelerator.scaler, average)
     except BadCheckpoint as error:
         fail(BAD_OUTPUT, str(error))
-    say(f"resume: going on from {path}, step {step}")
+    say(f"resuming from {path}, step {step}")
     if accelerator.is_main_process:
         for aside in set_aside_newer(args.output_dir, step):
             say(f"resume: set aside as {aside.name}, which is of a later step")

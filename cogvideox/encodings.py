@@ -23,7 +23,7 @@ from safetensors.torch import save
 from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, progress, say, warn
 from cogvideox.decode import ENCODING_VERSION, clip_framing
 from cogvideox.files import hash_file, key_of, read_json, write_bytes
-from cogvideox.folder import component_note, latent_shape, safetensors_header, stored_dtype, weight_files
+from cogvideox.folder import component_note, latent_shape, stored_dtype, weight_files
 from cogvideox.launch import free
 from cogvideox.model import decode_latents, encode_captions, encode_frames, load_text_encoder, load_vae, usable_dtype
 from cogvideox.stopping import exit_if_requested
@@ -101,8 +101,9 @@ def read_entry(path):
 def is_complete(path, shape):
     """Whether an entry is there, of this shape, with as many bytes as its header announces."""
     try:
-        return safetensors_header(path)["encoding"]["shape"] == list(shape)
-    except (OSError, ValueError, KeyError):
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.get_slice("encoding").get_shape() == list(shape)
+    except (OSError, safetensors.SafetensorError):
         return False
 
 

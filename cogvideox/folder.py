@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
+from safetensors import SafetensorError, safe_open
 
 from cogvideox.decode import longest_legal_length
 from cogvideox.files import key_of, read_json
@@ -98,16 +99,22 @@ def weight_files(folder, variant=None):
 
 
 def safetensors_header(path):
-    """The header of a safetensors file: name -> {dtype, shape, data_offsets}. Reads no weights. ValueError if broken."""
+    """The header of a safetensors file: name -> {dtype, shape, data_offsets}. Reads no weights. ValueError if broken.
+
+    For the offsets, which the library does not give, and for a message that says how much of a cut file is there.
+    """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length < 100_000_000:
             raise ValueError("not a safetensors file")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if path.stat().st_size != 8 + length + end:
-        raise ValueError(f"truncated: {path.stat().st_size} bytes of {8 + length + end}")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            raise ValueError("not a safetensors file (its header cannot be read)") from None
+    if path.stat().st_size != end:
+        raise ValueError(f"truncated: {path.stat().st_size} bytes of {end}")
     return header
 
 
@@ -115,7 +122,9 @@ def broken_safetensors(path):
     """Why a safetensors file cannot be read, or None."""
     try:
         safetensors_header(path)
-    except (ValueError, OSError) as error:
+        with safe_open(path, framework="pt"):  # checks each tensor's dtype, shape and place
+            pass
+    except (ValueError, OSError, SafetensorError) as error:
         return str(error)
     return None
 

@@ -167,8 +167,8 @@ def test_a_signal_in_validation_leaves_the_video_and_saves(train, tiny_model, si
             monkeypatch.setitem(stopping.received, "signal", signal.SIGTERM)
         return validation_step(*args, **kwargs)
 
-    validation_step = validation.stop_sampling_if_wanted
-    monkeypatch.setattr(validation, "stop_sampling_if_wanted", strike)
+    validation_step = validation.stop_sampling_if_requested
+    monkeypatch.setattr(validation, "stop_sampling_if_requested", strike)
     with pytest.raises(SystemExit) as stop:
         train(output=tmp_path / "out", validation_prompt="a rabbit", validation_steps=1, num_inference_steps=2, max_train_steps=50)
     assert stop.value.code == 143
