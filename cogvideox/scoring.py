@@ -225,6 +225,10 @@ class Scorer:
             self.trained.accelerator, transformer, losses, self.encodings, self.sets, self.captions, *self.noise, with_gap
         )  # fmt: skip
 
+    def verdict(self, ran_all):
+        """As the function `verdict`, of this run's scores."""
+        return verdict(self.lines, self.trained.schedule.base_lrs[0], ran_all)
+
     def is_due(self, step, last=False):
         """Whether the clips are scored after this step."""
         if not self.args.eval_clips:

@@ -9,17 +9,22 @@ import torch
 from safetensors.torch import load_file
 
 from cogvideox import checkpoint
-from tests.stand_ins import RESULT, OneProcess, export, flags_of, make_trained, train_one_step
+from tests.stand_ins import RESULT, OneProcess, flags_of, make_trained, train_one_step
 
 FLAGS = {"training_type": "lora", "ema_decay": 0.0, "timestep_sampling": "uniform", "snr_gamma": None}
 RUN_FACTS = {"flags": FLAGS, "clips": "hash of the clips", "transformer": "hash of the model", "clips_per_step": 1}
 
 
-def watcher(output_dir, trained=None, result=RESULT, **flags):
+def watcher(output_dir, trained=None, **flags):
     """A checkpointer of a new run, or of one that resumes from `resume_from_checkpoint`. Returns (checkpointer, first step)."""
     output_dir.mkdir(exist_ok=True)
-    made = checkpoint.Checkpointer(flags_of(output_dir, **flags), trained or make_trained(), result, export, RUN_FACTS, {"rank": "4"})
+    made = checkpoint.Checkpointer(flags_of(output_dir, **flags), trained or make_trained(), RUN_FACTS, {"rank": "4"})
     return made, made.load()
+
+
+def changed_kind(**changes):
+    """`RESULT` with other functions."""
+    return SimpleNamespace(**vars(RESULT) | changes)
 
 
 @pytest.fixture
@@ -145,13 +150,14 @@ def test_a_full_disk_costs_one_checkpoint_and_not_the_run_nor_an_older_one(tmp_p
 
 
 def test_the_first_checkpoint_alone_is_loaded_again_with_the_weights_that_were_shipped(tmp_path):
-    seen, trained = [], make_trained(ema_decay=0.5)
+    seen = []
 
     def check_export(folder, model):
         seen.append((folder.name, model.trained.detach().clone(), trained.average.shadow_params[0].clone()))
         return 0.0, 1.0
 
-    checkpointer, _ = watcher(tmp_path, trained, SimpleNamespace(**vars(RESULT) | {"check_export": check_export}), checkpointing_steps=2)
+    trained = make_trained(ema_decay=0.5, kind=changed_kind(check_export=check_export))
+    checkpointer, _ = watcher(tmp_path, trained, checkpointing_steps=2)
     run(checkpointer, 0, 6)
     ((folder, loaded, averaged),) = seen
     assert folder == "checkpoint-2"
@@ -168,7 +174,7 @@ def test_what_the_check_of_the_first_checkpoint_finds_is_told_and_ends_nothing(o
             raise RuntimeError("a loader that fails")
         return outcome
 
-    checkpointer, _ = watcher(tmp_path, result=SimpleNamespace(**vars(RESULT) | {"check_export": check_export}), checkpointing_steps=1)
+    checkpointer, _ = watcher(tmp_path, make_trained(kind=changed_kind(check_export=check_export)), checkpointing_steps=1)
     run(checkpointer, 0, 2)
     assert capsys.readouterr().err.count(word) == 1
     assert steps_on_disk(tmp_path) == [1, 2]
@@ -192,7 +198,7 @@ def test_best_weights_that_cannot_be_written_are_told_and_end_nothing(problem, t
     def write(folder, exported, facts):
         raise problem
 
-    checkpointer, _ = watcher(tmp_path, result=SimpleNamespace(**vars(RESULT) | {"write": write}))
+    checkpointer, _ = watcher(tmp_path, make_trained(kind=changed_kind(write=write)))
     checkpointer.save_best(3)
     assert f"best/ was not written at step 3 ({problem})" in capsys.readouterr().err
 
