@@ -27,33 +27,9 @@ from cogvideox.files import file_sha256, read_json, write_durably, write_tensors
 FORMAT = 1
 RESULTS = {"lora": lora, "sft": sft}  # --training_type: the module that knows what is trained and how it is shipped
 
-# What older checkpoints were trained with, before there were flags for it.
-FLAGS_ONCE_MISSING = {"training_type": "lora", "ema_decay": 0.0, "timestep_sampling": "uniform", "snr_gamma": None}
-# Flags that say where things lie, how often something is looked at, or how long to train: a resumed run may change them.
-FREE_FLAGS = {
-    "output_dir", "logging_dir", "cache_dir", "encoding_cache_dir", "resume_from_checkpoint", "instance_data_root", "dataset_name",
-    "dataset_config_name", "caption_column", "video_column", "allow_external_paths", "pretrained_model_name_or_path", "revision",
-    "variant", "dataloader_num_workers", "clip_timeout_seconds", "validation_prompt", "validation_prompt_separator",
-    "num_validation_videos", "validation_epochs", "validation_steps", "guidance_scale", "use_dynamic_cfg", "num_inference_steps",
-    "validation_height", "validation_width", "validation_frames", "negative_prompt", "eval_clips", "eval_steps", "num_train_epochs",
-    "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "gradient_checkpointing", "compile", "offload", "enable_slicing",
-    "enable_tiling", "tracker_name", "push_to_hub", "hub_token", "hub_model_id", "report_to", "logging_steps", "allow_tf32",
-    "process_timeout_minutes", "max_skipped_steps", "bad_videos", "max_bad_share", "init_lora", "bucket_sizes",
-    "bucket_lengths", "dry_run", "prompts", "train_batch_size", "gradient_accumulation_steps", "overwrite_output_dir",
-    # What these change in the data is seen in the hash of the clips and captions, whatever the flags say.
-    "height", "width", "fps", "max_num_frames", "skip_frames_start", "skip_frames_end", "video_reshape_mode", "id_token",
-    "eval_share", "eval_data_root",
-    "fixed_loss_clips",  # of older checkpoints
-}  # fmt: skip
-
 
 class BadCheckpoint(ValueError):
     """A folder that cannot be resumed from; the message says why."""
-
-
-def public_flags(args):
-    """The flags of a run as JSON-ready values, without the token."""
-    return {name: value for name, value in sorted(vars(args).items()) if name != "hub_token"}
 
 
 # -----------------------------------------------------------------------------
@@ -301,14 +277,16 @@ def choose_checkpoint(requested, output_dir):
     return None, None, [f"no checkpoint in {output_dir}: starting at step 0"]
 
 
-def changed_settings(stored, current):
-    """What differs between a checkpoint's facts and this run's in ways that would train something else, as sentences."""
-    flags = FLAGS_ONCE_MISSING | stored["flags"], current["flags"]
-    changes = [
-        f"--{name} was {flags[0].get(name)!r} and is {flags[1].get(name)!r}"
-        for name in sorted(set(flags[0]) | set(flags[1]))
-        if name not in FREE_FLAGS and flags[0].get(name) != flags[1].get(name)
-    ]
+def changed_settings(stored, current, declared):
+    """What differs between a checkpoint's facts and this run's in ways that would train something else, as sentences.
+
+    declared: the flags by name, see `flags.flag_group`; one that the checkpoint does not know had its default.
+    """
+    changes = []
+    for name, action in declared.items():
+        before, now = stored["flags"].get(name, action.default), current["flags"].get(name)
+        if not action.free and before != now:
+            changes.append(f"--{name} was {before!r} and is {now!r}")
     words = {
         "clips": "the clips, captions or their encoding",
         "transformer": "the base model's transformer",
@@ -352,7 +330,7 @@ def resume(args, accelerator, result, transformer, optimizer, parameters, schedu
     if accelerator.is_main_process:
         try:
             path, manifest, remarks = choose_checkpoint(args.resume_from_checkpoint, args.output_dir)
-            changes = changed_settings(manifest, facts) if path else []
+            changes = changed_settings(manifest, facts, args.declared) if path else []
             problem = f"--resume_from_checkpoint {path}: another run: {'; '.join(changes)}" if changes else None
             choice = [(path, manifest and manifest["step"], remarks, problem)]
         except BadCheckpoint as error:

@@ -143,6 +143,11 @@ def trained_weights(transformer):
     return [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
 
 
+def count_parameters(transformer):
+    """(trained, all) parameters, before an engine shards them."""
+    return sum(p.numel() for _, p in trained_weights(transformer)), sum(p.numel() for p in transformer.parameters())
+
+
 def trained_state(transformer, keep=True):
     """name -> whole fp32 CPU tensor of every trained weight; {} where `keep` is false, at the cost of one tensor at a time."""
     state = {}
@@ -181,6 +186,11 @@ def zero3_shard(parameter, value):
 # Whole optimizer states
 
 
+def inner_optimizer(optimizer):
+    """The optimizer that accelerate has wrapped (under DeepSpeed: DeepSpeed's own, with another one in it)."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def optimizer_state(optimizer, parameters, keep):
     """What `optimizer.state_dict()` would be on one process, with whole tensors on the CPU; None where `keep` is false.
 
@@ -191,7 +201,7 @@ def optimizer_state(optimizer, parameters, keep):
         gathered = whole(tensor)  # a collective, also where nothing is kept
         return gathered.detach().cpu().clone() if keep else None
 
-    inner = getattr(optimizer, "optimizer", optimizer)
+    inner = inner_optimizer(optimizer)
     if is_zero_weight(parameters[0]):
         from deepspeed.utils import safe_get_full_optimizer_state
 

@@ -109,7 +109,7 @@ def test_the_stored_dtype_decides_whatever_the_folder_is_called(tmp_path, dtype,
     loaded = model.load_transformer(path, dtype)
     assert loaded.dtype == dtype
     expected = "no" if name == "fp16" else name  # a CPU has no fast fp16
-    assert script.choose_precision(None, path, None) == (expected, None)
+    assert folder_of.choose_precision(None, path, None) == (expected, None)
 
 
 def test_t5_keeps_its_wo_in_fp32_when_it_is_stored_in_fp16(tmp_path):

@@ -122,8 +122,8 @@ def test_copies_in_both_sets_are_told(train, six_clips):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"eval_share": 1.0}, "--eval_share 1.0: a share from 0 to below 1"),
-        ({"eval_share": "nan"}, "--eval_share nan: a share"),
+        ({"eval_share": 1.0}, "--eval_share 1.0: at least 0 and below 1"),
+        ({"eval_share": "nan"}, "--eval_share nan: at least 0"),
         ({"eval_share": 0.1, "eval_data_root": "."}, "--eval_share and --eval_data_root: both hold clips out"),
         ({"eval_clips": -1}, "--eval_clips -1: at least 0"),
         ({"eval_steps": -1}, "--eval_steps -1: at least 0"),
