@@ -15,10 +15,10 @@ FLAGS = {"training_type": "lora", "seed": 42, "eval_clips": 4}
 RUN_FACTS = {"flags": FLAGS, "clips": "hash of the clips", "transformer": "hash of the model", "clips_per_step": 1}
 
 
-def watcher(output_dir, trained=None, result=RESULT, **flags):
+def watcher(output_dir, trained=None, result=RESULT, facts=RUN_FACTS, **flags):
     """A checkpointer of a new run, or of one that resumes from `resume_from_checkpoint`. Returns (checkpointer, first step)."""
     output_dir.mkdir(exist_ok=True)
-    made = checkpoint.Checkpointer(flags_of(output_dir, **flags), trained or make_trained(), result, export, RUN_FACTS, {"rank": "4"})
+    made = checkpoint.Checkpointer(flags_of(output_dir, **flags), trained or make_trained(), result, export, facts, {"rank": "4"})
     return made, made.load()
 
 
@@ -105,15 +105,14 @@ def test_a_resumed_run_counts_from_the_first_step_of_the_run(tmp_path, written):
         ({}, None),
     ],
 )
-def test_a_run_that_would_train_something_else_is_not_resumed(facts, sentence, tmp_path, monkeypatch, capsys):
+def test_a_run_that_would_train_something_else_is_not_resumed(facts, sentence, tmp_path, capsys):
     run(watcher(tmp_path)[0], 0, 2)
-    monkeypatch.setattr("tests.test_checkpoint.RUN_FACTS", RUN_FACTS | facts)
     declared = {"seed": SimpleNamespace(default=42, free=False), "eval_clips": SimpleNamespace(default=4, free=True)}
     if sentence is None:
-        assert watcher(tmp_path, resume_from_checkpoint="latest", declared=declared)[1] == 2
+        assert watcher(tmp_path, facts=RUN_FACTS | facts, resume_from_checkpoint="latest", declared=declared)[1] == 2
         return
     with pytest.raises(SystemExit) as end:
-        watcher(tmp_path, resume_from_checkpoint="latest", declared=declared)
+        watcher(tmp_path, facts=RUN_FACTS | facts, resume_from_checkpoint="latest", declared=declared)
     assert end.value.code == 4
     assert sentence in capsys.readouterr().err
 
