@@ -10,6 +10,7 @@ from cogvideox.order import Plan
 
 FLAGS = {
     "training_type": "lora",
+    "declared": {},  # flags whose change makes it another run: none
     "resume_from_checkpoint": None,
     "checkpointing_steps": 1000,
     "checkpoints_total_limit": None,

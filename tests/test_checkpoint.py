@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from cogvideox import checkpoint
 from tests.stand_ins import RESULT, OneProcess, flags_of, make_trained, train_one_step
 
-FLAGS = {"training_type": "lora", "ema_decay": 0.0, "timestep_sampling": "uniform", "snr_gamma": None}
+FLAGS = {"training_type": "lora", "seed": 42, "eval_clips": 4}
 RUN_FACTS = {"flags": FLAGS, "clips": "hash of the clips", "transformer": "hash of the model", "clips_per_step": 1}
 
 
-def watcher(output_dir, trained=None, **flags):
+def watcher(output_dir, trained=None, facts=RUN_FACTS, **flags):
     """A checkpointer of a new run, or of one that resumes from `resume_from_checkpoint`. Returns (checkpointer, first step)."""
     output_dir.mkdir(exist_ok=True)
-    made = checkpoint.Checkpointer(flags_of(output_dir, **flags), trained or make_trained(), RUN_FACTS, {"rank": "4"})
+    made = checkpoint.Checkpointer(flags_of(output_dir, **flags), trained or make_trained(), facts, {"rank": "4"})
     return made, made.load()
 
 
@@ -98,6 +98,28 @@ def test_a_resumed_run_counts_from_the_first_step_of_the_run(tmp_path, written):
     assert torch.equal(trained.transformer.trained, unbroken.transformer.trained)
     train_one_step(unbroken)
     assert not torch.equal(trained.transformer.trained, unbroken.transformer.trained)
+
+
+@pytest.mark.parametrize(
+    ("facts", "sentence"),
+    [
+        ({"flags": FLAGS | {"seed": 43}}, "--seed was 42 and is 43"),
+        ({"flags": FLAGS | {"eval_clips": 2}}, None),  # a resumed run may change it
+        ({"clips": "other clips"}, "the clips, captions or their encoding changed"),
+        ({"clips_per_step": 2}, "clips a step (batch x processes x accumulation) changed (were 1, are 2)"),
+        ({}, None),
+    ],
+)
+def test_a_run_that_would_train_something_else_is_not_resumed(facts, sentence, tmp_path, capsys):
+    run(watcher(tmp_path)[0], 0, 2)
+    declared = {"seed": SimpleNamespace(default=42, free=False), "eval_clips": SimpleNamespace(default=4, free=True)}
+    if sentence is None:
+        assert watcher(tmp_path, facts=RUN_FACTS | facts, resume_from_checkpoint="latest", declared=declared)[1] == 2
+        return
+    with pytest.raises(SystemExit) as end:
+        watcher(tmp_path, facts=RUN_FACTS | facts, resume_from_checkpoint="latest", declared=declared)
+    assert end.value.code == 4
+    assert sentence in capsys.readouterr().err
 
 
 def test_a_resumed_run_that_is_complete_writes_nothing(tmp_path, written):
