@@ -336,7 +336,8 @@ def main(args):
 
     # Data: every clip is opened and decoded once, then encoded once; afterwards neither T5 nor the VAE is in memory.
     with Readers(decode_workers(), args.clip_timeout_seconds) as readers:
-        data = check_data(args, facts, tokenizer, readers, accelerator, barrier)
+        with timed("check the clips"):
+            data = check_data(args, facts, tokenizer, readers, accelerator, barrier)
         if problems or data.problems:
             fail(BAD_FLAGS if problems else BAD_DATA, problems + data.problems)
         if is_main and args.overwrite_output_dir and holds_earlier_run(output_dir):

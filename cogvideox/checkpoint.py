@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cogvideox import engine, lora, report, sft
-from cogvideox.console import BAD_OUTPUT, fail, say, warn
+from cogvideox.console import BAD_OUTPUT, fail, say, timed, warn
 from cogvideox.files import file_sha256, read_json, write_durably, write_tensors
 
 FORMAT = 1
@@ -140,7 +140,8 @@ class Saver:
 
     def write(self, step, snapshot, facts, result_facts):
         """In the thread: the checkpoint, then its result beside it, then the old ones go."""
-        path = write_checkpoint(self.output_dir, step, snapshot, facts, result_facts)
+        with timed(f"write checkpoint-{step}"):
+            path = write_checkpoint(self.output_dir, step, snapshot, facts, result_facts)
         snapshot["result"].publish(path, self.output_dir)
         prune_checkpoints(self.output_dir, self.limit)
         return path
