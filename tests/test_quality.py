@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT, environment
-from tools import benchmark
+from tools.benchmark import __main__ as command
 from tools.quality import SETTINGS, reached, rows_of, write_halves
 
 
@@ -71,7 +71,7 @@ def test_the_guides_settings_are_those_of_its_script():
 )
 def test_mistakes_are_told_before_anything_runs(words, sentence, capsys):
     with pytest.raises(SystemExit) as ended:
-        benchmark.main(["quality", *words])
+        command.main(["quality", *words])
     told = capsys.readouterr()
     assert (ended.value.code, told.out) == (2, "")
     assert sentence in told.err

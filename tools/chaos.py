@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 
 from cogvideox.checkpoint import BadCheckpoint, list_checkpoints, read_manifest
 from cogvideox.console import progress
-from tools.benchmark import ROOT, make_clips, trainer_command
+from tools.benchmark.harness import ROOT
+from tools.benchmark.programs import make_clips, trainer_command
 
 LATE = "did not end in a minute"
 SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}

@@ -18,8 +18,8 @@ from pathlib import Path
 from cogvideox.console import progress
 from cogvideox.files import read_json_lines
 from cogvideox.scoring import evaluations
+from tools.benchmark.harness import ROOT, table
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZE = "--id_token OLDFILM --height 64 --width 96 --max_num_frames 17 --mixed_precision no --gradient_checkpointing none"
 # What is compared: flags of the trainer. "guide" has all that the guide says about learning, "defaults" none of it.
 # LoRA+ (Hayou et al., 2024) gives B a learning rate that is a ratio above A's. B begins at zero and Adam does not feel how long
@@ -167,8 +167,6 @@ def main(words=None):
     finally:
         if not options.work_dir:
             shutil.rmtree(work_dir, ignore_errors=True)
-    from tools.benchmark import table
-
     rows = rows_of(courses, options.target)
     print(f"held-out loss {options.target:.0%} below the base model's, {options.seeds} seeds, {options.steps} steps\n\n{table(rows)}")
     if options.json:

@@ -1,6 +1,6 @@
 """A baseline to measure against: how the original CogVideoX LoRA trainer works, in one small program of our own.
 
-    python -m tools.reference --pretrained_model_name_or_path MODEL --instance_data_root CLIPS --output_dir OUT [flags]
+    python -m tools.benchmark.reference --pretrained_model_name_or_path MODEL --instance_data_root CLIPS --output_dir OUT [flags]
 
 Written from a description of that trainer, not from its text. What it imitates, because time and memory depend on it:
 - everything is imported at once; T5, the VAE and the transformer are loaded at once and stay to the end
