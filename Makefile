@@ -1,5 +1,6 @@
 # make demo    a LoRA that turns a small model's colour film into an old one, on a CPU, from nothing
 # make test    all tests (make quick: those under three minutes)
+# make test-long    the tests marked long: an hour or more
 # make test-kinds   the tests that compare numbers, with each instruction set of the CPU, one thread and two
 # make chaos   a training under random kills and full disks
 # make check   style
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 DEMO_FLAGS ?=
 DEMO_PROMPTS := OLDFILM the big white rabbit stretches in front of its mossy burrow in a green meadow.:::OLDFILM a brown flying squirrel and a red squirrel stand beside a tree trunk, a green nut in front of them.
 
-.PHONY: setup demo test test-kinds quick chaos check clean
+.PHONY: setup demo test test-long test-kinds quick chaos check clean
 
 setup: $(VENV)/installed
 
@@ -36,6 +37,9 @@ demo: demo/old_film/videos.txt
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+
+test-long: setup
+	$(BIN)/python -m pytest -q -m long --no-header
 
 # torch picks its kernels by the CPU; each sums in another order, so a comparison that holds with one only has too small a margin.
 test-kinds: setup

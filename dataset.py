@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from cogvideox.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from cogvideox.files import write_bytes
@@ -335,3 +335,8 @@ class TrainingClips(Dataset):
             "prompt": self.encodings.prompt(None if drop < self.caption_dropout else clip),  # [T, D], the encoder's dtype
             "position": position,
         }
+
+    def largest_batch(self, plan, clips, batch_size):
+        """A batch of the trained clip with the most latents, at the run's first positions. clips: facts of each clip."""
+        largest = max(plan.clips, key=lambda i: clips[i]["frames"] * clips[i]["height"] * clips[i]["width"])
+        return default_collate([self.item(largest, position) for position in range(batch_size)])

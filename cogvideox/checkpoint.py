@@ -27,33 +27,9 @@ from cogvideox.files import file_sha256, read_json, write_durably, write_tensors
 FORMAT = 1
 RESULTS = {"lora": lora, "sft": sft}  # --training_type: the module that knows what is trained and how it is shipped
 
-# What older checkpoints were trained with, before there were flags for it.
-FLAGS_ONCE_MISSING = {"training_type": "lora", "ema_decay": 0.0, "timestep_sampling": "uniform", "snr_gamma": None}
-# Flags that say where things lie, how often something is looked at, or how long to train: a resumed run may change them.
-FREE_FLAGS = {
-    "output_dir", "logging_dir", "cache_dir", "encoding_cache_dir", "resume_from_checkpoint", "instance_data_root", "dataset_name",
-    "dataset_config_name", "caption_column", "video_column", "allow_external_paths", "pretrained_model_name_or_path", "revision",
-    "variant", "dataloader_num_workers", "clip_timeout_seconds", "validation_prompt", "validation_prompt_separator",
-    "num_validation_videos", "validation_epochs", "validation_steps", "guidance_scale", "use_dynamic_cfg", "num_inference_steps",
-    "validation_height", "validation_width", "validation_frames", "negative_prompt", "eval_clips", "eval_steps", "num_train_epochs",
-    "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "gradient_checkpointing", "compile", "offload", "enable_slicing",
-    "enable_tiling", "tracker_name", "push_to_hub", "hub_token", "hub_model_id", "report_to", "logging_steps", "allow_tf32",
-    "process_timeout_minutes", "max_skipped_steps", "bad_videos", "max_bad_share", "init_lora", "bucket_sizes",
-    "bucket_lengths", "dry_run", "prompts", "train_batch_size", "gradient_accumulation_steps", "overwrite_output_dir",
-    # What these change in the data is seen in the hash of the clips and captions, whatever the flags say.
-    "height", "width", "fps", "max_num_frames", "skip_frames_start", "skip_frames_end", "video_reshape_mode", "id_token",
-    "eval_share", "eval_data_root",
-    "fixed_loss_clips",  # of older checkpoints
-}  # fmt: skip
-
 
 class BadCheckpoint(ValueError):
     """A folder that cannot be resumed from; the message says why."""
-
-
-def public_flags(args):
-    """The flags of a run as JSON-ready values, without the token."""
-    return {name: value for name, value in sorted(vars(args).items()) if name != "hub_token"}
 
 
 # -----------------------------------------------------------------------------
@@ -147,7 +123,7 @@ TENSOR_FILES = ("exported", "live", "optimizer")
 class Saver:
     """Writes checkpoints in a thread, one at a time, on the process that may write; on the others it does nothing.
 
-    A checkpoint that cannot be written is told, and neither ends the run nor costs an older one.
+    A checkpoint that cannot be written is a warning: it ends no run and costs no older checkpoint.
     """
 
     def __init__(self, output_dir, limit, enabled):
@@ -196,7 +172,7 @@ def sync_folder(folder):
 
 
 def report_export(result, folder, transformer):
-    """Load a checkpoint's result as its users will, and say whether it is what was trained. result: of RESULTS."""
+    """Load a checkpoint's result as its users will, and compare it with the live weights. result: of RESULTS."""
     try:
         error, effect = result.check_export(folder, transformer)
     except Exception as problem:  # a check must not cost the run that it checks
@@ -238,7 +214,7 @@ def prune_checkpoints(output_dir, limit):
 
 
 def list_checkpoints(output_dir):
-    """(step, path) of the checkpoint folders below `output_dir`, oldest first; other names are nobody's business here."""
+    """(step, path) of the checkpoint folders below `output_dir`, oldest first; other names are ignored."""
     output_dir = Path(output_dir)
     entries = output_dir.iterdir() if output_dir.is_dir() else []
     found = [(int(m[1]), p) for p in entries if (m := re.fullmatch(r"checkpoint-(\d+)", p.name)) and p.is_dir()]
@@ -277,18 +253,18 @@ def read_manifest(path):
     return manifest
 
 
-def choose_checkpoint(wanted, output_dir):
+def choose_checkpoint(requested, output_dir):
     """The checkpoint to resume from. Returns (path, manifest, remarks); path is None where "latest" finds nothing.
 
     "latest" takes the newest whole one and says what it skipped; a path has to be whole. Raises BadCheckpoint.
     """
-    if wanted != "latest":
-        path = Path(wanted).expanduser()
-        if not path.is_dir() and (Path(output_dir) / wanted).is_dir():
-            path = Path(output_dir) / wanted
+    if requested != "latest":
+        path = Path(requested).expanduser()
+        if not path.is_dir() and (Path(output_dir) / requested).is_dir():
+            path = Path(output_dir) / requested
         if not path.is_dir():
             there = ", ".join(p.name for _, p in list_checkpoints(output_dir)) or "none"
-            raise BadCheckpoint(f"--resume_from_checkpoint {wanted}: no such folder ({output_dir} has: {there})")
+            raise BadCheckpoint(f"--resume_from_checkpoint {requested}: no such folder ({output_dir} has: {there})")
         return path, read_manifest(path), []
     remarks = []
     for _, path in reversed(list_checkpoints(output_dir)):
@@ -301,14 +277,16 @@ def choose_checkpoint(wanted, output_dir):
     return None, None, [f"no checkpoint in {output_dir}: starting at step 0"]
 
 
-def changed_settings(stored, current):
-    """What differs between a checkpoint's facts and this run's in ways that would train something else, as sentences."""
-    flags = FLAGS_ONCE_MISSING | stored["flags"], current["flags"]
-    changes = [
-        f"--{name} was {flags[0].get(name)!r} and is {flags[1].get(name)!r}"
-        for name in sorted(set(flags[0]) | set(flags[1]))
-        if name not in FREE_FLAGS and flags[0].get(name) != flags[1].get(name)
-    ]
+def changed_settings(stored, current, declared):
+    """What differs between a checkpoint's facts and this run's in ways that would train something else, as sentences.
+
+    declared: the flags by name, see `flags.flag_group`; one that the checkpoint does not know had its default.
+    """
+    changes = []
+    for name, action in declared.items():
+        before, now = stored["flags"].get(name, action.default), current["flags"].get(name)
+        if not action.free and before != now:
+            changes.append(f"--{name} was {before!r} and is {now!r}")
     words = {
         "clips": "the clips, captions or their encoding",
         "transformer": "the base model's transformer",
@@ -342,7 +320,7 @@ def load_checkpoint(path, result, transformer, optimizer, parameters, schedule, 
 
 
 def resume(args, accelerator, result, transformer, optimizer, parameters, schedule, facts, average=None):
-    """Go on from --resume_from_checkpoint, on every process. Returns the number of steps already trained.
+    """Resume from --resume_from_checkpoint, on every process. Returns the number of steps already trained.
 
     Ends the run with a sentence where the checkpoint is not whole, or was made with settings that would train another run.
     """
@@ -352,7 +330,7 @@ def resume(args, accelerator, result, transformer, optimizer, parameters, schedu
     if accelerator.is_main_process:
         try:
             path, manifest, remarks = choose_checkpoint(args.resume_from_checkpoint, args.output_dir)
-            changes = changed_settings(manifest, facts) if path else []
+            changes = changed_settings(manifest, facts, args.declared) if path else []
             problem = f"--resume_from_checkpoint {path}: another run: {'; '.join(changes)}" if changes else None
             choice = [(path, manifest and manifest["step"], remarks, problem)]
         except BadCheckpoint as error:
@@ -368,7 +346,7 @@ def resume(args, accelerator, result, transformer, optimizer, parameters, schedu
         load_checkpoint(path, result, transformer, optimizer, parameters, schedule, accelerator.scaler, average)
     except BadCheckpoint as error:
         fail(BAD_OUTPUT, str(error))
-    say(f"resume: going on from {path}, step {step}")
+    say(f"resuming from {path}, step {step}")
     if accelerator.is_main_process:
         for aside in set_aside_newer(args.output_dir, step):
             say(f"resume: set aside as {aside.name}, which is of a later step")

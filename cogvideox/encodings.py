@@ -23,7 +23,7 @@ from safetensors.torch import save
 from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, progress, say, warn
 from cogvideox.decode import ENCODING_VERSION, clip_framing
 from cogvideox.files import hash_file, key_of, read_json, write_bytes
-from cogvideox.folder import latent_shape, safetensors_header, stored_dtype, weight_files
+from cogvideox.folder import component_note, latent_shape, stored_dtype, weight_files
 from cogvideox.launch import free
 from cogvideox.model import decode_latents, encode_captions, encode_frames, load_text_encoder, load_vae, usable_dtype
 from cogvideox.stopping import exit_if_requested
@@ -38,19 +38,6 @@ CLIPS_SHOWN, SECONDS_TO_SHOW = 3, 10  # no further clip after so long: a CPU dec
 
 # -----------------------------------------------------------------------------
 # Names
-
-
-def component_note(folder, part, cache, variant):
-    """Where is remembered what a component was when its weights were last seen: under its place and its config."""
-    folder = Path(folder) / part
-    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    config = {name: value for name, value in config.items() if not name.startswith("_") and name != "transformers_version"}
-    return Path(cache) / "components" / f"{key_of(str(folder.resolve()), variant, config)}.json", config
-
-
-def known_components(folder, cache, variant=None):
-    """The encoders whose weights were seen before, so that a run with a full cache can do without the files."""
-    return [part for part in ("text_encoder", "vae") if component_note(folder, part, cache, variant)[0].exists()]
 
 
 def identify(folder, part, cache, variant=None):
@@ -114,8 +101,9 @@ def read_entry(path):
 def is_complete(path, shape):
     """Whether an entry is there, of this shape, with as many bytes as its header announces."""
     try:
-        return safetensors_header(path)["encoding"]["shape"] == list(shape)
-    except (OSError, ValueError, KeyError):
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.get_slice("encoding").get_shape() == list(shape)
+    except (OSError, safetensors.SafetensorError):
         return False
 
 

@@ -1,21 +1,24 @@
-"""DDP, FSDP2 and DeepSpeed behind a few functions: who holds which part of a weight, and how to get at the whole of it.
+"""DDP, FSDP2 and DeepSpeed behind a few functions: which rank holds which shard of a weight, and how to gather all of it.
 
 The engine is chosen by accelerate's config file (`configs/`), not by a flag. A checkpoint has whole tensors whatever the
-engine, so a run may go on under another one, on another number of processes. Every function here that takes a weight is
-a collective: every process calls it.
+engine, so a run may be resumed under another one, on another number of processes. Every function here that takes a weight
+is a collective: every rank calls it.
 """
 
 import contextlib
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from diffusers.training_utils import EMAModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from cogvideox.launch import free
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of a weight
 
@@ -30,17 +33,17 @@ def engine_of(accelerator):
 
 
 def splits_weights(accelerator):
-    """Whether a process holds a part of the weights only, so that a forward pass is a matter for all of them."""
+    """Whether a rank holds only a shard of the weights, so that every rank must run the forward pass."""
     return engine_of(accelerator) in ("FSDP2", "ZeRO-3")
 
 
 def uses_deepspeed(accelerator):
-    """Whether DeepSpeed takes the step: within `accelerator.backward`, before anyone has seen the gradient's norm."""
+    """Whether DeepSpeed takes the step: within `accelerator.backward`, before the trainer knows the gradient's norm."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def unfit_flags(args, environment=os.environ):
-    """A sentence for each flag that the engine which the launcher chose cannot serve. Reads the launcher's environment only."""
+    """A sentence for each flag that the launcher's engine does not support. Reads the launcher's environment only."""
     deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     fsdp = environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if not (deepspeed or fsdp):
@@ -51,20 +54,22 @@ def unfit_flags(args, environment=os.environ):
     if deepspeed and environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") not in ("1", "2", "3"):
         problems.append("the config file asks for a DeepSpeed stage other than 1, 2 and 3: use configs/zero2.yaml or configs/zero3.yaml")
     if args.mixed_precision == "fp16":
-        problems.append(f"--mixed_precision fp16: not with {name}, whose loss scaling is not the trainer's; use bf16 or no")
+        problems.append(f"--mixed_precision fp16: unsupported with {name}, which scales the loss in its own way; use bf16 or no")
     if args.optimizer not in ("adamw", "adam"):
-        problems.append(f"--optimizer {args.optimizer}: not with {name}, which hands it parts of the weights; use adamw or adam")
-    for flag, wanted in (("base_precision", "stored"), ("offload", False), ("compile", False)):
-        if getattr(args, flag) != wanted:
+        problems.append(f"--optimizer {args.optimizer}: unsupported with {name}, which gives it shards of the weights; use adamw or adam")
+    for flag, supported in (("base_precision", "stored"), ("offload", False), ("compile", False)):
+        if getattr(args, flag) != supported:
             way_out = "offload in the engine's own config file" if flag == "offload" else "leave it out, or use DDP"
-            problems.append(f"--{flag}: not with {name}; {way_out}")
+            problems.append(f"--{flag}: unsupported with {name}; {way_out}")
     if deepspeed and args.ema_decay:
-        problems.append(f"--ema_decay {args.ema_decay:g}: not with DeepSpeed, whose weights are not at hand between steps; use FSDP2")
+        problems.append(
+            f"--ema_decay {args.ema_decay:g}: unsupported with DeepSpeed, which keeps the fp32 weights to itself between steps; use FSDP2"
+        )
     return problems
 
 
 def prepare(accelerator, transformer, optimizer, batch_size, max_grad_norm, dtype):
-    """Hand a model and its optimizer to the engine. Returns (model, optimizer, parameters): the trained ones, as they are now."""
+    """Hand a model and its optimizer to the engine. Returns (model, optimizer, the trained parameters as the engine keeps them)."""
     if uses_deepspeed(accelerator):
         # What accelerate would take from a data loader, and from clip_grad_norm_, which comes after DeepSpeed's step.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
@@ -88,13 +93,23 @@ def prepare(accelerator, transformer, optimizer, batch_size, max_grad_norm, dtyp
 
 
 def whole(tensor):
-    """A tensor with all its parts, where it was one of FSDP2's."""
+    """A tensor, gathered from all ranks if FSDP2 sharded it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def is_zero3_shard(parameter):
+    """Whether ZeRO-3 shards a weight: this process holds its shard in `ds_tensor`, and its whole shape in `ds_shape`."""
+    return hasattr(parameter, "ds_id")
+
+
+def is_zero_weight(parameter):
+    """Whether DeepSpeed (any stage) trains a weight: it keeps the fp32 weight and the optimizer's state apart from the model."""
+    return is_zero3_shard(parameter) or hasattr(parameter, "_hp_mapping")
+
+
 def read_weight(parameter):
-    """A weight, whole and as it is trained (fp32 where DeepSpeed keeps it so beside the model's), on its device."""
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+    """A whole weight as it is trained (DeepSpeed keeps it in fp32 beside the model's), on its device."""
+    if is_zero_weight(parameter):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter)
@@ -103,21 +118,21 @@ def read_weight(parameter):
 
 @torch.no_grad()
 def write_weight(parameter, value):
-    """Put a whole tensor into a weight, of which this process may hold a part."""
+    """Put a whole tensor into a weight, of which this process may hold a shard."""
     value = value.to(parameter.device, torch.float32)
     if isinstance(parameter, DTensor):
         parameter.copy_(like(parameter, value))
-    elif hasattr(parameter, "ds_id"):  # ZeRO-3: fp32 in one place, the compute dtype in another
+    elif is_zero3_shard(parameter):  # fp32 in one place, the compute dtype in another
         from deepspeed.utils import safe_set_local_fp32_param
 
-        local = zero3_part(parameter, value)
+        local = zero3_shard(parameter, value)
         safe_set_local_fp32_param(parameter, local)
         parameter.ds_tensor.data.copy_(local.view_as(parameter.ds_tensor))
         if parameter.numel():  # a small one, which DeepSpeed leaves whole between its turns
             parameter.data.copy_(value)
     else:
         parameter.copy_(value)
-        if hasattr(parameter, "_hp_mapping"):
+        if is_zero_weight(parameter):
             from deepspeed.utils import safe_set_full_fp32_param
 
             safe_set_full_fp32_param(parameter, value)
@@ -126,6 +141,11 @@ def write_weight(parameter, value):
 def trained_weights(transformer):
     """The (name, parameter) pairs that are trained."""
     return [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+
+
+def count_parameters(transformer):
+    """(trained, all) parameters, before an engine shards them."""
+    return sum(p.numel() for _, p in trained_weights(transformer)), sum(p.numel() for p in transformer.parameters())
 
 
 def trained_state(transformer, keep=True):
@@ -149,43 +169,52 @@ def write_trained(weights, state, complaint):
 
 
 def like(parameter, value):
-    """A whole tensor, which every process has, split as a parameter is."""
+    """A whole tensor, which every rank has, sharded as a parameter is."""
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def zero3_part(parameter, value):
-    """This process's part of a whole tensor, padded as ZeRO-3 does."""
+def zero3_shard(parameter, value):
+    """This rank's shard of a whole tensor, padded as ZeRO-3 does."""
     import torch.distributed as distributed
 
-    part, rank = parameter.ds_tensor.numel(), distributed.get_rank()
-    flat = torch.nn.functional.pad(value.flatten(), (0, max(0, part * (rank + 1) - value.numel())))
-    return flat[part * rank : part * (rank + 1)]
+    size, rank = parameter.ds_tensor.numel(), distributed.get_rank()
+    flat = torch.nn.functional.pad(value.flatten(), (0, max(0, size * (rank + 1) - value.numel())))
+    return flat[size * rank : size * (rank + 1)]
 
 
 # -----------------------------------------------------------------------------
 # Whole optimizer states
 
 
+def inner_optimizer(optimizer):
+    """The optimizer that accelerate has wrapped (under DeepSpeed: DeepSpeed's own, with another one in it)."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def optimizer_state(optimizer, parameters, keep):
     """What `optimizer.state_dict()` would be on one process, with whole tensors on the CPU; None where `keep` is false.
 
-    Tensors are gathered one at a time, so a process that keeps nothing needs room for one.
+    Tensors are gathered one at a time, so a rank that keeps nothing needs room for one.
     """
-    host = (lambda tensor: whole(tensor).detach().cpu().clone()) if keep else (lambda tensor: whole(tensor) is None)
-    inner = getattr(optimizer, "optimizer", optimizer)
-    if hasattr(parameters[0], "ds_id") or hasattr(parameters[0], "_hp_mapping"):
+
+    def to_host(tensor):
+        gathered = whole(tensor)  # a collective, also where nothing is kept
+        return gathered.detach().cpu().clone() if keep else None
+
+    inner = inner_optimizer(optimizer)
+    if is_zero_weight(parameters[0]):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         steps, base = zero_steps(inner), inner.optimizer
         state = {
-            number: {"step": steps} | {name: host(safe_get_full_optimizer_state(parameter, name)) for name in MOMENTS}
+            number: {"step": steps} | {name: to_host(safe_get_full_optimizer_state(parameter, name)) for name in MOMENTS}
             for number, parameter in enumerate(parameters)
         }
         groups = [{**base.param_groups[0], "params": list(range(len(parameters)))}]
     else:
         packed = optimizer.state_dict()
         state = {
-            number: {name: host(value) if torch.is_tensor(value) else value for name, value in values.items()}
+            number: {name: to_host(value) if torch.is_tensor(value) else value for name, value in values.items()}
             for number, values in packed["state"].items()
         }
         groups = packed["param_groups"]
@@ -194,7 +223,7 @@ def optimizer_state(optimizer, parameters, keep):
 
 def load_optimizer_state(optimizer, parameters, stored):
     """Put back what `optimizer_state` gave. Under DeepSpeed a step must have been taken before: its states come with it."""
-    if hasattr(parameters[0], "ds_id") or hasattr(parameters[0], "_hp_mapping"):
+    if is_zero_weight(parameters[0]):
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         inner = optimizer.optimizer
@@ -203,8 +232,8 @@ def load_optimizer_state(optimizer, parameters, stored):
             for name in MOMENTS:
                 value = values[name] if values else torch.zeros(getattr(parameter, "ds_shape", parameter.shape))
                 value = value.to(parameter.device, torch.float32)
-                if hasattr(parameter, "ds_id"):
-                    safe_set_local_optimizer_state(parameter, zero3_part(parameter, value), name)
+                if is_zero3_shard(parameter):
+                    safe_set_local_optimizer_state(parameter, zero3_shard(parameter, value), name)
                 else:
                     safe_set_full_optimizer_state(parameter, value, name)
         steps = next((values["step"] for values in stored["state"].values()), 0)
@@ -216,7 +245,7 @@ def load_optimizer_state(optimizer, parameters, stored):
         return
     state = {
         number: {
-            name: like(parameters[number], value.to(parameters[number].device)) if split_like(parameters[number], value) else value
+            name: like(parameters[number], value.to(parameters[number].device)) if is_sharded_like(parameters[number], value) else value
             for name, value in values.items()
         }
         for number, values in stored["state"].items()
@@ -224,8 +253,8 @@ def load_optimizer_state(optimizer, parameters, stored):
     optimizer.load_state_dict({"state": state, "param_groups": stored["param_groups"]})
 
 
-def split_like(parameter, value):
-    """Whether a state's value has to be split as its parameter is."""
+def is_sharded_like(parameter, value):
+    """Whether a state's value has to be sharded as its parameter is."""
     return isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape
 
 
@@ -240,23 +269,28 @@ def zero_steps(zero_optimizer):
 
 @contextlib.contextmanager
 def whole_model(accelerator, transformer, build, dtype):
-    """The model with all its weights on this process, to be looked at: the live one or, where that is split, a copy.
+    """A context with the model that has all its weights on this process: the live one or, where that is sharded, a copy.
 
-    build: () -> the model as it was before training, on the CPU. A process that works with the copy waits for nobody, so
-    processes may have unlike amounts of work, and a failure on one does not stop the others.
+    build: () -> the model as it was before training, on the CPU. A process that works with the copy waits for no other, so
+    processes may have different amounts of work, and a failure on one does not stop the others.
     """
     if not splits_weights(accelerator):
         yield transformer
         return
-    copy, live = build(), dict(transformer.named_parameters())
-    with torch.no_grad():
-        for name, parameter in copy.named_parameters():
-            if live[name].requires_grad:
-                parameter.copy_(read_weight(live[name]))
+    copy = build()
+    gather_into(copy, transformer)
     yield cast(copy, dtype).to(accelerator.device).eval()
     del copy
-    if accelerator.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free(accelerator.device)
+
+
+@torch.no_grad()
+def gather_into(copy, transformer):
+    """Put the trained weights of a model into a copy of it that is whole."""
+    live = dict(transformer.named_parameters())
+    for name, parameter in copy.named_parameters():
+        if live[name].requires_grad:
+            parameter.copy_(read_weight(live[name]))
 
 
 def cast(model, dtype):
@@ -273,25 +307,25 @@ def cast(model, dtype):
 
 def make_average(parameters, decay):
     """diffusers' EMAModel: the decay of the first steps is (1 + n) / (10 + n)."""
-    from diffusers.training_utils import EMAModel  # takes a second to import
-
     return EMAModel(parameters, decay=decay)
 
 
 @contextlib.contextmanager
 def averaged(average, parameters):
-    """Put the averaged weights in place of the trained ones for the block; without an average do nothing."""
+    """Put the averaged weights in place of the trained ones for the block; without an average do nothing.
+
+    The trained ones wait in host memory. Blocks must not be nested: the inner one would store the averaged weights as trained.
+    """
     if average is None:
         yield
         return
-    trained = [parameter.detach().clone() for parameter in parameters]
+    assert average.temp_stored_params is None
+    average.store(parameters)
     average.copy_to(parameters)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, trained, strict=True):
-                parameter.copy_(value)
+        average.restore(parameters)
 
 
 # -----------------------------------------------------------------------------
@@ -317,6 +351,8 @@ class Trained:
     build: Callable | None = None
     dtype: torch.dtype = torch.float32
     barrier: Callable = lambda: None
+    sharing: contextlib.ExitStack | None = field(default=None, repr=False)  # of `one_full_model`: holds the copy open
+    shared_model: torch.nn.Module | None = field(default=None, repr=False)
 
     @property
     def device(self):
@@ -326,9 +362,29 @@ class Trained:
     def is_main(self):
         return self.accelerator.is_main_process
 
+    @contextlib.contextmanager
     def full_model(self):
         """A context with the model that has all its weights on this rank, see `whole_model`."""
-        return whole_model(self.accelerator, self.transformer, self.build, self.dtype)
+        if self.sharing is None:
+            with whole_model(self.accelerator, self.transformer, self.build, self.dtype) as model:
+                yield model
+            return
+        if self.shared_model is None:
+            context = whole_model(self.accelerator, self.transformer, self.build, self.dtype)
+            self.shared_model = self.sharing.enter_context(context)
+        yield self.shared_model
+
+    @contextlib.contextmanager
+    def one_full_model(self):
+        """For the block, every `full_model` gives the same copy, which is made when the first one asks for it.
+
+        The copy has the weights of that moment: all who ask for it in one block ask for the same (averaged or not).
+        """
+        with contextlib.ExitStack() as self.sharing:
+            try:
+                yield
+            finally:
+                self.sharing = self.shared_model = None  # the copy goes before its memory is given back
 
     def averaged(self):
         """A context in which the averaged weights, if there are any, stand in place of the trained ones."""

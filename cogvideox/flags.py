@@ -1,73 +1,134 @@
-"""The flags that say which clips are trained on, shared by the trainer and the tools, and the checks that all flags share.
+"""How a flag is declared: its group, default, bounds, help and what a resumed run may do with it, all in one place.
 
 Nothing heavy is imported here: a wrong flag is told before torch is loaded.
 """
 
 import argparse
+import functools
 import importlib.util
 import math
 import os
 import re
 
 
+def new_parser(description):
+    """An empty parser. `args.declared` will hold the actions of `flag_group`'s flags by name."""
+    width = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=40, width=130)
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=description, formatter_class=width, allow_abbrev=False)
+    parser.declared = {}
+    parser.set_defaults(declared=parser.declared)
+    return parser
+
+
+def flag_group(parser, title):
+    """The function that declares the flags of one group, in the order of --help.
+
+        flag = flag_group(parser, "LoRA")
+        flag("--rank", 128, "rank of the LoRA matrices", at_least=1)
+
+    The default tells the type: False is a switch, True a switch with its --no- form, None needs type=. at_least, above, below,
+    at_most: bounds, which `out_of_bounds` checks. free: whether a resumed run may give another value, because it trains the
+    same with it. options: argparse's.
+    """
+    group = parser.add_argument_group(title)
+
+    def flag(name, default, help, *, at_least=None, above=None, below=None, at_most=None, free=False, **options):
+        if default is False:
+            options["action"] = "store_true"
+        elif default is True:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options.setdefault("type", str if default in (None, []) else type(default))
+            if "choices" not in options:
+                options["metavar"] = {int: "N", float: "X"}.get(options["type"], "TEXT")
+        if "(default" not in help and default is not False and default != "" and not options.get("required"):
+            help += " (default: none)" if default is None else " (default: %(default)s)"
+        action = group.add_argument(name, default=default, help=help, **options)
+        action.bounds, action.free = (at_least, above, below, at_most), free
+        parser.declared[action.dest] = action
+
+    return flag
+
+
+def out_of_bounds(args):
+    """A sentence for each flag whose value is outside its bounds, or no number. args: what a parser of `new_parser` gave."""
+    problems = []
+    for name, action in args.declared.items():
+        at_least, above, below, at_most = action.bounds
+        value = getattr(args, name)
+        if value is None or action.bounds == (None,) * 4:
+            continue
+        inside = (at_least is None or value >= at_least) and (above is None or value > above)
+        inside = inside and (below is None or value < below) and (at_most is None or value <= at_most)
+        if not inside or not math.isfinite(value):
+            words = [(at_least, "at least"), (above, "above"), (at_most, "at most"), (below, "below")]
+            problems.append(f"--{name} {value}: " + " and ".join(f"{word} {bound}" for bound, word in words if bound is not None))
+    return problems
+
+
+def parse(parser, words, check):
+    """The checked flags. check: args -> sentences of what is wrong beside the bounds; problems end the program."""
+    args = parser.parse_args(words)
+    if problems := out_of_bounds(args) + check(args):
+        refuse(parser, problems)
+    return args
+
+
+def refuse(parser, problems):
+    """End the program with exit code 2 and one line a problem."""
+    parser.exit(2, "".join(f"ERROR[2]: {problem}\n" for problem in problems))
+
+
+def public_flags(args):
+    """The flags of a run as JSON-ready values, without the token."""
+    return {name: getattr(args, name) for name in sorted(args.declared) if name != "hub_token"}
+
+
+def expand_home(args, *names):
+    """Replace ~ by the home folder in these flags."""
+    for name in names:
+        if getattr(args, name):
+            setattr(args, name, os.path.expanduser(getattr(args, name)))
+
+
+# -----------------------------------------------------------------------------
+# The data flags, shared by the trainer and tools/check_dataset.py. May a resumed run change them? What they change in the
+# data is seen in the hash of the clips and captions, so most of them need no comparison of their own.
+
+
 def add_data_flags(parser):
-    """The flags that say which clips are trained on, and how they are cut."""
-    switch = argparse.BooleanOptionalAction
-    flag = parser.add_argument_group("data").add_argument
-    flag("--instance_data_root", help="data folder: prompts.txt and videos.txt (or a table, or a text file a clip)")
-    flag("--dataset_name", help="hub id or folder of a dataset for the datasets package, instead of --instance_data_root")
-    flag("--dataset_config_name", help="its configuration")
-    flag("--caption_column", help="file of captions, one a line, or a table's column (default: prompts.txt, or text)")
-    flag("--video_column", help="file of video paths, one a line, or a table's column (default: videos.txt, or video)")
-    flag("--allow_external_paths", action="store_true", help="allow listed files outside --instance_data_root by .. or links")
-    flag("--bad_videos", choices=("error", "skip"), default="error", help="clips that cannot be used: end the run, or train without them")
-    flag("--max_bad_share", type=float, default=0.1, help="with --bad_videos skip: end the run if more than this share is bad")
-    flag("--eval_share", type=float, default=0.0, help="share of the clips that is held out of training and scored (0: none; 0.1 of 50)")
-    flag("--eval_data_root", help="a second data folder like --instance_data_root, all of it held out and scored")
-    flag("--id_token", help="identifier put before every training caption, with a space")
-    flag("--height", type=int, default=480, help="pixels, a multiple of 16 for CogVideoX")
-    flag("--width", type=int, default=720, help="pixels, a multiple of 16 for CogVideoX")
-    flag("--fps", type=float, default=8.0, help="frames a second to sample clips at; 8 is what CogVideoX 1.0 was trained on")
-    flag("--max_num_frames", type=int, default=49, help="frames a clip at most: 4k + 1")
-    flag(
-        "--bucket", nargs="+", default=[], help="sizes (480x720) and lengths (49) that clips may get, each the nearest (default: one size)"
-    )
-    flag("--skip_frames_start", type=int, default=0, help="source frames to leave out at the start of each clip")
-    flag("--skip_frames_end", type=int, default=0, help="source frames to leave out at the end of each clip")
-    flag("--video_reshape_mode", choices=("center", "random", "none"), default="center", help="resize and crop there; none: stretch")
-    flag("--random_flip", action="store_true", help="mirror a whole clip left to right, half of the times")
-    flag("--enable_slicing", action=switch, default=True, help="VAE: encode and decode one clip at a time")
-    flag("--enable_tiling", action=switch, default=True, help="VAE: large frames in tiles, a third of the memory")
-    flag("--dataloader_num_workers", type=int, default=0, help="processes that read encodings in training (0: none, the fastest here)")
-    flag(
-        "--encoding_cache_dir",
-        help="where encoded clips and captions are kept (default: cogvideox-encodings, below --cache_dir or ~/.cache)",
-    )
-    flag("--clip_timeout_seconds", type=float, default=60.0, help="how long decoding one clip may take")
-
-
-def below(args, least, *names):
-    """A sentence for each of these flags that is less than `least`, or no number."""
-    values = [(name, getattr(args, name)) for name in names]
-    return [
-        f"--{name} {value}: at least {least}" for name, value in values if value is not None and not value >= least or value == math.inf
-    ]
-
-
-def not_above_zero(args, *names):
-    """A sentence for each of these flags that is not a number above 0."""
-    values = [(name, getattr(args, name)) for name in names]
-    return [f"--{name} {value}: above 0" for name, value in values if value is not None and not 0 < value < math.inf]
+    """Declare the flags that say which clips are trained on, and how they are cut."""
+    flag = flag_group(parser, "data")
+    flag("--instance_data_root", None, "data folder: prompts.txt and videos.txt (or a table, or a text file a clip)", free=True)
+    flag("--id_token", None, "trigger word, put before every training caption with a space", free=True)
+    flag("--height", 480, "pixels, a multiple of 16 for CogVideoX", at_least=1, free=True)
+    flag("--width", 720, "pixels, a multiple of 16 for CogVideoX", at_least=1, free=True)
+    flag("--fps", 8.0, "frames a second to sample clips at; CogVideoX 1.0 was trained on 8", above=0, free=True)
+    flag("--max_num_frames", 49, "frames a clip at most: 4k + 1", at_least=1, free=True)
+    flag("--eval_share", 0.0, "share of the clips held out of training and scored, such as 0.1", at_least=0, below=1, free=True)
+    flag("--eval_data_root", None, "a second data folder like --instance_data_root, all of it held out and scored", free=True)
+    flag("--caption_column", None, "file of captions, one a line, or a table's column (default: prompts.txt, or text)", free=True)
+    flag("--video_column", None, "file of video paths, one a line, or a table's column (default: videos.txt, or video)", free=True)
+    flag("--bucket", [], "sizes (480x720) and lengths (49); each clip gets the nearest of each (default: one size)", nargs="+")
+    flag("--video_reshape_mode", "center", "where to crop after resizing; none: stretch", choices=("center", "random", "none"), free=True)
+    flag("--random_flip", False, "flip each clip horizontally with probability 0.5")
+    flag("--skip_frames_start", 0, "source frames to leave out at the start of each clip", at_least=0, free=True)
+    flag("--skip_frames_end", 0, "source frames to leave out at the end of each clip", at_least=0, free=True)
+    flag("--dataset_name", None, "hub id or folder of a dataset for the datasets package, instead of --instance_data_root", free=True)
+    flag("--dataset_config_name", None, "configuration of that dataset", free=True)
+    flag("--allow_external_paths", False, "allow listed files outside --instance_data_root by .. or links", free=True)
+    flag("--bad_videos", "error", "unusable clips: end the run, or train without them", choices=("error", "skip"), free=True)
+    flag("--max_bad_share", 0.1, "with --bad_videos skip: end the run if more than this share is bad", at_least=0, at_most=1, free=True)
+    flag("--clip_timeout_seconds", 60.0, "how long decoding one clip may take", above=0, free=True)
+    flag("--encoding_cache_dir", None, "folder of encoded clips and captions (default: in --cache_dir, or ~/.cache)", free=True)
+    flag("--enable_slicing", True, "VAE: encode and decode one clip at a time", free=True)
+    flag("--enable_tiling", True, "VAE: encode and decode large frames in tiles, a third of the memory", free=True)
+    flag("--dataloader_num_workers", 0, "processes that read encodings in training; 0 was the fastest on a CPU", at_least=0, free=True)
 
 
 def check_data_flags(args):
-    """As `check_flags`, for the flags of `add_data_flags`."""
-    problems = below(args, 1, "height", "width", "max_num_frames") + below(args, 0, "skip_frames_start", "skip_frames_end")
-    problems += below(args, 0, "dataloader_num_workers") + not_above_zero(args, "fps", "clip_timeout_seconds")
-    if not 0 <= args.max_bad_share <= 1:
-        problems.append(f"--max_bad_share {args.max_bad_share}: a share from 0 to 1")
-    if not 0 <= args.eval_share < 1:
-        problems.append(f"--eval_share {args.eval_share}: a share from 0 to below 1, such as 0.1")
+    """What else is wrong with the flags of `add_data_flags`, as sentences. Fills in what depends on other flags."""
+    problems = []
     if args.eval_share and args.eval_data_root:
         problems.append("--eval_share and --eval_data_root: both hold clips out; give one of them")
     args.bucket_sizes, args.bucket_lengths = [], []
@@ -84,9 +145,7 @@ def check_data_flags(args):
         problems.append("--instance_data_root and --dataset_name: give one of them")
     if args.dataset_name and importlib.util.find_spec("datasets") is None:
         problems.append("--dataset_name needs the datasets package: pip install datasets")
-    for name in ("instance_data_root", "eval_data_root", "dataset_name", "cache_dir", "encoding_cache_dir"):
-        if getattr(args, name):
-            setattr(args, name, os.path.expanduser(getattr(args, name)))
+    expand_home(args, "instance_data_root", "eval_data_root", "dataset_name", "cache_dir", "encoding_cache_dir")
     args.encoding_cache_dir = args.encoding_cache_dir or os.path.join(
         args.cache_dir or os.path.expanduser("~/.cache"), "cogvideox-encodings"
     )

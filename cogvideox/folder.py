@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import CogVideoXTransformer3DModel
+from safetensors import SafetensorError, safe_open
 
 from cogvideox.decode import longest_legal_length
-from cogvideox.files import read_json
+from cogvideox.files import key_of, read_json
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -97,16 +99,22 @@ def weight_files(folder, variant=None):
 
 
 def safetensors_header(path):
-    """The header of a safetensors file: name -> {dtype, shape, data_offsets}. Reads no weights. ValueError if broken."""
+    """The header of a safetensors file: name -> {dtype, shape, data_offsets}. Reads no weights. ValueError if broken.
+
+    For the offsets, which the library does not give, and for a message that says how much of a cut file is there.
+    """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length < 100_000_000:
             raise ValueError("not a safetensors file")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if path.stat().st_size != 8 + length + end:
-        raise ValueError(f"truncated: {path.stat().st_size} bytes of {8 + length + end}")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            raise ValueError("not a safetensors file (its header cannot be read)") from None
+    if path.stat().st_size != end:
+        raise ValueError(f"truncated: {path.stat().st_size} bytes of {end}")
     return header
 
 
@@ -114,7 +122,9 @@ def broken_safetensors(path):
     """Why a safetensors file cannot be read, or None."""
     try:
         safetensors_header(path)
-    except (ValueError, OSError) as error:
+        with safe_open(path, framework="pt"):  # checks each tensor's dtype, shape and place
+            pass
+    except (ValueError, OSError, SafetensorError) as error:
         return str(error)
     return None
 
@@ -208,3 +218,77 @@ def load_tokenizer(folder):
 def count_tokens(tokenizer, captions):
     """Tokens of each caption, the end token included, nothing cut."""
     return [len(ids) for ids in tokenizer(list(captions), add_special_tokens=True, verbose=False).input_ids]
+
+
+# -----------------------------------------------------------------------------
+# What a run asks of it
+
+
+def open_model(args):
+    """The model's folder, ModelFacts and tokenizer, from configs and headers only, and every problem that they show.
+
+    Returns (folder, facts, tokenizer, problems), and fills in --mixed_precision.
+    """
+    problems, folder, facts, tokenizer = [], None, COGVIDEOX_2B, None
+    token = args.hub_token or os.environ.get("HF_TOKEN")
+    try:
+        folder = find_model(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, token)
+        problems += check_model_folder(folder, args.variant, may_lack=known_components(folder, args.encoding_cache_dir, args.variant))
+        if not problems:
+            facts, tokenizer = read_facts(folder), load_tokenizer(folder)
+            problems += check_targets(folder, args.target_modules) if args.training_type == "lora" else []
+    except ValueError as error:
+        problems.append(str(error))
+    args.mixed_precision, problem = choose_precision(args.mixed_precision, None if problems else folder, args.variant)
+    problems += [problem] if problem else []
+    for height, width in args.bucket_sizes or [(args.height, args.width)]:
+        for frames in args.bucket_lengths or [args.max_num_frames]:
+            names = ("--bucket",) * 3 if args.bucket else ("--height", "--width", "--max_num_frames")
+            problems += check_geometry(facts, height, width, frames, names)
+    pixels = facts.spatial_multiple  # a size that is not given is a trained one, which is legal
+    shape = (
+        args.validation_height or pixels,
+        args.validation_width or pixels,
+        args.validation_frames or 1 + 4 * (facts.latents_per_patch - 1),
+    )
+    problems += check_geometry(facts, *shape, names=("--validation_height", "--validation_width", "--validation_frames"))
+    return folder, facts, tokenizer, list(dict.fromkeys(problems))  # the same size may have been asked for twice
+
+
+def check_targets(folder, target_modules):
+    """A sentence for each target that no linear layer of the transformer in `folder` ends in. Reads its config only."""
+    with torch.device("meta"):
+        transformer = CogVideoXTransformer3DModel.from_config(CogVideoXTransformer3DModel.load_config(folder / "transformer"))
+    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    known = sorted({name.split(".", 2)[-1].removeprefix("attn1.") for name in names if name.startswith("transformer_blocks.")})
+    return [
+        f"--target_modules {target}: the transformer has no such linear layer; its blocks have {', '.join(known)}"
+        for target in target_modules
+        if not any(name == target or name.endswith(f".{target}") for name in names)
+    ]
+
+
+def choose_precision(wanted, folder, variant):
+    """The compute precision: the one asked for, or that of the stored weights. Returns (precision, problem)."""
+    on_gpu = torch.cuda.is_available()
+    if wanted == "fp16" and not on_gpu:
+        return wanted, "--mixed_precision fp16: this machine has no GPU, and CPUs have no fast fp16; use bf16 or no"
+    if wanted == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return wanted, f"--mixed_precision bf16: {torch.cuda.get_device_name()} has no bf16; use fp16"
+    if wanted is None and folder:
+        stored = stored_precision(folder, "transformer", variant)
+        return ("no" if stored == "fp16" and not on_gpu else stored), None
+    return wanted or "no", None
+
+
+def component_note(folder, part, cache, variant):
+    """Where is remembered what a component was when its weights were last seen: under its place and its config."""
+    folder = Path(folder) / part
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    config = {name: value for name, value in config.items() if not name.startswith("_") and name != "transformers_version"}
+    return Path(cache) / "components" / f"{key_of(str(folder.resolve()), variant, config)}.json", config
+
+
+def known_components(folder, cache, variant=None):
+    """The encoders whose weights were seen before, so that a run with a full cache can do without the files."""
+    return [part for part in ("text_encoder", "vae") if component_note(folder, part, cache, variant)[0].exists()]

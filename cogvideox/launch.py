@@ -1,8 +1,9 @@
 """How a run starts: processes, the banner, the output folder, barriers."""
 
-import gc
 import os
 import platform
+import re
+import shutil
 import socket
 import sys
 import time
@@ -16,9 +17,11 @@ import torch.distributed as distributed
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
-from filelock import FileLock
+from diffusers.training_utils import free_memory
+from filelock import FileLock, Timeout
 
-from cogvideox.console import BAD_FLAGS, fail, say
+from cogvideox.console import BAD_FLAGS, BAD_OUTPUT, fail, say
+from cogvideox.files import LORA_FILE, try_writing
 
 # Their bars would tell of files of a second; ours tell of work of hours.
 diffusers.utils.logging.disable_progress_bar()
@@ -100,7 +103,7 @@ def wait_for_main_process(seconds=120):
 def lock_folder(folder):
     """Keep a second run out of a folder for as long as the returned object lives; the system lets go of it when a process is killed.
 
-    Returns None on a file system without locks. Raises filelock.Timeout if another run has the folder, OSError if it is not writable.
+    Returns None on a file system without locks. Raises Timeout if another run has the folder, OSError if it is not writable.
     """
     lock = FileLock(Path(folder) / ".lock", timeout=0)
     try:
@@ -108,6 +111,56 @@ def lock_folder(folder):
     except NotImplementedError:
         return None
     return lock
+
+
+def claim_output_dir(args, accelerator, problems):
+    """Make --output_dir and keep other runs out of it. Returns the lock, which lasts as long as its object. Every process calls it.
+
+    Ends the run where it is a file, not writable, in use by another run, holds an earlier run that was not asked for, or is not
+    shared by all machines. problems: sentences that are printed too in that case.
+    """
+    output_dir, lock, problem = Path(args.output_dir), None, None
+    if accelerator.is_main_process:
+        try:
+            for flag in ("encoding_cache_dir", "output_dir"):
+                tried = f"--{flag} {getattr(args, flag)}"
+                try_writing(Path(getattr(args, flag)))
+            lock = lock_folder(output_dir)
+        except Timeout:
+            problem = f"--output_dir {output_dir}: another run is writing there"
+        except OSError as error:
+            problem = f"{tried}: cannot be written to ({error.strerror})"
+        else:
+            earlier = holds_earlier_run(output_dir)
+            if earlier and not (args.resume_from_checkpoint or args.overwrite_output_dir):
+                problem = (
+                    f"--output_dir {output_dir}: holds an earlier run ({earlier}); go on with it "
+                    "(--resume_from_checkpoint latest), remove it (--overwrite_output_dir), or name another folder"
+                )
+    found = [problem for problem in broadcast_object_list([problem]) if problem]
+    if not found and accelerator.num_processes > 1:
+        found = folders_not_shared(accelerator, [("--output_dir", output_dir), ("--encoding_cache_dir", args.encoding_cache_dir)])
+    if found:
+        fail(BAD_OUTPUT, found + problems)
+    return lock
+
+
+def holds_earlier_run(output_dir):
+    """The name of something that would be lost if another run wrote into a folder; None if there is nothing."""
+    kept = [path.parent.name for path in sorted(output_dir.glob("checkpoint-*/manifest.json"))] + [LORA_FILE, "transformer"]
+    return next((name for name in kept if (output_dir / name).exists()), None)
+
+
+def remove_earlier_run(output_dir, logging_dir):
+    """Delete what a run writes, and nothing else, from a folder that holds one.
+
+    dataset.json and dataset_report.txt stay: the new run's check of the clips has written over them already.
+    """
+    names = [LORA_FILE, "transformer", "README.md", "report.html", "run.json", "metrics.jsonl", "loss.png", "status.json"]
+    names += ["validation", "encoded", "best", logging_dir]
+    checkpoints = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+(\.partial|\.abandoned)?", path.name)]
+    for path in [*checkpoints, *(output_dir / name for name in names)]:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def folders_not_shared(accelerator, folders):
@@ -156,7 +209,6 @@ def peak_memory_gib(device):
 
 def free(device):
     """Give memory back that a model just left."""
-    gc.collect()
+    free_memory()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)  # the peaks that are logged are those of training

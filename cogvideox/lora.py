@@ -5,7 +5,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import CogVideoXPipeline
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
@@ -19,19 +20,6 @@ from cogvideox.model import load_transformer
 RESULT, FILES, WEIGHTS = LORA_FILE, [LORA_FILE], "adapter.safetensors"
 LOADER = "the stock pipeline at weight 1.0"  # what `check_export` loads it with
 EFFECT = "largest change of the output by the LoRA"  # the second number that it gives
-
-
-def check_targets(folder, target_modules):
-    """A sentence for each target that no linear layer of the transformer in `folder` ends in. Reads its config only."""
-    with torch.device("meta"):
-        transformer = CogVideoXTransformer3DModel.from_config(CogVideoXTransformer3DModel.load_config(folder / "transformer"))
-    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-    known = sorted({name.split(".", 2)[-1].removeprefix("attn1.") for name in names if name.startswith("transformer_blocks.")})
-    return [
-        f"--target_modules {target}: the transformer has no such linear layer; its blocks have {', '.join(known)}"
-        for target in target_modules
-        if not any(name == target or name.endswith(f".{target}") for name in names)
-    ]
 
 
 def build(args, folder, dtype):
@@ -56,10 +44,8 @@ def add_lora(transformer, rank, alpha, dropout, target_modules, seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer.add_adapter(config)
-    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
-    return parameters
+    cast_training_params(transformer, torch.float32)
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
 def lora_modules(transformer):
@@ -133,6 +119,15 @@ def load_exported(transformer, path):
         layer = name.rsplit(".lora_", 1)[0]
         state[name] = tensor / scaling.get(layer, 1) if ".lora_B." in name else tensor
     load_live(transformer, state)
+
+
+def load_initial(transformer, path):
+    """Start from the LoRA of another run (--init_lora). Returns what is wrong with it as a sentence, or None."""
+    try:
+        load_exported(transformer, path)
+    except ValueError as error:
+        return f"--init_lora {path}: {error}"
+    return None
 
 
 def export(transformer, live, stored_dtype=None):

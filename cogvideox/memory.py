@@ -8,7 +8,6 @@ To be quick, a training step is run with a few blocks of each kind only, its cou
 the pieces of the inner blocks are repeated: inner blocks of a kind do the same.
 """
 
-import argparse
 import contextlib
 import functools
 import gc
@@ -26,7 +25,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from transformers import T5Config, T5EncoderModel
 
 from cogvideox import linear, lora
+from cogvideox.console import say
 from cogvideox.encodings import CAPTIONS_PER_BATCH
+from cogvideox.engine import engine_of
 from cogvideox.files import read_json
 from cogvideox.folder import PRECISIONS, facts_of, latent_shape, stored_precision
 from cogvideox.model import blocks_to_recompute, checkpoint_blocks, decode_latents, encode_frames, keep_position_tables, rotary_tables
@@ -230,11 +231,10 @@ def latents_of(configs, frames, height, width):
     return latent_shape(facts_of(configs["transformer"], configs["vae"]), frames, height, width)
 
 
-def make_batch(configs, args, shape):
+def make_batch(configs, clips, shape):
     """A batch of clips of latents [F', C, H', W'] without data, as the loader gives it."""
     transformer, text_dtype = configs["transformer"], PRECISIONS[configs["dtypes"]["text_encoder"]]
     tokens, width = transformer.get("max_text_seq_length", 226), transformer.get("text_embed_dim", 4096)
-    clips = args.train_batch_size
     return {
         "latents": torch.empty(clips, *shape),
         "noise": torch.empty(clips, *shape),
@@ -258,7 +258,7 @@ def step_pieces(configs, args, loss_of, shape, recomputed, keep_attention, devic
         adapters = sum(p.numel() * p.element_size() for p in parameters)
         base = ledger.live - adapters
         checkpoint_blocks(transformer, recomputed, keep_attention)
-        batch = make_batch(configs, args, shape)
+        batch = make_batch(configs, args.train_batch_size, shape)
         rotary = rotary_tables(transformer, torch.device("cpu"))(batch)
         gradients = [0]
         for parameter in parameters:
@@ -469,7 +469,7 @@ def sampling_bytes(configs, args, shape, device="cuda"):
         prepare_transformer(transformer, args, device)
         transformer.eval()
         before = ledger.live
-        batch = make_batch(configs, argparse.Namespace(train_batch_size=clips), latents_of(configs, *shape))
+        batch = make_batch(configs, clips, latents_of(configs, *shape))
         rotary = rotary_tables(transformer, torch.device("cpu"))(batch)
         dtype = PRECISIONS[args.mixed_precision]
         ledger.mark("sampling")
@@ -565,3 +565,12 @@ def table(parts):
     """The lines of a table of what `predict` gave, in GiB, or in MiB for a run that takes less than one."""
     unit, word = (2**30, "GiB") if parts["run"] >= 2**30 else (2**20, "MiB")
     return [f"| part | {word} |", "| --- | ---: |", *(f"| {words} | {parts[name] / unit:.2f} |" for name, words in NAMES.items())]
+
+
+def say_predicted(args, folder, accelerator, compute_loss):
+    """Print what the run will need of the device's memory, from configs alone."""
+    device = accelerator.device.type
+    configs = on_device(read_configs(folder, args.variant), device)
+    engines = {"engine": engine_of(accelerator), "processes": accelerator.num_processes}
+    say("\npredicted, with every block recomputed where the flag is auto:")
+    say("\n".join(table(predict(configs, args, compute_loss, device, **engines))))

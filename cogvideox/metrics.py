@@ -20,7 +20,7 @@ from cogvideox.video import gif_bytes, read_video
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line. A resumed run first drops the lines after the step it goes on from."""
+    """metrics.jsonl: one JSON object a line. A resumed run first drops the lines after the step that it resumes from."""
 
     def __init__(self, path, first_step, enabled):
         self.file, self.path = None, Path(path)

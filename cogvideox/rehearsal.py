@@ -1,5 +1,10 @@
 """Before step 1: everything that would otherwise fail after hours, once, on the real configuration, its effect undone."""
 
+import contextlib
+import copy
+import dataclasses
+import functools
+import itertools
 import shutil
 import time
 from pathlib import Path
@@ -9,93 +14,123 @@ import psutil
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import default_collate
 
 from cogvideox import engine, hub
 from cogvideox.console import BAD_OUTPUT, fail, say, warn
+from cogvideox.flags import public_flags
 from cogvideox.launch import peak_memory_gib
 from cogvideox.model import checkpoint_blocks
-from cogvideox.optimizer import make_optimizer
 from cogvideox.report import run_facts
 from cogvideox.video import read_video, write_video
 
 
-def rehearse(args, accelerator, model, transformer, optimizer, whole, result, export, facts, clips, largest, loss_of, steps=1):
-    """One forward, backward and optimizer step at the largest shape, the result saved and loaded again, an mp4, a card.
+def rehearse(args, trained, result, export, result_facts, batch, compute_loss, train_step):
+    """One optimizer step at the largest shape, its result saved and loaded again, an mp4, a card; then all of it undone.
 
-    whole: () -> a context with the model that has all its weights here. result, export: as in `take_snapshot`. facts: for the
-    result's file. clips: the TrainingClips. largest: the index of the clip with the most latents. loss_of: batch -> loss.
-    The weights are put back, the optimizer is a throw-away (DeepSpeed's is put back), and nothing random is drawn from a
-    stream that training uses. Every process calls it. Returns (seconds of an optimizer step, peak GiB, MiB of a checkpoint).
+    result, export: as in `take_snapshot`. result_facts: for the result's file. batch: CPU tensors. compute_loss: (model, batch)
+    -> the mean loss. train_step: the script's. With --dry_run a second step is timed, after what only the first one does.
+    Every process calls it. Returns (seconds of an optimizer step, peak GiB, MiB of a checkpoint).
     """
-    parameters = [p for p in transformer.parameters() if p.requires_grad]
-    device, deepspeed = accelerator.device, engine.uses_deepspeed(accelerator)
-    before = [engine.read_weight(p).cpu() if deepspeed else p.detach().clone() for p in parameters]
-    batch = default_collate([clips.item(largest, position) for position in range(args.train_batch_size)])
-    batch = {name: value.to(device) for name, value in batch.items()}
-    if args.gradient_checkpointing == "auto" and (engine.splits_weights(accelerator) or deepspeed):
-        # A block that is run by itself, to be measured, would be gathered and not let go.
-        say("gradient checkpointing: every block is recomputed; this engine is not measured (attention, none or a number: less work)")
-    elif args.gradient_checkpointing == "auto":
-        with accelerator.no_sync(model):
-            fit_checkpointing(accelerator, transformer, lambda: loss_of(batch).backward())
-        for parameter in parameters:
-            parameter.grad = None
-    learning_rate = max(args.learning_rate, 1e-4)
-    rehearsed = optimizer if deepspeed else make_optimizer(args, parameters, learning_rate)
-    groups = [dict(group) for group in rehearsed.param_groups]
-    for group in rehearsed.param_groups:
-        group["lr"] = learning_rate
-    for _ in range(steps):
-        started = time.perf_counter()
-        if deepspeed:
-            accelerator.backward(loss_of(batch))  # takes the step too
-        else:
-            loss_of(batch).backward()  # without fp16's scaler, whose first scale may be too large and is nobody's fault
-            if torch.isfinite(engine.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))):
-                rehearsed.step()
-            rehearsed.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = (time.perf_counter() - started) * args.gradient_accumulation_steps
-    peak = peak_memory_gib(device)
-    trained = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
-    states = [value for state in rehearsed.state.values() for value in state.values() if torch.is_tensor(value)] if not deepspeed else []
-    moments = sum(value.numel() * value.element_size() for value in states) or trained * 8
-    shipped = args.training_type == "sft" and accelerator.mixed_precision != "no"  # about: the stored dtype is usually half of fp32
-    checkpoint_bytes = trained * (6 if shipped else 8) + moments + (trained * 4 if args.ema_decay else 0)
-    if not deepspeed:
-        del rehearsed
-    folder, problem = Path(args.output_dir) / ".rehearsal", None
-    live = result.live_state(transformer, keep=accelerator.is_main_process)
-    with whole() as looked_at:
-        if accelerator.is_main_process:
-            try:
-                folder.mkdir(exist_ok=True)
-                result.write(folder, export(looked_at, live), facts)
-                _, effect = result.check_export(folder, looked_at)
-                if effect == 0:
-                    warn("an optimizer step changes no output of the model; check --learning_rate and --target_modules")
-                write_video(folder / "video.mp4", np.zeros((5, 32, 32, 3), np.uint8), args.fps)
-                assert len(read_video(folder / "video.mp4")) == 5
-                hub.write_model_card(folder, run_facts(vars(args), hub.NO_FACTS))
-            except (OSError, ValueError, RuntimeError) as error:
-                problem = f"rehearsal in {folder}: {type(error).__name__}: {error}"
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
-    del live
+    accelerator, device, transformer = trained.accelerator, trained.device, trained.transformer
+    fit_to_memory(args, trained, lambda: compute_loss(trained.model, {name: value.to(device) for name, value in batch.items()}))
+    live = dataclasses.replace(trained, average=None)
+    with undone(args, trained):
+        for _ in range(2 if args.dry_run else 1):
+            started = time.perf_counter()
+            finite, tries = False, 0
+            while not finite and tries < 20:  # fp16's scaler starts high, and halves its scale after an overflow
+                outcome = train_step(args, live, itertools.repeat(batch), compute_loss, 0)
+                finite, tries = outcome.finite or not accelerator.scaler, tries + 1
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = (time.perf_counter() - started) / tries * args.gradient_accumulation_steps
+        peak, megabytes = peak_memory_gib(device), checkpoint_mebibytes(args, trained)
+        state = result.live_state(transformer, keep=trained.is_main)
+        with trained.full_model() as full_model:
+            shipped = functools.partial(export, full_model, state)
+            problem = try_results(args, result, shipped, result_facts, full_model) if trained.is_main else None
     if problem := broadcast_object_list([problem])[0]:
         fail(BAD_OUTPUT, problem)
+    return seconds, peak, megabytes
+
+
+@contextlib.contextmanager
+def undone(args, trained):
+    """Steps that are taken in the block leave nothing: weights, optimizer, schedule and scaler are put back. A collective.
+
+    In the block a step is one batch, whatever --gradient_accumulation_steps, and its learning rate is at least 1e-4, so that it
+    moves something where a warm-up would start at 0.
+    """
+    accelerator, parameters, deepspeed = trained.accelerator, trained.parameters, engine.uses_deepspeed(trained.accelerator)
+    weights = [engine.read_weight(p).cpu() if deepspeed else p.detach().clone() for p in parameters]
+    groups = [dict(group) for group in trained.optimizer.param_groups]
+    schedule, scaler = copy.deepcopy(trained.schedule.state_dict()), accelerator.scaler and accelerator.scaler.state_dict()
+    accelerator.gradient_accumulation_steps = 1
+    for group in trained.optimizer.param_groups:
+        group["lr"] = max(args.learning_rate, 1e-4)
+    yield
+    accelerator.gradient_accumulation_steps, accelerator.step = args.gradient_accumulation_steps, 0
     with torch.no_grad():
-        for parameter, value in zip(parameters, before, strict=True):
-            if deepspeed:
-                engine.write_weight(parameter, value)
-            else:
-                parameter.copy_(value)
-                parameter.grad = None
+        for parameter, value in zip(parameters, weights, strict=True):
+            engine.write_weight(parameter, value) if deepspeed else parameter.copy_(value)
     if deepspeed:
-        engine.load_optimizer_state(optimizer, parameters, {"state": {}, "param_groups": groups})
-    return seconds, peak, checkpoint_bytes / 2**20
+        engine.load_optimizer_state(trained.optimizer, parameters, {"state": {}, "param_groups": groups})
+    else:
+        trained.optimizer.zero_grad()
+        engine.inner_optimizer(trained.optimizer).state.clear()
+    for group, before in zip(trained.optimizer.param_groups, groups, strict=True):
+        group.update(before)
+    trained.schedule.load_state_dict(schedule)
+    if scaler:
+        accelerator.scaler.load_state_dict(scaler)
+
+
+def checkpoint_mebibytes(args, trained):
+    """About what a checkpoint takes on disk, after a step has given the optimizer its states."""
+    numel = sum(getattr(p, "ds_numel", p.numel()) for p in trained.parameters)
+    states = engine.inner_optimizer(trained.optimizer).state if not engine.uses_deepspeed(trained.accelerator) else {}
+    tensors = [value for state in states.values() for value in state.values() if torch.is_tensor(value)]
+    moments = sum(value.numel() * value.element_size() for value in tensors) or numel * 8
+    halved = args.training_type == "sft" and args.mixed_precision != "no"  # the stored dtype is usually half of fp32
+    return (numel * (6 if halved else 8) + moments + (numel * 4 if args.ema_decay else 0)) / 2**20
+
+
+def try_results(args, result, export, result_facts, full_model):
+    """Write a result, load it again, write and read a video and a card, in a folder that is gone afterwards.
+
+    export: () -> what is shipped. Returns what failed as a sentence, or None. Only the main process calls it.
+    """
+    folder = Path(args.output_dir) / ".rehearsal"
+    try:
+        folder.mkdir(exist_ok=True)
+        result.write(folder, export(), result_facts)
+        _, effect = result.check_export(folder, full_model)
+        if effect == 0:
+            warn("an optimizer step changes no output of the model; check --learning_rate and --target_modules")
+        write_video(folder / "video.mp4", np.zeros((5, 32, 32, 3), np.uint8), args.fps)
+        if (frames := len(read_video(folder / "video.mp4"))) != 5:
+            return f"rehearsal in {folder}: a video of 5 frames was read back with {frames}"
+        hub.write_model_card(folder, run_facts(public_flags(args), hub.NO_FACTS))
+    except (OSError, ValueError, RuntimeError) as error:
+        return f"rehearsal in {folder}: {type(error).__name__}: {error}"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def fit_to_memory(args, trained, loss):
+    """With --gradient_checkpointing auto, recompute no more blocks than the memory asks for. loss: () -> of the largest batch."""
+    accelerator = trained.accelerator
+    if args.gradient_checkpointing != "auto":
+        return
+    if engine.splits_weights(accelerator) or engine.uses_deepspeed(accelerator):
+        # A block that is run by itself, to be measured, would be gathered and not let go.
+        say("gradient checkpointing: every block is recomputed; this engine is not measured (attention, none or a number: less work)")
+        return
+    with accelerator.no_sync(trained.model):
+        fit_checkpointing(accelerator, trained.transformer, lambda: loss().backward())
+    for parameter in trained.parameters:
+        parameter.grad = None
 
 
 @torch.compiler.set_stance("force_eager")  # what is measured here is not to be compiled for it

@@ -18,6 +18,7 @@ from pathlib import Path
 from cogvideox import charts, hub
 from cogvideox.charts import evenly, number, points_of
 from cogvideox.files import LORA_FILE, read_json, read_json_lines, write_bytes
+from cogvideox.flags import public_flags
 
 NAME = "report.html"
 VIDEO_BUDGET_MIB = 40  # of base64 text, over all videos in the page
@@ -69,6 +70,24 @@ def run_facts(flags, facts, defaults=None):
     defaults = {name: value for name, value in (defaults or {}).items() if name in flags}
     record = {"started": time.time(), "flags": flags, "defaults": defaults, "versions": versions(), "facts": dict(facts)}
     return hub.without_secrets(record)
+
+
+def describe_run(args, accelerator, engine, plan, data, video, num_trained):
+    """The content of run.json while nothing is trained yet, for the report and the model card.
+
+    engine: its name. video: the settings of validation videos.
+    """
+    base = args.pretrained_model_name_or_path
+    is_on_hub = not Path(base).expanduser().exists()
+    facts = {"name": Path(args.output_dir).resolve().name, "device": device_name(accelerator.device)}
+    facts |= {"processes": accelerator.num_processes, "engine": engine, "clips": len(plan.clips)}
+    facts |= {"clips_per_step": plan.clips_per_step, "total_steps": plan.total_steps, "trained_parameters": num_trained}
+    # Of a local folder only the name is told: the card may be published.
+    facts |= {"base_model": base if is_on_hub else Path(base).name, "is_base_on_hub": is_on_hub}
+    facts |= {"example_prompt": args.prompts[0] if args.prompts else data.records[0].caption}
+    facts |= {name: video[name] for name in ("num_frames", "height", "width")} | {"steps": 0, "videos": []}
+    defaults = {name: action.default for name, action in args.declared.items()}
+    return run_facts(public_flags(args), facts, defaults)
 
 
 def write_run_facts(output_dir, run):

@@ -41,6 +41,11 @@ class Data:
         held_out = set(self.held_out)
         return [number for number in range(len(self.records)) if number not in held_out]
 
+    def most_common_shape(self):
+        """(frames, height, width) of most of the trained clips."""
+        shapes = Counter((clip["frames"], clip["height"], clip["width"]) for clip in (self.clips[i] for i in self.trained))
+        return shapes.most_common(1)[0][0]
+
 
 def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     """List and decode every clip, print the report, and return the Data. Of the output folder only dataset.json and the

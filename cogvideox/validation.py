@@ -54,13 +54,13 @@ def sample_latents(transformer, scheduler, prompt, negative_prompt, seed, device
         negative_prompt_embeds=negative_prompt[None].to(device),
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",
-        callback_on_step_end=stop_sampling_if_wanted,
+        callback_on_step_end=stop_sampling_if_requested,
         **settings,
     )
     return result.frames[0]
 
 
-def stop_sampling_if_wanted(pipeline, step, timestep, tensors):
+def stop_sampling_if_requested(pipeline, step, timestep, tensors):
     """Leave a video unfinished when a signal asks the run to stop; the loop then saves."""
     if stop_requested():
         raise InterruptedError("a signal asked the run to stop")

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Fine-tune all weights of the 2B, split over the GPUs of one machine or several: run it once on each machine.
+# Fine-tune all weights of the 2B, sharded over the GPUs of one machine or several: run it once on each machine.
 #
 #   bash examples/finetune_sft.sh                                         all GPUs of this machine
 #   CONFIG_PATH=configs/zero3.yaml bash examples/finetune_sft.sh          with DeepSpeed instead of FSDP2
-# It is finetune_multi_gpus_1.sh with other values: that script's variables and flags are taken here too, and flags at the end win.
+# This wraps finetune_multi_gpus_1.sh: all of its variables and flags work here too, and flags at the end win.
 # OUTPUT_PATH/transformer is an ordinary diffusers folder.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -13,11 +13,11 @@ export OUTPUT_PATH="${OUTPUT_PATH:-cogvideox-sft}"
 
 SFT_ARGS=(
   --training_type sft
-  --learning_rate 1e-5                   # a tenth of what a LoRA takes
+  --learning_rate 1e-5                   # a tenth of a LoRA's
   --lr_scheduler cosine
   --lr_warmup_steps 100                  # optimizer steps
   --ema_decay 0                          # 0.999 ships an average of the weights (not with DeepSpeed)
-  --checkpoints_total_limit 2            # each holds all weights and the optimizer's state
+  --checkpoints_total_limit 2            # each holds all weights and the optimizer state
 )
 
 exec bash "$ROOT/finetune_multi_gpus_1.sh" "${SFT_ARGS[@]}" "$@"

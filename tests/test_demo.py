@@ -9,16 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from cogvideox.files import read_json_lines
 from cogvideox.folder import read_facts, stored_precision
 from cogvideox.model import decode_latents, encode_frames, load_scheduler, load_vae
 from cogvideox.scoring import evaluations
-from cogvideox.video import read_video
+from cogvideox.video import read_video, write_video
 from demo.make_model import TOKENIZER, make_model
 from demo.measure import measure, saturation
 from demo.old_film import old_film, write_dataset
+from demo.picture import COLUMNS, FRAME_WIDTH, write_picture
 from demo.train_base import read_shots
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +83,18 @@ def test_saturation_of_known_colours():
     assert saturation(np.full((2, 2, 3), 90, np.uint8)) == 0
     assert saturation(np.array([[200, 0, 0]], np.uint8)) == 1
     assert saturation(np.array([[100, 50, 75]], np.uint8)) == 0.5
+
+
+def test_the_picture_shows_the_same_frames_of_base_and_lora_for_each_prompt(tmp_path):
+    clips = tmp_path / "clips"
+    write_video(clips / "a.mp4", np.zeros((5, 128, 192, 3), np.uint8), 8)
+    (clips / "videos.txt").write_text("a.mp4\na.mp4\n")
+    base, trained = np.full((17, 64, 96, 3), (255, 0, 0), np.uint8), np.full((17, 64, 96, 3), (0, 0, 255), np.uint8)
+    write_picture(tmp_path / "demo.png", clips, [("OLDFILM a rabbit " + 40 * "in the grass ", base, trained, 300)] * 2)
+    pixels = np.asarray(Image.open(tmp_path / "demo.png")).reshape(-1, 3)
+    red, blue = ((pixels == colour).all(1).sum() for colour in ((255, 0, 0), (0, 0, 255)))
+    assert red == blue == 2 * COLUMNS * FRAME_WIDTH * round(FRAME_WIDTH * 64 / 96)
+    assert 850 < Image.open(tmp_path / "demo.png").width < 950
 
 
 # -----------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from safetensors.torch import save
 
 import train_cogvideox_lora as script
 from cogvideox import checkpoint, encodings, hub, stopping, validation
+from cogvideox import folder as folder_of
 from dataset import read_records
 from tests.conftest import ROOT, STEADY_ADAM, STEADY_BOUND, environment, lora_of, same, words
 from tests.test_faults import ONE, TWO, start, steps_of
@@ -334,7 +335,7 @@ def test_half_precision_on_a_machine_without_a_gpu_is_refused(train, capsys, mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ended(2, train, mixed_precision="fp16")
     assert "--mixed_precision fp16: this machine has no GPU" in capsys.readouterr().err
-    assert script.choose_precision("bf16", None, None) == ("bf16", None)
+    assert folder_of.choose_precision("bf16", None, None) == ("bf16", None)
 
 
 @pytest.mark.slow
@@ -388,13 +389,13 @@ def test_a_first_lora_that_is_no_safetensors_file_is_refused_and_not_run(train, 
 
 
 def test_an_output_folder_that_this_user_may_not_write_is_told_at_once(train, open_folder, capsys, monkeypatch):
-    prepare = script.prepare_output_dir
+    prepare = script.claim_output_dir
 
-    def bound(args, accelerator):
+    def bound(*args):
         with without_privileges():
-            return prepare(args, accelerator)
+            return prepare(*args)
 
-    monkeypatch.setattr(script, "prepare_output_dir", bound)
+    monkeypatch.setattr(script, "claim_output_dir", bound)
     (open_folder / "cache").mkdir()
     (open_folder / "cache").chmod(0o777)
     open_folder.chmod(0o555)

@@ -167,8 +167,8 @@ def test_a_signal_in_validation_leaves_the_video_and_saves(train, tiny_model, si
             monkeypatch.setitem(stopping.received, "signal", signal.SIGTERM)
         return validation_step(*args, **kwargs)
 
-    validation_step = validation.stop_sampling_if_wanted
-    monkeypatch.setattr(validation, "stop_sampling_if_wanted", strike)
+    validation_step = validation.stop_sampling_if_requested
+    monkeypatch.setattr(validation, "stop_sampling_if_requested", strike)
     with pytest.raises(SystemExit) as stop:
         train(output=tmp_path / "out", validation_prompt="a rabbit", validation_steps=1, num_inference_steps=2, max_train_steps=50)
     assert stop.value.code == 143
@@ -268,10 +268,10 @@ def test_the_rehearsal_leaves_no_trace_in_training(train, monkeypatch):
     assert same(lora_of(rehearsed), lora_of(train(max_train_steps=3, lora_dropout=0.1)))
     moved = []
 
-    def forgetful(args, accelerator, model, transformer, *rest, **settings):
-        found = real(args, accelerator, model, transformer, *rest, **settings)
+    def forgetful(args, trained, *rest):
+        found = real(args, trained, *rest)
         with torch.no_grad():
-            next(p for p in transformer.parameters() if p.requires_grad).mul_(2)
+            trained.parameters[0].mul_(2)
         moved.append(1)
         return found
 
@@ -527,9 +527,10 @@ def test_the_export_check_fails_for_a_wrong_file_in_every_precision(tiny_model, 
     lora.write(tmp_path, lora.export(transformer, lora.live_state(transformer)), {})
     checkpoint.report_export(lora, tmp_path, transformer)
     assert "inconclusive" in capsys.readouterr().err  # nothing is learned yet
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in parameters:
-            parameter.normal_(std=1e-2)  # a young LoRA: its effect is near the rounding of bf16
+            parameter.normal_(std=3e-2, generator=generator)  # a young LoRA: its effect is a few roundings of bf16
     lora.write(tmp_path, lora.export(transformer, lora.live_state(transformer)), {})
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         checkpoint.report_export(lora, tmp_path, transformer)

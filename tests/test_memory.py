@@ -69,7 +69,7 @@ def real_transformer(config, args):
 def measured_step(config, args, shape):
     """Bytes above the start at the highest point of a real forward and backward pass, the same with zeros for inputs."""
     transformer, _ = real_transformer(config, args)
-    batch = memory.make_batch(configs_of(**config), args, shape)
+    batch = memory.make_batch(configs_of(**config), args.train_batch_size, shape)
     batch = {name: torch.zeros_like(tensor) for name, tensor in batch.items()}
     rotary = model.rotary_tables(transformer, torch.device("cpu"))(batch)
     dtype, scheduler = memory.PRECISIONS[args.mixed_precision], CogVideoXDDIMScheduler()
@@ -308,7 +308,7 @@ def test_a_step_of_the_whole_2b_runs_and_takes_what_is_predicted():
             tensor.data.uniform_(-0.03, 0.03, generator=generator)
     batch = {
         name: torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else torch.full_like(tensor, 500)
-        for name, tensor in memory.make_batch(configs_of(**config), args, shape).items()
+        for name, tensor in memory.make_batch(configs_of(**config), args.train_batch_size, shape).items()
     }
     losses, scheduler = [], CogVideoXDDIMScheduler()
 

@@ -4,14 +4,13 @@ Needs no model. Prints a table of the clips and a verdict in plain words, writes
 will see of each clip, and ends with exit code 3 if any clip cannot be used.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from cogvideox import flags
 from cogvideox.decode import clip_framing
-from cogvideox.flags import add_data_flags, check_data_flags
 from cogvideox.folder import COGVIDEOX_2B, count_tokens, load_tokenizer
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.survey import describe, framing_of, survey_clips, table_lines
@@ -72,17 +71,17 @@ def advice(clips, static, pairs):
 
 def main(words=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = flags.new_parser(__doc__)
     parser.add_argument("root", nargs="?", help="the data folder; or --instance_data_root, or --dataset_name")
     parser.add_argument("--tokenizer", default=str(DEMO), help="model folder whose tokenizer counts (default: CogVideoX's own)")
     parser.add_argument("--sheet", default="contact_sheet.png", help="where the picture goes")
     parser.add_argument("--cache_dir", help="where downloaded datasets are stored")
     parser.add_argument("--seed", type=int, default=42, help="seed of random crops")
-    add_data_flags(parser)
+    flags.add_data_flags(parser)
     args = parser.parse_args(words)
     args.instance_data_root = args.root or args.instance_data_root
-    if problems := check_data_flags(args):
-        parser.exit(2, "".join(f"ERROR[2]: {problem}\n" for problem in problems))
+    if problems := flags.out_of_bounds(args) + flags.check_data_flags(args):
+        flags.refuse(parser, problems)
 
     records, problems, layout = list_clips(args)
     framing, cache = framing_of(args, COGVIDEOX_2B), Path(args.encoding_cache_dir)

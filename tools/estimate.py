@@ -44,13 +44,13 @@ def parse(words):
     options, rest = parser.parse_known_args(words)
 
     import train_cogvideox_lora as trainer
-    from cogvideox import memory
+    from cogvideox import flags, memory
     from cogvideox.folder import COGVIDEOX_2B, check_geometry, read_facts
 
     args = trainer.build_parser().parse_args(["--pretrained_model_name_or_path", options.model or options.preset, *rest])
     args.instance_data_root = args.instance_data_root or (None if args.dataset_name else ".")
     # Packages that are missing here may be there where the run will be.
-    problems = [problem for problem in trainer.check_flags(args) if " needs " not in problem]
+    problems = flags.out_of_bounds(args) + [problem for problem in trainer.check_flags(args) if " needs " not in problem]
     configs = memory.read_configs(Path(options.model), args.variant) if options.model else memory.PRESETS[options.preset]
     configs = memory.on_device(configs, options.device)
     args.mixed_precision = args.mixed_precision or configs["dtypes"]["transformer"]
@@ -58,7 +58,7 @@ def parse(words):
     frames, height, width = memory.largest_shape(args)
     problems += check_geometry(facts, height, width, frames)
     if problems:
-        parser.exit(2, "".join(f"ERROR[2]: {problem}\n" for problem in problems))
+        flags.refuse(parser, problems)
     return options, args, configs
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 
 from cogvideox.console import progress
 from cogvideox.files import write_durably
+from cogvideox.flags import refuse
 from tools.lora_file import find_lora, load_pairs, read_layers
 
 IN_BLOCKS = {
@@ -96,7 +97,7 @@ def main(words=None):
     except ValueError as error:
         problems.append(str(error))
     if problems:
-        parser.exit(2, "".join(f"ERROR[2]: {problem}\n" for problem in problems))
+        refuse(parser, problems)
 
     try:
         write_durably(output, save(tensors, metadata={"format": "pt"}))

@@ -11,7 +11,6 @@ contact_sheet.png has a few frames of every video, videos.json the settings. Wha
 for files of the same names, which are written over: videos of the same prompts, seeds and strengths, the sheet, videos.json.
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -22,9 +21,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from cogvideox import flags
 from cogvideox.console import BAD_OUTPUT, fail, progress, say
 from cogvideox.files import file_sha256, read_json, try_writing, write_bytes
-from cogvideox.flags import below, not_above_zero
 from cogvideox.folder import check_geometry, check_model_folder, find_model, read_facts, stored_dtype
 from cogvideox.launch import free
 from cogvideox.model import usable_dtype
@@ -39,39 +38,38 @@ GRID_WIDTH, GRID_HEIGHT, LABEL_HEIGHT = 1920, 2160, 18  # pixels; larger videos 
 
 def build_parser():
     """All flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    flag, switch = parser.add_argument, argparse.BooleanOptionalAction
-    flag("--pretrained_model_name_or_path", required=True, help="folder or hub id of the base model, such as THUDM/CogVideoX-2b")
-    flag("--lora", help="folder of a run, its best/, a checkpoint-N/, or the .safetensors file")
-    flag("--transformer", help="instead of --lora: folder of a run of full fine-tuning, or its transformer/ (also that of tools.merge)")
-    flag("--prompt", nargs="+", default=[], help="what the videos should show")
-    flag("--prompts_file", help="more prompts, one a line")
-    flag("--negative_prompt", default="", help="what the videos should not show")
-    flag("--seed", nargs="+", type=int, default=[42], help="a video for each")
-    flag("--lora_scale", nargs="+", type=float, help="strengths of the LoRA, a video for each (default: 1, as trained; 0: the base)")
-    flag("--compare_base", action="store_true", help="make each video with the base model too")
-    flag("--height", type=int, help="pixels (default: as the model's config has it)")
-    flag("--width", type=int, help="pixels (default: as the model's config has it)")
-    flag("--num_frames", type=int, help="frames (default: as the model's config has it)")
-    flag("--num_inference_steps", type=int, default=50, help="denoising steps")
-    flag("--guidance_scale", type=float, default=6.0, help="classifier-free guidance (1: off)")
-    flag("--use_dynamic_cfg", action="store_true", help="guidance that grows over the denoising steps")
-    flag("--fps", type=float, default=8.0, help="frames a second of the mp4 files")
-    flag("--output_dir", default="videos", help="where they go; files of the same names are written over, others stay")
-    flag("--dtype", choices=DTYPES, help="what the transformer computes in (default: as stored; fp32 for fp16 on a CPU)")
-    flag("--offload", choices=("none", "model", "sequential"), default="none", help="models, or layers, not in use wait in host memory")
-    flag("--enable_slicing", action=switch, default=True, help="VAE: decode one video at a time")
-    flag("--enable_tiling", action=switch, default=True, help="VAE: large frames in tiles, a third of the memory")
-    flag("--revision", help="branch, tag or commit of a hub model")
-    flag("--variant", help="file variant of the weights, such as fp16")
-    flag("--cache_dir", help="where downloaded models are stored (default: the hub client's own place)")
+    parser = flags.new_parser(__doc__)
+    flag = flags.flag_group(parser, "videos")
+    flag("--pretrained_model_name_or_path", None, "folder or hub id of the base model, such as THUDM/CogVideoX-2b", required=True)
+    flag("--lora", None, "folder of a run, its best/, a checkpoint-N/, or the .safetensors file")
+    flag("--transformer", None, "instead of --lora: folder of an sft run, or its transformer/ (also that of tools.merge)")
+    flag("--prompt", [], "what the videos should show", nargs="+")
+    flag("--prompts_file", None, "more prompts, one a line")
+    flag("--negative_prompt", "", "what the videos should not show")
+    flag("--seed", [42], "a video for each", nargs="+", type=int)
+    flag("--lora_scale", None, "strengths of the LoRA, a video for each (default: 1, as trained; 0: the base)", nargs="+", type=float)
+    flag("--compare_base", False, "make each video with the base model too")
+    flag("--height", None, "pixels (default: as the model's config has it)", type=int, at_least=1)
+    flag("--width", None, "pixels (default: as the model's config has it)", type=int, at_least=1)
+    flag("--num_frames", None, "frames (default: as the model's config has it)", type=int, at_least=1)
+    flag("--num_inference_steps", 50, "denoising steps", at_least=1)
+    flag("--guidance_scale", 6.0, "classifier-free guidance; 1: off", at_least=0)
+    flag("--use_dynamic_cfg", False, "guidance that grows over the denoising steps")
+    flag("--fps", 8.0, "frames a second of the mp4 files", above=0)
+    flag("--output_dir", "videos", "where they go; files of the same names are written over, others stay")
+    flag("--dtype", None, "what the transformer computes in (default: as stored; fp32 for fp16 on a CPU)", choices=tuple(DTYPES))
+    flag("--offload", "none", "keep unused models, or unused layers, in host memory", choices=("none", "model", "sequential"))
+    flag("--enable_slicing", True, "VAE: decode one video at a time")
+    flag("--enable_tiling", True, "VAE: decode large frames in tiles, a third of the memory")
+    flag("--revision", None, "branch, tag or commit of a hub model")
+    flag("--variant", None, "file variant of the weights, such as fp16")
+    flag("--cache_dir", None, "where downloaded models are stored (default: the hub client's own place)")
     return parser
 
 
 def check_flags(args):
     """Every mistake that the flags alone show, each a sentence. Fills in args.prompts."""
-    problems = below(args, 1, "height", "width", "num_frames", "num_inference_steps") + below(args, 0, "guidance_scale")
-    problems += not_above_zero(args, "fps")
+    problems = flags.out_of_bounds(args)
     args.prompts = [prompt.strip() for prompt in args.prompt]
     try:
         lines = Path(args.prompts_file).expanduser().read_text("utf-8").splitlines() if args.prompts_file else []
@@ -138,7 +136,7 @@ def parse(words):
     except OSError as error:
         problems.append(f"--output_dir {args.output_dir}: cannot be written to ({error.strerror})")
     if problems:
-        parser.exit(2, "".join(f"ERROR[2]: {problem}\n" for problem in problems))
+        flags.refuse(parser, problems)
     return args, folder, columns
 
 

@@ -24,6 +24,7 @@ import torch
 
 from cogvideox.console import BAD_OUTPUT, fail, progress
 from cogvideox.files import read_json, try_writing, write_bytes
+from cogvideox.flags import refuse
 from cogvideox.folder import COMPONENTS, TORCH_DTYPES, check_model_folder, find_model, safetensors_header, weight_files
 from cogvideox.sft import link_or_copy
 from tools.lora_file import check_fit, find_lora, load_pairs, read_layers
@@ -164,7 +165,7 @@ def parse(words):
     except OSError as error:
         problems.append(f"--output_dir {args.output_dir}: cannot be written to ({error.strerror})")
     if problems:
-        parser.exit(2, "".join(f"ERROR[2]: {problem}\n" for problem in problems))
+        refuse(parser, problems)
     return args, folder, file, layers, base
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cogvideox.console import progress
 from cogvideox.files import read_json_lines
+from cogvideox.flags import refuse
 from cogvideox.scoring import evaluations
 from tools.benchmark.harness import ROOT, table
 
@@ -150,7 +151,7 @@ def main(words=None):
     problems += [] if 0 < options.target < 1 else [f"--target {options.target}: a share between 0 and 1"]
     problems += [] if Path(options.model).is_dir() else [f"--model {options.model}: no such folder"]
     if problems:
-        parser.exit(2, "".join(f"ERROR[2]: {problem}\n" for problem in problems))
+        refuse(parser, problems)
     from demo.old_film import write_dataset
 
     work_dir = Path(options.work_dir or tempfile.mkdtemp(prefix="quality-"))
