@@ -65,7 +65,7 @@ def test_the_guides_settings_are_those_of_its_script():
     ("words", "sentence"),
     [
         (["--seeds", "0"], "--seeds 0: at least 1"),
-        (["--target", "2"], "--target 2.0: a share between 0 and 1"),
+        (["--target", "2"], "--target 2.0: above 0 and below 1"),
         (["--model", "nowhere"], "--model nowhere: no such folder"),
     ],
 )

@@ -32,6 +32,7 @@ import tempfile
 from pathlib import Path
 
 from cogvideox.files import write_bytes
+from cogvideox.flags import refuse
 from tools.benchmark.harness import has_fast_bf16, machine_facts, table
 from tools.benchmark.measurements import CONFIGS, MEASUREMENTS
 from tools.benchmark.sizes import SIZES, VAES, spell
@@ -153,7 +154,7 @@ def build_parser():
 
 def end(parser, message):
     """A mistake of the user: one sentence, exit code 2."""
-    parser.exit(2, f"ERROR[2]: {message}\n")
+    refuse(parser, [message])
 
 
 def parse_options(words):

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from cogvideox.console import progress
+from cogvideox.console import fail, progress
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORKER = "tools.benchmark.variants"  # the program that does a job
@@ -42,7 +42,7 @@ def run_worker(job, threads):
             log.seek(0)
             reason = "killed, perhaps for want of memory" if result.returncode == -9 else f"code {result.returncode}"
             name = " ".join(str(job.get(key)) for key in ("job", "variant", "size", "shape") if job.get(key))
-            raise SystemExit(f"ERROR: the process of {name} ended ({reason}):\n{log.read().decode(errors='replace')[-2000:]}")
+            fail(1, f"the process of {name} ended ({reason}):\n{log.read().decode(errors='replace')[-2000:]}")
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -59,7 +59,7 @@ def run_workers(job, threads):
     done = subprocess.run(line, capture_output=True, text=True, env=environment_of(threads), cwd=ROOT, check=False)
     result = Path(job["result"])
     if done.returncode or not result.exists():
-        raise SystemExit(f"ERROR: {job['variant']} ended with code {done.returncode}:\n{done.stderr[-2000:]}")
+        fail(1, f"{job['variant']} ended with code {done.returncode}:\n{done.stderr[-2000:]}")
     measured = json.loads(result.read_text())
     result.unlink()
     return measured

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from cogvideox.console import fail
 from tools.benchmark import harness
 from tools.benchmark.harness import ROOT, busy_seconds, environment_of, others_share
 from tools.benchmark.sizes import rank_of
@@ -138,7 +139,7 @@ def run_program(line, output, threads):
         used = usage.ru_utime + usage.ru_stime + sum(os.times()[:2]) - sum(own[:2])
         if process.returncode:
             log.seek(0)
-            raise SystemExit(f"ERROR: a run ended with code {process.returncode}:\n{log.read().decode(errors='replace')[-2000:]}")
+            fail(1, f"a run ended with code {process.returncode}:\n{log.read().decode(errors='replace')[-2000:]}")
     trainers = [peak for is_trainer, peak in peaks.values() if is_trainer]
     return {
         "seconds_to_first_step": first_step,
