@@ -478,7 +478,7 @@ def test_overwriting_deletes_nothing_before_everything_else_is_found_right(train
     assert (folder / "notes.txt").read_text() == "mine"
     with pytest.raises(SystemExit):
         train(output=folder, overwrite_output_dir=True, resume_from_checkpoint="latest")
-    assert "give one of them" in capsys.readouterr().err
+    assert "give only one" in capsys.readouterr().err
 
 
 def test_a_run_that_only_encoded_does_not_stand_in_its_own_way(train, tmp_path):
