@@ -34,7 +34,7 @@ SCHEDULE_NAMES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "con
 PRECISION_NAMES, BASE_PRECISIONS = ("no", "fp16", "bf16"), ("stored", "fp8", "int8", "nf4")
 TIMESTEP_SAMPLINGS = ("uniform", "spread", "logit_normal")
 CHECKPOINTING_HELP = (
-    "recompute activations of: auto (as few blocks as fit), none, all, attention (all, keeping attention outputs), N blocks"
+    "recompute activations: auto (of as few blocks as fit), none, all, attention (all, keeping attention outputs), N blocks"
 )
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 LEARNING_RATES = {"lora": 5e-4, "sft": 1e-5}  # docs/quality.md

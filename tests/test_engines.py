@@ -312,7 +312,7 @@ def test_a_rank_that_keeps_nothing_gathers_every_optimizer_state_all_the_same(ke
     [
         ({"optimizer": "prodigy"}, "--optimizer prodigy: unsupported with FSDP2"),
         ({"base_precision": "int8"}, "--base_precision: unsupported with FSDP2"),
-        ({"offload": True}, "--offload: unsupported with FSDP2; offload in the engine's own config file"),
+        ({"offload": True}, "--offload: unsupported with FSDP2; offload in the engine's config file"),
         ({"compile": True}, "--compile: unsupported with FSDP2"),
     ],
 )
