@@ -33,9 +33,7 @@ OPTIMIZER_NAMES = ("adamw", "adam", "prodigy", "adamw8bit", "adam8bit")
 SCHEDULE_NAMES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 PRECISION_NAMES, BASE_PRECISIONS = ("no", "fp16", "bf16"), ("stored", "fp8", "int8", "nf4")
 TIMESTEP_SAMPLINGS = ("uniform", "spread", "logit_normal")
-CHECKPOINTING_HELP = (
-    "recompute activations: auto (of as few blocks as fit), none, all, attention (all, keeping attention outputs), N blocks"
-)
+CHECKPOINTING_HELP = "recompute activations: auto (of as few blocks as fit), none, all, attention (all but attention outputs), N blocks"
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 LEARNING_RATES = {"lora": 5e-4, "sft": 1e-5}  # docs/quality.md
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -457,7 +457,7 @@ def test_a_branch_that_was_left_is_set_aside_and_never_wins_over_the_new_one(tra
     damaged.write_bytes(damaged.read_bytes()[:-1])
     train(output=folder, resume_from_checkpoint="checkpoint-2", max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=1)
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-3.abandoned", "checkpoint-4.abandoned"]
-    assert "set aside as checkpoint-4.abandoned" in capsys.readouterr().err
+    assert "renamed a checkpoint of a later step to checkpoint-4.abandoned" in capsys.readouterr().err
     train(output=folder, resume_from_checkpoint="latest", max_train_steps=5)
     assert "checkpoint-3, step 3" in capsys.readouterr().err
     assert same(lora_of(folder), lora_of(train(max_train_steps=5)))
