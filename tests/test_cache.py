@@ -358,7 +358,7 @@ def test_the_cache_tool_finds_and_removes_what_is_damaged(train, tmp_path):
     ("words", "sentence"),
     [
         (["check", "/no/such/folder"], "/no/such/folder: no such folder"),
-        (["prune", ".", "--older_than", "-1"], "--older_than -1.0: at least 0"),
+        (["prune", ".", "--older_than", "-1"], "--older_than -1.0: must be at least 0"),
         (["check", ".", "--older_than", "3"], "--older_than: only prune removes entries, check does not; leave it out"),
     ],
 )

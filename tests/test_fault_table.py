@@ -371,7 +371,7 @@ def test_a_model_of_pickles_is_refused_and_not_run(train, tiny_model, tmp_path, 
     weights.unlink()
     weights.with_suffix(".bin").write_bytes(payload(tmp_path / "ran"))
     ended(2, train, model=model)
-    assert "pickled weights are not read" in capsys.readouterr().err
+    assert "pickled weights are unsupported" in capsys.readouterr().err
     weights.write_bytes(payload(tmp_path / "ran"))  # under the right name
     ended(2, train, model=model)
     assert "not a safetensors file" in capsys.readouterr().err

@@ -167,7 +167,7 @@ def test_a_broken_model_folder_names_the_file(tiny_model, tmp_path):
     (folder / "vae/diffusion_pytorch_model.safetensors").rename(folder / "vae/diffusion_pytorch_model.bin")
     problems = folder_of.check_model_folder(folder)
     assert any("transformer/diffusion_pytorch_model.safetensors: truncated" in problem for problem in problems)
-    assert any("pickled weights are not read" in problem for problem in problems)
+    assert any("pickled weights are unsupported" in problem for problem in problems)
     shutil.rmtree(folder / "text_encoder")
     assert any("no text_encoder/config.json" in problem for problem in folder_of.check_model_folder(folder))
 

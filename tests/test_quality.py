@@ -64,8 +64,8 @@ def test_the_guides_settings_are_those_of_its_script():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--seeds", "0"], "--seeds 0: at least 1"),
-        (["--target", "2"], "--target 2.0: above 0 and below 1"),
+        (["--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["--target", "2"], "--target 2.0: must be above 0 and below 1"),
         (["--model", "nowhere"], "--model nowhere: no such folder"),
     ],
 )
