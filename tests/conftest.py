@@ -16,11 +16,14 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import train_cogvideox_lora as script
+from cogvideox import metrics
 from demo.make_model import make_model
+from tests import shortcuts
 from tests.forked import ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+shortcuts.take()
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +45,12 @@ def fresh_accelerate():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def with_plot(monkeypatch):
+    """Have runs draw loss.png."""
+    monkeypatch.setattr(metrics, "plot_losses", shortcuts.plot_losses)
 
 
 @pytest.fixture(scope="session")
@@ -154,9 +163,9 @@ def same(a, b):
 
 
 @pytest.fixture(scope="session")
-def fork_server(tmp_path_factory):
+def fork_server(tmp_path_factory, tiny_model):
     """The warm process of a session."""
-    with ForkServer(tmp_path_factory.mktemp("forked"), environment()) as server:
+    with ForkServer(tmp_path_factory.mktemp("forked"), environment(), tiny_model) as server:
         yield server
 
 

@@ -258,7 +258,7 @@ def test_the_size_of_the_update_is_that_of_the_products():
     assert scoring.update_share(model) == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_plot_has_what_was_scored(train):
+def test_the_plot_has_what_was_scored(train, with_plot):
     folder = train(eval_share=0.34, eval_clips=2, max_train_steps=2)
     assert os.path.getsize(folder / "loss.png") > 10_000
 
