@@ -63,9 +63,11 @@ def wait_for(condition, seconds=90):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "launch"),
-    [(signal.SIGINT, "python"), (signal.SIGINT, "forked"), (signal.SIGTERM, "forked"), (signal.SIGUSR1, "forked")],
+    [(signal.SIGINT, "python"), (signal.SIGTERM, "forked"), (signal.SIGUSR1, "forked")],
 )
-def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(forked, tiny_model, six_clips, encodings, tmp_path, number, launch):
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
+    forked, plain_run, tiny_model, six_clips, encodings, tmp_path, number, launch
+):
     flags = {"max_train_steps": 60, "resume_from_checkpoint": "latest", "lr_scheduler": "cosine"}
     line = words(tiny_model, six_clips, tmp_path / "out", encodings, **flags)
     run = start(ONE, line) if launch == "python" else forked.start(line)[0]
@@ -81,8 +83,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(forked, ti
     codes, output = forked.run(line)
     assert codes == [0], output[-2000:]
     assert f"step {stopped}" in output
-    script.main(script.parse_args(words(tiny_model, six_clips, tmp_path / "straight", encodings, **flags)))
-    assert same(lora_of(tmp_path / "out"), lora_of(tmp_path / "straight"))
+    assert same(lora_of(tmp_path / "out"), lora_of(plain_run(**flags)))
     assert steps_of(tmp_path / "out") == list(range(1, 61))
 
 
@@ -192,8 +193,8 @@ def poisoned(monkeypatch, steps):
     monkeypatch.setattr(script, "velocity_loss", wrong)
 
 
-def test_a_loss_that_is_no_number_updates_nothing_and_is_named(train, monkeypatch, capsys):
-    clean = train(max_train_steps=1)
+def test_a_loss_that_is_no_number_updates_nothing_and_is_named(train, plain_run, monkeypatch, capsys):
+    clean, unlike = plain_run(max_train_steps=1), plain_run(max_train_steps=3)
     poisoned(monkeypatch, {2})
     skipped = train(max_train_steps=2)
     told = capsys.readouterr().err
@@ -201,7 +202,7 @@ def test_a_loss_that_is_no_number_updates_nothing_and_is_named(train, monkeypatc
     assert "videos/" in told.split("was skipped")[1]
     assert "at timestep" in told
     assert same(lora_of(clean), lora_of(skipped))
-    assert not same(lora_of(clean), lora_of(train(max_train_steps=3)))
+    assert not same(lora_of(clean), lora_of(unlike))
 
 
 def test_too_many_in_a_row_end_the_run_and_keep_the_last_good_checkpoint(train, monkeypatch, capsys, tmp_path):
@@ -403,8 +404,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_an_unbroken_one(
     assert steps_of(tmp_path / "killed") == list(range(1, 41))
 
 
-def test_a_half_written_checkpoint_is_removed_and_said(train, capsys):
-    folder = train(checkpointing_steps=1)
+def test_a_half_written_checkpoint_is_removed_and_said(train, plain_run, tmp_path, capsys):
+    folder = shutil.copytree(plain_run(checkpointing_steps=1), tmp_path / "run")
     shutil.copytree(folder / "checkpoint-1", folder / "checkpoint-3.partial")
     train(output=folder, resume_from_checkpoint="latest", max_train_steps=3)
     assert "removed checkpoint-3.partial" in capsys.readouterr().err
@@ -432,14 +433,14 @@ def test_saving_does_not_hold_up_training(train, monkeypatch):
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
-def test_a_pickle_in_a_checkpoint_is_never_run(train, tmp_path):
+def test_a_pickle_in_a_checkpoint_is_never_run(train, plain_run, tmp_path):
     import pickle
 
     class Payload:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'ran'}",)
 
-    folder = train(checkpointing_steps=1)
+    folder = shutil.copytree(plain_run(checkpointing_steps=1), tmp_path / "run")
     for name in ("optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.safetensors"):
         (folder / "checkpoint-2" / name).write_bytes(pickle.dumps(Payload()))
     train(output=folder, resume_from_checkpoint="latest", max_train_steps=3)  # falls back to checkpoint-1
@@ -451,8 +452,8 @@ def test_a_pickle_in_a_checkpoint_is_never_run(train, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_branch_that_was_left_is_set_aside_and_never_wins_over_the_new_one(train, capsys):
-    folder = train(max_train_steps=4, checkpointing_steps=1)
+def test_a_branch_that_was_left_is_set_aside_and_never_wins_over_the_new_one(train, plain_run, tmp_path, capsys):
+    folder = shutil.copytree(plain_run(max_train_steps=4, checkpointing_steps=1), tmp_path / "run")
     damaged = folder / "checkpoint-4/optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     train(output=folder, resume_from_checkpoint="checkpoint-2", max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=1)
@@ -460,7 +461,7 @@ def test_a_branch_that_was_left_is_set_aside_and_never_wins_over_the_new_one(tra
     assert "set aside as checkpoint-4.abandoned" in capsys.readouterr().err
     train(output=folder, resume_from_checkpoint="latest", max_train_steps=5)
     assert "checkpoint-3, step 3" in capsys.readouterr().err
-    assert same(lora_of(folder), lora_of(train(max_train_steps=5)))
+    assert same(lora_of(folder), lora_of(plain_run(max_train_steps=5)))
 
 
 @pytest.mark.slow
@@ -488,9 +489,9 @@ def test_a_run_that_only_encoded_does_not_stand_in_its_own_way(train, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_its_last_validation_gets_its_videos_and_card_on_the_next_start(train):
+def test_a_run_killed_in_its_last_validation_gets_its_videos_and_card_on_the_next_start(train, plain_run, tmp_path):
     flags = {"validation_prompt": "a rabbit", "resume_from_checkpoint": "latest"}
-    folder = train(**flags)
+    folder = shutil.copytree(plain_run(**flags), tmp_path / "run")
     whole = lora_of(folder)
     shutil.rmtree(folder / "validation/step-000002")
     for name in ("README.md", "loss.png", "pytorch_lora_weights.safetensors"):
