@@ -312,14 +312,6 @@ def test_what_would_fail_at_the_end_fails_before_the_first_step(train, monkeypat
     assert not (tmp_path / "out/.rehearsal").exists()
 
 
-def test_a_disk_too_small_for_a_checkpoint_is_told_before_the_first_step(train, monkeypatch, capsys):
-    monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
-    with pytest.raises(SystemExit) as stop:
-        train()
-    assert stop.value.code == 4
-    assert "a checkpoint takes" in capsys.readouterr().err
-
-
 # -----------------------------------------------------------------------------
 # Starting from a LoRA, two runs, dead processes, long validations
 
@@ -464,24 +456,6 @@ def test_a_branch_that_was_left_is_set_aside_and_never_wins_over_the_new_one(tra
     assert same(lora_of(folder), lora_of(plain_run(max_train_steps=5)))
 
 
-@pytest.mark.slow
-def test_overwriting_deletes_nothing_before_everything_else_is_found_right(train, clips, capsys):
-    folder = train(data=clips, checkpointing_steps=1)
-    (folder / "notes.txt").write_text("mine")
-    before = lora_of(folder)
-    (clips / "videos/05.mp4").write_bytes(b"")
-    with pytest.raises(SystemExit):
-        train(data=clips, output=folder, overwrite_output_dir=True)
-    assert same(lora_of(folder), before)
-    assert (folder / "checkpoint-2/manifest.json").exists()
-    train(output=folder, overwrite_output_dir=True, max_train_steps=1)
-    assert not (folder / "checkpoint-2").exists()
-    assert (folder / "notes.txt").read_text() == "mine"
-    with pytest.raises(SystemExit):
-        train(output=folder, overwrite_output_dir=True, resume_from_checkpoint="latest")
-    assert "give one of them" in capsys.readouterr().err
-
-
 def test_a_run_that_only_encoded_does_not_stand_in_its_own_way(train, tmp_path):
     (tmp_path / "out/encoded").mkdir(parents=True)
     (tmp_path / "out/metrics.jsonl").write_text("")
@@ -549,14 +523,6 @@ def test_a_target_that_is_no_layer_is_told_before_anything_is_encoded(train, cap
     assert stop.value.code == 2
     assert "--target_modules tov: the transformer has no such linear layer" in capsys.readouterr().err
     assert not (tmp_path / "cache/clips").exists()
-
-
-def test_a_cache_that_cannot_be_written_is_told_in_a_sentence(train, capsys, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as stop:
-        train(cache=tmp_path / "file")
-    assert stop.value.code == 4
-    assert "--encoding_cache_dir" in capsys.readouterr().err
 
 
 @pytest.mark.slow

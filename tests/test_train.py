@@ -176,18 +176,6 @@ def test_validation_with_the_same_seed_differs_only_by_the_lora(train):
     assert videos(moved, 4) != videos(moved, 0)
 
 
-def test_a_failing_validation_is_told_and_training_goes_on(train, monkeypatch, capsys):
-    from cogvideox import validation
-
-    def broken(*args, **kwargs):
-        raise RuntimeError("no memory for this video")
-
-    monkeypatch.setattr(validation, "sample_latents", broken)
-    folder = train(validation_prompt="a rabbit")
-    assert (folder / "pytorch_lora_weights.safetensors").exists()
-    assert "no memory for this video" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rotary_model", "temporal_patch_model"])
 def test_rotary_and_temporal_patch_models_train_and_validate(train, request, kind):
