@@ -13,7 +13,6 @@ import pickle
 import re
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -672,10 +671,8 @@ def test_a_signal_while_a_checkpoint_is_written_lets_it_be_finished(train, monke
     assert not list((tmp_path / "out").glob("*.partial"))
 
 
-WRAPPER = """
-import os, runpy, sys, time
-sys.argv = sys.argv[1:]
-sys.path.insert(0, '.')
+IN_STEP_5 = """
+import os, time
 import dataset
 item = dataset.TrainingClips.__getitem__
 def changed(self, position):
@@ -683,27 +680,31 @@ def changed(self, position):
         {action}
     return item(self, position)
 dataset.TrainingClips.__getitem__ = changed
+"""
+PROGRAM = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, '.')
+{change}
 runpy.run_path('train_cogvideox_lora.py', run_name='__main__')
 """
 
 
-def two_processes(action):
-    """A command of two processes, the second of which does something in step 5."""
-    return [*TWO[:-1], "--no-python", sys.executable, "-c", WRAPPER.format(action=action), "train_cogvideox_lora.py"]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("action", "sentence"),
-    [("raise RuntimeError('only here')", "only here"), ("time.sleep(300)", "imed out")],
-    ids=["an exception", "a frozen process"],
-)
-def test_a_process_that_fails_or_freezes_ends_both_and_the_checkpoint_stays(tiny_model, six_clips, encodings, tmp_path, action, sentence):
+@pytest.mark.parametrize("what", ["fails", "freezes"])
+def test_a_process_that_fails_or_freezes_ends_both_and_the_checkpoint_stays(forked, tiny_model, six_clips, encodings, tmp_path, what):
     flags = {"max_train_steps": 50, "checkpointing_steps": 2, "process_timeout_minutes": 0.1}
-    run = start(two_processes(action), words(tiny_model, six_clips, tmp_path / "out", encodings, **flags))
-    output = run.communicate(timeout=150)[0]  # 6 seconds, and 30 that the launcher gives a process to end
-    assert run.returncode != 0
-    assert sentence in output, output[-3000:]
+    line = words(tiny_model, six_clips, tmp_path / "out", encodings, **flags)
+    if what == "fails":
+        codes, output = forked.run(line, processes=2, before=IN_STEP_5.format(action="raise RuntimeError('only here')"))
+        assert all(codes)
+        assert "only here" in output, output[-3000:]
+    else:  # the launcher ends the frozen one
+        program = PROGRAM.format(change=IN_STEP_5.format(action="time.sleep(300)"))
+        run = start([*TWO[:-1], "--no-python", sys.executable, "-c", program, "train_cogvideox_lora.py"], line)
+        output = run.communicate(timeout=150)[0]  # 6 seconds, and 30 that the launcher gives a process to end
+        assert run.returncode != 0
+        assert "imed out" in output, output[-3000:]
     assert max(steps_of(tmp_path / "out")) == 4
     assert checkpoint.choose_checkpoint("latest", tmp_path / "out")[1]["step"] == 4
 
@@ -728,18 +729,19 @@ def test_more_processes_than_clips_train_each_clip_with_noise_of_its_own(forked,
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs name spaces of mounts")
-def test_two_machines_that_do_not_share_the_output_folder_are_refused(tiny_model, six_clips, encodings, tmp_path):
+def test_two_machines_that_do_not_share_the_output_folder_are_refused(forked, tiny_model, six_clips, encodings, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
     if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", output], capture_output=True).returncode:
         pytest.skip("mounting a file system is not allowed here")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    line = [sys.executable, "train_cogvideox_lora.py", *words(tiny_model, six_clips, output, encodings)]
-    blind = ["unshare", "-m", "bash", "-c", f'mount -t tmpfs tmpfs "{output}" && exec "$@"', "bash"]
-    common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    runs = [start(prefix + line, [], RANK=str(rank), **common) for rank, prefix in enumerate(([], blind))]
+    blind = f"""
+if rank == 1:
+    import ctypes, subprocess
+    assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS: its mounts are its own from here on
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", {str(output)!r}], check=True)
+"""
+    runs = forked.start(words(tiny_model, six_clips, output, encodings), 2, blind, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)
     told = [run.communicate(timeout=120)[0] for run in runs]
     assert [run.returncode for run in runs] == [4, 4], told
     assert f"--output_dir {output}: has to lie on a file system that all machines share; process 1 on" in told[0]
