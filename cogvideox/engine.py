@@ -1,27 +1,30 @@
-"""DDP, FSDP2 and DeepSpeed behind a few functions: who holds which part of a weight, and how to get at the whole of it.
+"""DDP, FSDP2 and DeepSpeed behind the same functions: sharding and gathering weights and optimizer states.
 
-The engine is chosen by accelerate's config file (`configs/`), not by a flag. A checkpoint has whole tensors whatever the
-engine, so a run may go on under another one, on another number of processes. Every function here that takes a weight is
-a collective: every process calls it.
+accelerate's config file (`configs/`) chooses the engine, not a flag. Checkpoints hold full tensors with every engine, so a run
+can resume with another engine and another number of ranks. Every function here that takes a weight is a collective: every rank
+must call it.
 """
 
 import contextlib
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
+from diffusers.training_utils import EMAModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of a weight
+from cogvideox.launch import free
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of a weight
 
 
 def engine_of(accelerator):
-    """one process, DDP, FSDP2, ZeRO-2 or ZeRO-3 (or ZeRO-1)."""
+    """The engine's name: one process, DDP, FSDP2, ZeRO-1, ZeRO-2 or ZeRO-3."""
     if accelerator.distributed_type == DistributedType.FSDP:
         return "FSDP2"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -30,53 +33,55 @@ def engine_of(accelerator):
 
 
 def splits_weights(accelerator):
-    """Whether a process holds a part of the weights only, so that a forward pass is a matter for all of them."""
+    """Whether the engine shards the weights, so that every rank must run the forward pass."""
     return engine_of(accelerator) in ("FSDP2", "ZeRO-3")
 
 
 def uses_deepspeed(accelerator):
-    """Whether DeepSpeed takes the step: within `accelerator.backward`, before anyone has seen the gradient's norm."""
+    """Whether DeepSpeed steps the optimizer: inside `accelerator.backward`, before the trainer knows the gradient norm."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def unfit_flags(args, environment=os.environ):
-    """A sentence for each flag that the engine which the launcher chose cannot serve. Reads the launcher's environment only."""
+    """A sentence for each flag that the launcher's engine does not support. Reads the launcher's environment only."""
     deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     fsdp = environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if not (deepspeed or fsdp):
         return []
     name, problems = "DeepSpeed" if deepspeed else "FSDP2", []
     if fsdp and environment.get("FSDP_VERSION", "1") != "2":
-        problems.append("the config file asks for FSDP 1, which is not supported: use configs/fsdp2.yaml")
+        problems.append("the config file selects FSDP 1, which is unsupported: use configs/fsdp2.yaml")
     if deepspeed and environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") not in ("1", "2", "3"):
-        problems.append("the config file asks for a DeepSpeed stage other than 1, 2 and 3: use configs/zero2.yaml or configs/zero3.yaml")
+        problems.append("the config file selects a DeepSpeed stage other than 1, 2 and 3: use configs/zero2.yaml or configs/zero3.yaml")
     if args.mixed_precision == "fp16":
-        problems.append(f"--mixed_precision fp16: not with {name}, whose loss scaling is not the trainer's; use bf16 or no")
+        problems.append(f"--mixed_precision fp16: unsupported with {name}, which scales the loss itself; use bf16 or no")
     if args.optimizer not in ("adamw", "adam"):
-        problems.append(f"--optimizer {args.optimizer}: not with {name}, which hands it parts of the weights; use adamw or adam")
-    for flag, wanted in (("base_precision", "stored"), ("offload", False), ("compile", False)):
-        if getattr(args, flag) != wanted:
-            way_out = "offload in the engine's own config file" if flag == "offload" else "leave it out, or use DDP"
-            problems.append(f"--{flag}: not with {name}; {way_out}")
+        problems.append(f"--optimizer {args.optimizer}: unsupported with {name}, which gives it shards of the weights; use adamw or adam")
+    for flag, supported in (("base_precision", "stored"), ("offload", False), ("compile", False)):
+        if getattr(args, flag) != supported:
+            way_out = "offload in the engine's config file" if flag == "offload" else "omit it, or use DDP"
+            problems.append(f"--{flag}: unsupported with {name}; {way_out}")
     if deepspeed and args.ema_decay:
-        problems.append(f"--ema_decay {args.ema_decay:g}: not with DeepSpeed, whose weights are not at hand between steps; use FSDP2")
+        problems.append(
+            f"--ema_decay {args.ema_decay:g}: unsupported with DeepSpeed, which does not expose the fp32 weights between steps; use FSDP2"
+        )
     return problems
 
 
 def prepare(accelerator, transformer, optimizer, batch_size, max_grad_norm, dtype):
-    """Hand a model and its optimizer to the engine. Returns (model, optimizer, parameters): the trained ones, as they are now."""
+    """Hand a model and its optimizer to the engine. Returns (model, optimizer, the trained parameters after wrapping)."""
     if uses_deepspeed(accelerator):
-        # What accelerate would take from a data loader, and from clip_grad_norm_, which comes after DeepSpeed's step.
+        # accelerate takes the batch size from a data loader; clip_grad_norm_ would come after DeepSpeed's step.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"], config["gradient_clipping"] = batch_size, max_grad_norm
-        config["zero_optimization"].setdefault("reduce_bucket_size", 50_000_000)  # numbers; its own 500 M take up to 2 GB
-        config["zero_force_ds_cpu_optimizer"] = False  # offloaded, torch's AdamW does as well
+        config["zero_optimization"].setdefault("reduce_bucket_size", 50_000_000)  # elements; the default 500 M take up to 2 GB
+        config["zero_force_ds_cpu_optimizer"] = False  # with offload, torch's AdamW works too
         warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     elif engine_of(accelerator) == "FSDP2":
-        # Told of a model whose output is a view (of proj_out's), because of in-place changes that nobody makes here.
+        # A warning about in-place changes of an output that is a view (of proj_out's); there are none here.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         if dtype != torch.float32:
-            # accelerate would sum the gradients in bf16 as well.
+            # accelerate would reduce the gradients in bf16 too.
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype)
             accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     model, optimizer = accelerator.prepare(transformer, optimizer)
@@ -84,17 +89,27 @@ def prepare(accelerator, transformer, optimizer, batch_size, max_grad_norm, dtyp
 
 
 # -----------------------------------------------------------------------------
-# Whole weights
+# Full weights
 
 
 def whole(tensor):
-    """A tensor with all its parts, where it was one of FSDP2's."""
+    """The full tensor, gathered from all ranks if FSDP2 sharded it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def is_zero3_shard(parameter):
+    """Whether ZeRO-3 shards a weight: `ds_tensor` is this rank's shard, `ds_shape` the full shape."""
+    return hasattr(parameter, "ds_id")
+
+
+def is_zero_weight(parameter):
+    """Whether DeepSpeed (any stage) trains a weight: it keeps the fp32 weight and the optimizer state outside the model."""
+    return is_zero3_shard(parameter) or hasattr(parameter, "_hp_mapping")
+
+
 def read_weight(parameter):
-    """A weight, whole and as it is trained (fp32 where DeepSpeed keeps it so beside the model's), on its device."""
-    if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
+    """The full trained weight, on its device (with DeepSpeed, the fp32 copy outside the model)."""
+    if is_zero_weight(parameter):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter)
@@ -103,21 +118,21 @@ def read_weight(parameter):
 
 @torch.no_grad()
 def write_weight(parameter, value):
-    """Put a whole tensor into a weight, of which this process may hold a part."""
+    """Write a full tensor into a weight, which may be sharded."""
     value = value.to(parameter.device, torch.float32)
     if isinstance(parameter, DTensor):
         parameter.copy_(like(parameter, value))
-    elif hasattr(parameter, "ds_id"):  # ZeRO-3: fp32 in one place, the compute dtype in another
+    elif is_zero3_shard(parameter):  # DeepSpeed keeps two copies, in fp32 and in the compute dtype
         from deepspeed.utils import safe_set_local_fp32_param
 
-        local = zero3_part(parameter, value)
+        local = zero3_shard(parameter, value)
         safe_set_local_fp32_param(parameter, local)
         parameter.ds_tensor.data.copy_(local.view_as(parameter.ds_tensor))
-        if parameter.numel():  # a small one, which DeepSpeed leaves whole between its turns
+        if parameter.numel():  # DeepSpeed keeps small weights gathered
             parameter.data.copy_(value)
     else:
         parameter.copy_(value)
-        if hasattr(parameter, "_hp_mapping"):
+        if is_zero_weight(parameter):
             from deepspeed.utils import safe_set_full_fp32_param
 
             safe_set_full_fp32_param(parameter, value)
@@ -134,7 +149,7 @@ def count_parameters(transformer):
 
 
 def trained_state(transformer, keep=True):
-    """name -> whole fp32 CPU tensor of every trained weight; {} where `keep` is false, at the cost of one tensor at a time."""
+    """name -> full fp32 CPU tensor of every trained weight; {} if `keep` is false, gathering one tensor at a time."""
     state = {}
     for name, parameter in trained_weights(transformer):
         tensor = read_weight(parameter)
@@ -144,58 +159,62 @@ def trained_state(transformer, keep=True):
 
 
 def write_trained(weights, state, complaint):
-    """Put whole tensors into weights, both by name. ValueError with the first name that is missing, unknown or of another shape."""
+    """Write full tensors into weights, both by name. ValueError with the first name that is missing, unknown or of another shape."""
     shapes = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in weights.items()}
     wrong = sorted(set(shapes) ^ set(state)) + [name for name in shapes if name in state and tuple(state[name].shape) != shapes[name]]
     if wrong:
-        raise ValueError(f"{len(wrong)} {complaint}, the first is {wrong[0]}")
+        raise ValueError(f"{len(wrong)} {complaint}, such as {wrong[0]}")
     for name, weight in weights.items():
         write_weight(weight, state[name])
 
 
 def like(parameter, value):
-    """A whole tensor, which every process has, split as a parameter is."""
+    """A full tensor, present on every rank, sharded like a parameter."""
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def zero3_part(parameter, value):
-    """This process's part of a whole tensor, padded as ZeRO-3 does."""
+def zero3_shard(parameter, value):
+    """This rank's shard of a full tensor, padded as ZeRO-3 does."""
     import torch.distributed as distributed
 
-    part, rank = parameter.ds_tensor.numel(), distributed.get_rank()
-    flat = torch.nn.functional.pad(value.flatten(), (0, max(0, part * (rank + 1) - value.numel())))
-    return flat[part * rank : part * (rank + 1)]
+    size, rank = parameter.ds_tensor.numel(), distributed.get_rank()
+    flat = torch.nn.functional.pad(value.flatten(), (0, max(0, size * (rank + 1) - value.numel())))
+    return flat[size * rank : size * (rank + 1)]
 
 
 # -----------------------------------------------------------------------------
-# Whole optimizer states
+# Full optimizer states
 
 
 def inner_optimizer(optimizer):
-    """The optimizer that accelerate has wrapped (under DeepSpeed: DeepSpeed's own, with another one in it)."""
+    """The optimizer that accelerate wraps (with DeepSpeed: DeepSpeed's, which wraps another one)."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def optimizer_state(optimizer, parameters, keep):
-    """What `optimizer.state_dict()` would be on one process, with whole tensors on the CPU; None where `keep` is false.
+    """The `optimizer.state_dict()` of a run on one process, with full tensors on the CPU; None if `keep` is false.
 
-    Tensors are gathered one at a time, so a process that keeps nothing needs room for one.
+    Tensors are gathered one at a time, so a rank without `keep` needs memory for one.
     """
-    host = (lambda tensor: whole(tensor).detach().cpu().clone()) if keep else (lambda tensor: whole(tensor) is None)
+
+    def to_host(tensor):
+        gathered = whole(tensor)  # a collective, also without `keep`
+        return gathered.detach().cpu().clone() if keep else None
+
     inner = inner_optimizer(optimizer)
-    if hasattr(parameters[0], "ds_id") or hasattr(parameters[0], "_hp_mapping"):
+    if is_zero_weight(parameters[0]):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         steps, base = zero_steps(inner), inner.optimizer
         state = {
-            number: {"step": steps} | {name: host(safe_get_full_optimizer_state(parameter, name)) for name in MOMENTS}
+            number: {"step": steps} | {name: to_host(safe_get_full_optimizer_state(parameter, name)) for name in MOMENTS}
             for number, parameter in enumerate(parameters)
         }
         groups = [{**base.param_groups[0], "params": list(range(len(parameters)))}]
     else:
         packed = optimizer.state_dict()
         state = {
-            number: {name: host(value) if torch.is_tensor(value) else value for name, value in values.items()}
+            number: {name: to_host(value) if torch.is_tensor(value) else value for name, value in values.items()}
             for number, values in packed["state"].items()
         }
         groups = packed["param_groups"]
@@ -203,18 +222,18 @@ def optimizer_state(optimizer, parameters, keep):
 
 
 def load_optimizer_state(optimizer, parameters, stored):
-    """Put back what `optimizer_state` gave. Under DeepSpeed a step must have been taken before: its states come with it."""
-    if hasattr(parameters[0], "ds_id") or hasattr(parameters[0], "_hp_mapping"):
+    """Restore the states that `optimizer_state` returned. DeepSpeed creates its states in a first step, which must come before."""
+    if is_zero_weight(parameters[0]):
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         inner = optimizer.optimizer
         for number, parameter in enumerate(parameters):
-            values = stored["state"].get(number)  # a run that was never stepped has none
+            values = stored["state"].get(number)  # none before the first step
             for name in MOMENTS:
                 value = values[name] if values else torch.zeros(getattr(parameter, "ds_shape", parameter.shape))
                 value = value.to(parameter.device, torch.float32)
-                if hasattr(parameter, "ds_id"):
-                    safe_set_local_optimizer_state(parameter, zero3_part(parameter, value), name)
+                if is_zero3_shard(parameter):
+                    safe_set_local_optimizer_state(parameter, zero3_shard(parameter, value), name)
                 else:
                     safe_set_full_optimizer_state(parameter, value, name)
         steps = next((values["step"] for values in stored["state"].values()), 0)
@@ -226,7 +245,7 @@ def load_optimizer_state(optimizer, parameters, stored):
         return
     state = {
         number: {
-            name: like(parameters[number], value.to(parameters[number].device)) if split_like(parameters[number], value) else value
+            name: like(parameters[number], value.to(parameters[number].device)) if is_sharded_like(parameters[number], value) else value
             for name, value in values.items()
         }
         for number, values in stored["state"].items()
@@ -234,43 +253,48 @@ def load_optimizer_state(optimizer, parameters, stored):
     optimizer.load_state_dict({"state": state, "param_groups": stored["param_groups"]})
 
 
-def split_like(parameter, value):
-    """Whether a state's value has to be split as its parameter is."""
+def is_sharded_like(parameter, value):
+    """Whether a state's value must be sharded like its parameter."""
     return isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape
 
 
 def zero_steps(zero_optimizer):
-    """How many steps the optimizer below ZeRO has taken."""
+    """The step count of the optimizer inside ZeRO's."""
     return next((float(state["step"]) for state in zero_optimizer.optimizer.state.values() if "step" in state), 0.0)
 
 
 # -----------------------------------------------------------------------------
-# A whole model
+# A full model
 
 
 @contextlib.contextmanager
 def whole_model(accelerator, transformer, build, dtype):
-    """The model with all its weights on this process, to be looked at: the live one or, where that is split, a copy.
+    """A context with a model that has all its weights on this rank: the live one or, if that is sharded, a copy.
 
-    build: () -> the model as it was before training, on the CPU. A process that works with the copy waits for nobody, so
-    processes may have unlike amounts of work, and a failure on one does not stop the others.
+    build: () -> the model before training, on the CPU. A copy needs no collectives: ranks may do different amounts of work, and
+    a failure on one rank does not block the others.
     """
     if not splits_weights(accelerator):
         yield transformer
         return
-    copy, live = build(), dict(transformer.named_parameters())
-    with torch.no_grad():
-        for name, parameter in copy.named_parameters():
-            if live[name].requires_grad:
-                parameter.copy_(read_weight(live[name]))
+    copy = build()
+    gather_into(copy, transformer)
     yield cast(copy, dtype).to(accelerator.device).eval()
     del copy
-    if accelerator.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free(accelerator.device)
+
+
+@torch.no_grad()
+def gather_into(copy, transformer):
+    """Write the trained weights of a sharded model into a full copy of it."""
+    live = dict(transformer.named_parameters())
+    for name, parameter in copy.named_parameters():
+        if live[name].requires_grad:
+            parameter.copy_(read_weight(live[name]))
 
 
 def cast(model, dtype):
-    """A model in another dtype, in place. (diffusers' `to` warns of modules to be kept in fp32, of which CogVideoX has none.)"""
+    """Cast a model in place. (diffusers' `to` warns about modules to keep in fp32; CogVideoX has none.)"""
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
@@ -278,43 +302,44 @@ def cast(model, dtype):
 
 
 # -----------------------------------------------------------------------------
-# The average of the weights
+# The average (EMA) of the weights
 
 
 def make_average(parameters, decay):
-    """diffusers' EMAModel: the decay of the first steps is (1 + n) / (10 + n)."""
-    from diffusers.training_utils import EMAModel  # takes a second to import
-
+    """diffusers' EMAModel; in the first steps its decay is (1 + n) / (10 + n)."""
     return EMAModel(parameters, decay=decay)
 
 
 @contextlib.contextmanager
 def averaged(average, parameters):
-    """Put the averaged weights in place of the trained ones for the block; without an average do nothing."""
+    """Replace the trained weights by the averaged ones for the block; a no-op without an average.
+
+    The trained weights are kept in host memory. Do not nest: the inner block would store the averaged weights as trained ones.
+    """
     if average is None:
         yield
         return
-    trained = [parameter.detach().clone() for parameter in parameters]
+    assert average.temp_stored_params is None
+    average.store(parameters)
     average.copy_to(parameters)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, trained, strict=True):
-                parameter.copy_(value)
+        average.restore(parameters)
 
 
 # -----------------------------------------------------------------------------
-# What is trained
+# The model in training
 
 
 @dataclass
 class Trained:
-    """The model in training and everything that changes with it.
+    """The model in training and its state.
 
     transformer: the diffusers model. model: the same, wrapped by the engine; training steps call it. parameters: the trained
     ones. schedule: of the learning rate, in optimizer steps. average: diffusers' EMAModel or None. build: () -> the
     transformer as training began, on the CPU. dtype: the compute dtype. barrier: () -> waits for all ranks, without a deadline.
+    kind: lora.py or sft.py. stored_dtype: of the base's transformer on disk.
     """
 
     accelerator: Any
@@ -327,24 +352,56 @@ class Trained:
     build: Callable | None = None
     dtype: torch.dtype = torch.float32
     barrier: Callable = lambda: None
+    kind: Any = None
+    stored_dtype: torch.dtype | None = None
+    sharing: contextlib.ExitStack | None = field(default=None, repr=False)  # of `one_full_model`: holds the copy open
+    shared_model: torch.nn.Module | None = field(default=None, repr=False)
 
     @property
     def device(self):
         return self.accelerator.device
 
+    def state(self):
+        """The trained weights as `kind` names them, whole, on the CPU of the main process; {} on the others. A collective."""
+        return self.kind.live_state(self.transformer, keep=self.is_main)
+
+    def export(self, transformer, state):
+        """The weights of a `state` as they are shipped."""
+        return self.kind.export(transformer, state, stored_dtype=self.stored_dtype)
+
     @property
     def is_main(self):
         return self.accelerator.is_main_process
 
+    @contextlib.contextmanager
     def full_model(self):
-        """A context with the model that has all its weights on this rank, see `whole_model`."""
-        return whole_model(self.accelerator, self.transformer, self.build, self.dtype)
+        """A context with a model that has all its weights on this rank, see `whole_model`."""
+        if self.sharing is None:
+            with whole_model(self.accelerator, self.transformer, self.build, self.dtype) as model:
+                yield model
+            return
+        if self.shared_model is None:
+            context = whole_model(self.accelerator, self.transformer, self.build, self.dtype)
+            self.shared_model = self.sharing.enter_context(context)
+        yield self.shared_model
+
+    @contextlib.contextmanager
+    def one_full_model(self):
+        """Within the block, every `full_model` yields the same copy, created on first use.
+
+        The copy has the weights of that moment, so every use in one block must need the same weights (averaged or not).
+        """
+        with contextlib.ExitStack() as self.sharing:
+            try:
+                yield
+            finally:
+                self.sharing = self.shared_model = None  # drops the copy before its memory is freed
 
     def averaged(self):
-        """A context in which the averaged weights, if there are any, stand in place of the trained ones."""
+        """A context in which the averaged weights, if any, replace the trained ones."""
         return averaged(self.average, self.parameters)
 
     def update_average(self):
-        """Take the weights of this step into the average, if there is one."""
+        """Update the average, if there is one, with the weights of this step."""
         if self.average:
             self.average.step(self.parameters)

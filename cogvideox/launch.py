@@ -1,6 +1,5 @@
 """How a run starts: processes, the banner, the output folder, barriers."""
 
-import gc
 import os
 import platform
 import re
@@ -18,6 +17,7 @@ import torch.distributed as distributed
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from diffusers.training_utils import free_memory
 from filelock import FileLock, Timeout
 
 from cogvideox.console import BAD_FLAGS, BAD_OUTPUT, fail, say
@@ -209,7 +209,6 @@ def peak_memory_gib(device):
 
 def free(device):
     """Give memory back that a model just left."""
-    gc.collect()
+    free_memory()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)  # the peaks that are logged are those of training

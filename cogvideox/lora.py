@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import CogVideoXPipeline
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
@@ -43,10 +44,8 @@ def add_lora(transformer, rank, alpha, dropout, target_modules, seed):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer.add_adapter(config)
-    parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
-    return parameters
+    cast_training_params(transformer, torch.float32)
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
 def lora_modules(transformer):

@@ -1,7 +1,7 @@
 """Is it learning? Clips that are never trained on, scored again and again at the same noise and timesteps; and a verdict.
 
-The training loss is noise for the most part: every step draws other clips, other noise and other timesteps. Here the three
-are the same every time, so two numbers of a run differ by what was learned in between and by nothing else.
+The training loss is mostly noise: every step draws other clips, other noise and other timesteps. Here all three are the
+same every time, so two scores of a run differ only by what was learned in between.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import default_collate
 
 from cogvideox import report
-from cogvideox.console import progress, say
+from cogvideox.console import progress, say, timed
 from cogvideox.files import read_json_lines
 from cogvideox.launch import free
 from cogvideox.lora import lora_modules
@@ -20,8 +20,8 @@ from cogvideox.validation import undisturbed
 from dataset import TrainingClips
 
 BANDS = 4  # timesteps are the middles of so many equal parts of the schedule
-SMALL = 0.01  # a change of the loss by less than this share of the base's is called none
-LEAST_CAPTIONS = 4  # of fewer nothing is said
+SMALL = 0.01  # a change of the loss by less than this share of the base's counts as no change
+LEAST_CAPTIONS = 4  # fewer say nothing
 CLEAR_GAP = 0.02  # a caption that changes the loss by this share counts, however few clips say so
 
 
@@ -71,7 +71,7 @@ def score(accelerator, transformer, losses, encodings, sets, captions, seed, sca
 
 
 def caption_gap(losses):
-    """How much higher the loss is with another clip's caption than with the own one, and the standard error: shares of the latter.
+    """How much swapping captions raises the loss, and its standard error, as shares of the loss with the clips' own captions.
 
     losses: [clip, caption], own captions on the diagonal. Some clips are harder and some captions fit all clips better; both
     are taken out (the interactions of a two-way layout), so what is left is whether a caption belongs to its clip.
@@ -106,7 +106,7 @@ def base_score(transformer, score_of):
 
 @torch.no_grad()
 def update_share(transformer):
-    """The size of what the LoRA adds against what it is added to: the Frobenius norm of all s B A over that of all W.
+    """The relative size of the update, ‖ΔW‖ / ‖W‖ with ΔW = (alpha / rank) B A: Frobenius norms over all layers.
 
     |B A|^2 = sum of (B^T B) * (A A^T), which are rank x rank. None where there is no LoRA, or W is not held as numbers.
     """
@@ -165,7 +165,7 @@ def base_of(lines):
 
 
 def sentence_of(line):
-    """One evaluation as a person would say it."""
+    """One evaluation in words."""
     parts = []
     for words, name in (("trained clips", "train"), ("held-out clips", "held_out")):
         loss, base = line[f"eval_{name}_loss"], line[f"eval_{name}_base_loss"]
@@ -225,6 +225,10 @@ class Scorer:
             self.trained.accelerator, transformer, losses, self.encodings, self.sets, self.captions, *self.noise, with_gap
         )  # fmt: skip
 
+    def verdict(self, ran_all):
+        """As the function `verdict`, of this run's scores."""
+        return verdict(self.lines, self.trained.schedule.base_lrs[0], ran_all)
+
     def is_due(self, step, last=False):
         """Whether the clips are scored after this step."""
         if not self.args.eval_clips:
@@ -239,7 +243,7 @@ class Scorer:
             return
         meter, checkpointer, _ = self.watched
         untouched = step == 0 and not self.args.init_lora  # a LoRA begins as nothing
-        with self.trained.averaged(), self.trained.full_model() as full_model:
+        with timed(f"score step {step}"), self.trained.averaged(), self.trained.full_model() as full_model:
             share = update_share(full_model)
             now = self.base if untouched else self.score(full_model, with_gap=last)
         free(self.trained.device)
@@ -264,12 +268,12 @@ LOOK_ONLY, UNKNOWN = "learning the look, not the captions", "not measured"
 def verdict(lines, learning_rate, ran_all=True):
     """What the evaluations of a run say: (a word, sentences). lines: those of metrics.jsonl.
 
-    The rules, with changes as shares of the base model's loss on the same clips, and `SMALL` = 1 % counted as none:
+    The rules, with changes as shares of the base model's loss on the same clips; less than `SMALL` = 1 % is no change:
     - getting worse: the loss on the trained clips ended above the base's.
     - nothing happening: neither loss has moved.
     - memorising: the loss on the trained clips fell, and on held-out clips it either fell by less than a tenth of that, or
       rose again from its lowest by more than 1 % and a quarter of what it had gained, while that on the trained clips went on.
-    - learning: else. If another clip's caption fits a clip as well as its own: the look was learned, not the captions.
+    - learning: else. If swapping captions does not raise the loss: the look was learned, not the captions.
     ran_all: whether the run reached its last step.
     """
     found = evaluations(lines)
@@ -318,7 +322,7 @@ def with_captions(last, sentences):
         sentences.append(f"Captions count: with another clip's the loss is {numbers}.")
         return LEARNING, sentences
     sentences.append(
-        f"Another clip's caption fits as well as the own one: with it the loss is {numbers}. "
+        f"Swapping captions does not raise the loss: with another clip's caption it is {numbers}. "
         "Check that each caption belongs to its clip, and says what is in it."
     )
     return LOOK_ONLY, sentences

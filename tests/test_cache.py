@@ -16,6 +16,7 @@ import torch
 import train_cogvideox_lora as script
 from cogvideox import encodings, survey
 from tests.conftest import ROOT, environment, lora_of, same, words
+from tools import cache as cache_tool
 from tools.chaos import family, strike
 
 
@@ -334,7 +335,8 @@ def tool(*command):
 @pytest.mark.slow
 def test_the_cache_tool_finds_and_removes_what_is_damaged(train, tmp_path):
     train(cache=tmp_path / "cache")
-    assert tool("tools.cache", "check", tmp_path / "cache") == (0, "13 entries, 0 bad, 0 leftovers\n")
+    code, output = tool("tools.cache", "check", tmp_path / "cache")
+    assert (code, output.splitlines()[0]) == (0, "13 entries, 0 bad, 0 leftovers")
     code, output = tool("tools.cache", "list", tmp_path / "cache")
     assert "6 clips (moments)" in output
     cut, flipped = sorted((tmp_path / "cache").rglob("*/??/*.safetensors"))[:2]
@@ -346,8 +348,25 @@ def test_the_cache_tool_finds_and_removes_what_is_damaged(train, tmp_path):
     assert code == 1
     assert "13 entries, 2 bad" in output
     assert "its content is not what was stored" in output
-    tool("tools.cache", "prune", tmp_path / "cache")
-    assert tool("tools.cache", "check", tmp_path / "cache") == (0, "11 entries, 0 bad, 0 leftovers\n")
+    code, output = tool("tools.cache", "prune", tmp_path / "cache")
+    assert "removed 2 bad entries, 0 leftovers\n" in output
+    code, output = tool("tools.cache", "check", tmp_path / "cache")
+    assert (code, output.splitlines()[0]) == (0, "11 entries, 0 bad, 0 leftovers")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["check", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["prune", ".", "--older_than", "-1"], "--older_than -1.0: at least 0"),
+        (["check", ".", "--older_than", "3"], "--older_than: only prune removes entries, check does not; leave it out"),
+    ],
+)
+def test_the_cache_tool_refuses_flags_that_would_do_harm_or_nothing(words, sentence, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cache_tool.main(words)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"ERROR[2]: {sentence}\n"
 
 
 @pytest.mark.slow

@@ -10,14 +10,18 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.distributed as distributed
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import train_cogvideox_lora as script
 from cogvideox import checkpoint, engine
 from cogvideox.video import read_video, write_video
 from tests.conftest import ROOT, STEADY_ADAM, words
 from tests.forked import free_port
+from tests.stand_ins import make_trained, train_one_step
 
 TWO_STEPS_AND_TWO = {"max_train_steps": 4, "checkpointing_steps": 2} | STEADY_ADAM
 LEARNING_RATE = {"lora": 1e-2, "sft": 1e-3}
@@ -153,7 +157,7 @@ def test_two_processes_train_what_one_does_and_one_goes_on_from_theirs(name, kin
     if kind == "lora":
         assert worst_difference(two, result_of(alone["other seed"])) > 1e-3
     assert len(list((tmp_path / "two/validation/step-000004").glob("*.mp4"))) == 3
-    # The unlike number of videos was no matter; and now one process goes on from what two have saved.
+    # Ranks made different numbers of videos; now one process resumes what two have saved.
     begun = unfinished(tmp_path / "two", tmp_path / "begun")
     train(output=begun, resume_from_checkpoint="latest", train_batch_size=2, **flags)
     assert worst_difference(result_of(begun), one) < 1e-4
@@ -169,7 +173,7 @@ def test_two_processes_go_on_from_what_one_has_saved(name, kind, tiny_model, six
     line = words(tiny_model, six_clips, begun, encodings, resume_from_checkpoint="latest", **flags)
     codes, output = launch(name, line)
     assert codes == [0, 0], output[-3000:]
-    assert "going on from" in output
+    assert "resuming from" in output
     assert f"engine: {NAMES[name]}\n" in output
     assert worst_difference(result_of(begun), result_of(alone[kind])) < 1e-4
     assert losses_of(begun) == pytest.approx(losses_of(alone[kind]), rel=1e-4)
@@ -284,13 +288,46 @@ def test_an_average_is_what_is_shipped_and_training_does_not_feel_it(kind, train
         torch.testing.assert_close(shipped.get(name, shipped.get(f"transformer.{name}")), tensor, rtol=1e-4, atol=1e-6)
 
 
+def test_an_average_stands_in_for_a_sharded_weight_and_leaves_its_bits(tmp_path):
+    distributed.init_process_group("gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        weight = torch.nn.Parameter(distribute_tensor(torch.randn(6, 4), mesh, [Shard(0)]))
+        average = engine.make_average([weight], 0.5)
+        for _ in range(2):
+            engine.write_weight(weight, torch.randn(6, 4))
+            average.step([weight])
+        live, mean = engine.whole(weight.detach()).clone(), engine.whole(average.shadow_params[0]).clone()
+        assert not torch.equal(live, mean)
+        with engine.averaged(average, [weight]):
+            assert torch.equal(engine.read_weight(weight), mean)
+        assert torch.equal(engine.read_weight(weight), live)
+        assert isinstance(weight, DTensor)
+        assert weight.requires_grad
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_rank_that_keeps_nothing_gathers_every_optimizer_state_all_the_same(keep, monkeypatch):
+    trained, gathered = make_trained(), []
+    train_one_step(trained)
+    monkeypatch.setattr(engine, "whole", lambda tensor: gathered.append(tensor) or tensor)
+    state = engine.optimizer_state(trained.optimizer, trained.parameters, keep)
+    assert len(gathered) == len(trained.optimizer.state[trained.parameters[0]])
+    assert (state is not None) is keep
+    if keep:
+        assert all(torch.is_tensor(value) for value in state["state"][0].values())
+        assert all(torch.equal(value, trained.optimizer.state[trained.parameters[0]][name]) for name, value in state["state"][0].items())
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"optimizer": "prodigy"}, "--optimizer prodigy: not with FSDP2"),
-        ({"base_precision": "int8"}, "--base_precision: not with FSDP2"),
-        ({"offload": True}, "--offload: not with FSDP2; offload in the engine's own config file"),
-        ({"compile": True}, "--compile: not with FSDP2"),
+        ({"optimizer": "prodigy"}, "--optimizer prodigy: unsupported with FSDP2"),
+        ({"base_precision": "int8"}, "--base_precision: unsupported with FSDP2"),
+        ({"offload": True}, "--offload: unsupported with FSDP2; offload in the engine's config file"),
+        ({"compile": True}, "--compile: unsupported with FSDP2"),
     ],
 )
 def test_flags_that_an_engine_cannot_serve_are_refused(flags, sentence, tiny_model, six_clips, tmp_path, encodings):
@@ -303,14 +340,14 @@ def test_flags_that_an_engine_cannot_serve_are_refused(flags, sentence, tiny_mod
 def test_what_the_config_file_asks_for_is_refused_where_it_is_not_supported(tiny_model, six_clips, tmp_path, encodings):
     args = script.parse_args(words(tiny_model, six_clips, tmp_path, encodings, mixed_precision="no", ema_decay=0.9))
     assert "FSDP 1" in engine.unfit_flags(args, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"})[0]
-    assert "--ema_decay 0.9: not with DeepSpeed" in engine.unfit_flags(args, {"ACCELERATE_USE_DEEPSPEED": "true"})[0]
+    assert "--ema_decay 0.9: unsupported with DeepSpeed" in engine.unfit_flags(args, {"ACCELERATE_USE_DEEPSPEED": "true"})[0]
 
 
 @pytest.mark.parametrize("flags", [{"lora_dropout": 0.1}, {"offload": True}, {"base_precision": "int8"}, {"init_lora": "x"}])
 def test_flags_of_a_lora_are_refused_with_full_fine_tuning(flags, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(words("m", "d", "o", "c", training_type="sft", **flags))
-    assert f"--{next(iter(flags))}: of a LoRA or its frozen base" in capsys.readouterr().err
+    assert f"--{next(iter(flags))}: unsupported with --training_type sft" in capsys.readouterr().err
 
 
 def test_a_lora_run_is_not_resumed_as_full_fine_tuning(train, capfd):

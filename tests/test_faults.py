@@ -168,8 +168,8 @@ def test_a_signal_in_validation_leaves_the_video_and_saves(train, tiny_model, si
             monkeypatch.setitem(stopping.received, "signal", signal.SIGTERM)
         return validation_step(*args, **kwargs)
 
-    validation_step = validation.stop_sampling_if_wanted
-    monkeypatch.setattr(validation, "stop_sampling_if_wanted", strike)
+    validation_step = validation.stop_sampling_if_requested
+    monkeypatch.setattr(validation, "stop_sampling_if_requested", strike)
     with pytest.raises(SystemExit) as stop:
         train(output=tmp_path / "out", validation_prompt="a rabbit", validation_steps=1, num_inference_steps=2, max_train_steps=50)
     assert stop.value.code == 143
@@ -450,7 +450,7 @@ def test_a_branch_that_was_left_is_set_aside_and_never_wins_over_the_new_one(tra
     damaged.write_bytes(damaged.read_bytes()[:-1])
     train(output=folder, resume_from_checkpoint="checkpoint-2", max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=1)
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-3.abandoned", "checkpoint-4.abandoned"]
-    assert "set aside as checkpoint-4.abandoned" in capsys.readouterr().err
+    assert "renamed a checkpoint of a later step to checkpoint-4.abandoned" in capsys.readouterr().err
     train(output=folder, resume_from_checkpoint="latest", max_train_steps=5)
     assert "checkpoint-3, step 3" in capsys.readouterr().err
     assert same(lora_of(folder), lora_of(plain_run(max_train_steps=5)))

@@ -1,6 +1,7 @@
 """Reading, checking and loading models; encoding as the stock pipeline encodes."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -126,10 +127,10 @@ def test_t5_keeps_its_wo_in_fp32_when_it_is_stored_in_fp16(tmp_path):
 def test_geometry_offers_the_nearest_legal_values(tiny_model, temporal_patch_model):
     facts = folder_of.read_facts(tiny_model)
     assert folder_of.check_geometry(facts, 480, 720, 49) == []
-    assert folder_of.check_geometry(facts, 480, 721, 49) == ["--width 721: this model takes multiples of 16; the nearest are 720 or 736"]
+    assert folder_of.check_geometry(facts, 480, 721, 49) == ["--width 721: this model needs multiples of 16; the nearest are 720 or 736"]
     assert folder_of.check_geometry(facts, 36, 720, 50) == [
-        "--height 36: this model takes multiples of 16; the nearest are 32 or 48",
-        "--max_num_frames 50: this model takes 4k + 1 frames; the nearest are 49 or 53",
+        "--height 36: this model needs multiples of 16; the nearest are 32 or 48",
+        "--max_num_frames 50: this model needs 4k + 1 frames; the nearest are 49 or 53",
     ]
     assert "the nearest are 45 or 53" in folder_of.check_geometry(folder_of.read_facts(temporal_patch_model), 480, 720, 49)[0]
 
@@ -169,6 +170,31 @@ def test_a_broken_model_folder_names_the_file(tiny_model, tmp_path):
     assert any("pickled weights are not read" in problem for problem in problems)
     shutil.rmtree(folder / "text_encoder")
     assert any("no text_encoder/config.json" in problem for problem in folder_of.check_model_folder(folder))
+
+
+def safetensors_bytes(header, data=b"\0" * 48):
+    header = json.dumps(header).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "not a safetensors file"),
+        (b"PK\x03\x04 a zip archive", "not a safetensors file"),
+        (safetensors_bytes([1]), "not a safetensors file"),
+        (safetensors_bytes({"a": {"dtype": "F32"}}), "not a safetensors file"),
+        (safetensors_bytes({"a": {"dtype": "F32", "shape": [12], "data_offsets": "x" * 2}}), "not a safetensors file"),
+        (safetensors_bytes({"a": {"dtype": "F32", "shape": [12], "data_offsets": [0, 48]}}, b"\0" * 40), r"truncated: \d+ bytes of \d+"),
+        (safetensors_bytes({"a": {"dtype": "F32", "shape": [13], "data_offsets": [0, 48]}}), "invalid shape"),
+        (safetensors_bytes({"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 48]}}), "overflow"),
+        (safetensors_bytes({"a": {"dtype": "F32", "shape": [12], "data_offsets": [0, 48]}}), None),
+    ],
+)
+def test_a_weight_file_that_is_broken_says_how(content, words, tmp_path):
+    (tmp_path / "file.safetensors").write_bytes(content)
+    reason = folder_of.broken_safetensors(tmp_path / "file.safetensors")
+    assert reason is None if words is None else re.search(words, reason)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT, environment
-from tools import benchmark
+from tools.benchmark import __main__ as command
 from tools.quality import SETTINGS, reached, rows_of, write_halves
 
 
@@ -65,13 +65,13 @@ def test_the_guides_settings_are_those_of_its_script():
     ("words", "sentence"),
     [
         (["--seeds", "0"], "--seeds 0: at least 1"),
-        (["--target", "2"], "--target 2.0: a share between 0 and 1"),
+        (["--target", "2"], "--target 2.0: above 0 and below 1"),
         (["--model", "nowhere"], "--model nowhere: no such folder"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(words, sentence, capsys):
     with pytest.raises(SystemExit) as ended:
-        benchmark.main(["quality", *words])
+        command.main(["quality", *words])
     told = capsys.readouterr()
     assert (ended.value.code, told.out) == (2, "")
     assert sentence in told.err

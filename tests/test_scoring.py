@@ -1,20 +1,31 @@
 """Is it learning? Held-out clips, scores that only learning moves, the best LoRA, and the verdict."""
 
+import contextlib
 import json
 import os
 import shutil
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import train_cogvideox_lora as script
-from cogvideox import order, scoring
+from cogvideox import launch, order, scoring, validation
 from cogvideox.files import read_json_lines
 from tests.conftest import lora_of, same, words
+from tests.stand_ins import Noise, OneProcess, TwoWeights, clips_of, flags_of, make_trained, plan_of, train_one_step
 
 KEYS = {"step", "eval_train_loss", "eval_held_out_loss", "eval_train_base_loss", "eval_held_out_base_loss", "eval_caption_gap"}
 KEYS |= {"eval_caption_base_gap", "eval_bands", "eval_clips", "update_share", "best_step"}
+
+
+@pytest.fixture(autouse=True)
+def uncollected(monkeypatch):
+    """Give no memory back after a score: a collection takes a third of a second in a process of tests."""
+    monkeypatch.setattr(launch, "free_memory", lambda: None)
 
 
 def scores_of(folder):
@@ -111,11 +122,11 @@ def test_copies_in_both_sets_are_told(train, six_clips):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"eval_share": 1.0}, "--eval_share 1.0: at least 0 and below 1"),
-        ({"eval_share": "nan"}, "--eval_share nan: at least 0"),
+        ({"eval_share": 1.0}, "--eval_share 1.0: must be at least 0 and below 1"),
+        ({"eval_share": "nan"}, "--eval_share nan: must be at least 0"),
         ({"eval_share": 0.1, "eval_data_root": "."}, "--eval_share and --eval_data_root: both hold clips out"),
-        ({"eval_clips": -1}, "--eval_clips -1: at least 0"),
-        ({"eval_steps": -1}, "--eval_steps -1: at least 0"),
+        ({"eval_clips": -1}, "--eval_clips -1: must be at least 0"),
+        ({"eval_steps": -1}, "--eval_steps -1: must be at least 0"),
     ],
 )
 def test_wrong_flags_are_sentences(tiny_model, six_clips, tmp_path, capsys, flags, sentence):
@@ -186,6 +197,193 @@ def test_scores_of_two_processes_are_those_of_one(train, forked, tiny_model, six
             assert a[name] == expected, name
     assert scores_of(one)[-1]["eval_caption_gap"] != scores_of(one)[-1]["eval_caption_base_gap"]
     assert scores_of(one)[0]["eval_train_loss"] != scores_of(one)[-1]["eval_train_loss"]
+
+
+# -----------------------------------------------------------------------------
+# When clips are scored, and what comes of it, without a training run
+
+
+class Watcher:
+    """Stands in for the meter, the checkpointer and the validator that a scorer asks: notes what it is given."""
+
+    def __init__(self, due=()):
+        self.due, self.lines, self.best, self.order = due, [], [], []
+
+    def is_due(self, step, last=False):
+        return last or step in self.due
+
+    def log(self, line):
+        self.order.append("log")
+        self.lines.append(line)
+
+    def save_best(self, step):
+        self.order.append("best")
+        self.best.append(step)
+
+
+def loss_of_weight(model, batch):
+    """The loss of a clip: the mean of the trained weight, which a test sets."""
+    return model.trained.mean().expand(len(batch["latents"]))
+
+
+def scorer_of(output_dir, trained=None, saves=(), videos=(), held_out=2, **flags):
+    """A scorer of a new run. saves, videos: the steps at which a checkpoint and videos are due. Returns (scorer, watcher)."""
+    trained, data = trained or make_trained(), clips_of(4, held_out)
+    args = flags_of(output_dir, **{"eval_clips": 2} | flags)
+    scorer = scoring.Scorer(args, trained, loss_of_weight, Noise(), data, 1.0, 1000)
+    watcher = Watcher(saves)
+    scorer.begin(watcher, watcher, SimpleNamespace(is_due=lambda step, last=False: step in videos))
+    return scorer, watcher
+
+
+def watch(scorer, first_step, total_steps, weights=None):
+    """The steps of a run as main takes them, as far as scores go. weights: the trained weight after each step."""
+    if first_step == 0:
+        scorer.offer(0)
+    for number, step in enumerate(range(first_step + 1, total_steps + 1)):
+        with torch.no_grad():
+            scorer.trained.transformer.trained.fill_(weights[number] if weights else 3.0)
+        scorer.offer(step, last=step == total_steps)
+
+
+@pytest.mark.parametrize(
+    ("flags", "first_step", "total", "steps"),
+    [
+        ({}, 0, 5, [5]),  # the last step has a checkpoint
+        ({"saves": [0, 2, 4]}, 0, 5, [0, 2, 4, 5]),  # at every checkpoint (one is "due" at step 0)
+        ({"videos": [0, 3, 5]}, 0, 5, [0, 3, 5]),  # with every validation; once where both are due
+        ({"eval_steps": 2}, 0, 5, [0, 2, 4, 5]),  # every N steps, and at step 0
+        ({"eval_steps": 2, "saves": [3], "videos": [4]}, 0, 5, [0, 2, 3, 4, 5]),
+        ({"eval_steps": 2}, 3, 7, [4, 6, 7]),  # resumed in the middle: nothing before the first step
+        ({"eval_steps": 2, "saves": [2], "eval_clips": 0}, 0, 5, []),  # no clips: never
+    ],
+)
+def test_when_clips_are_scored(flags, first_step, total, steps, tmp_path):
+    scorer, watcher = scorer_of(tmp_path, **flags)
+    watch(scorer, first_step, total)
+    assert [line["step"] for line in watcher.lines] == steps
+    assert scorer.lines == watcher.lines
+
+
+def test_a_scorer_without_clips_asks_nothing_of_the_model(tmp_path):
+    def score(model, batch):
+        raise AssertionError("scored")
+
+    args = flags_of(tmp_path, eval_clips=0)
+    assert scoring.Scorer(args, make_trained(), score, Noise(), clips_of(4), 1.0, 1000).base is None
+    with pytest.raises(AssertionError, match="scored"):
+        scoring.Scorer(flags_of(tmp_path, eval_clips=1), make_trained(), score, Noise(), clips_of(4), 1.0, 1000)
+
+
+def test_the_base_is_scored_before_a_weight_changes_and_found_again_by_a_resumed_run(tmp_path):
+    scorer, watcher = scorer_of(tmp_path, eval_steps=1)
+    watch(scorer, 0, 1)
+    assert [(line["eval_train_loss"], line["eval_train_base_loss"]) for line in watcher.lines] == [(4.0, 4.0), (3.0, 4.0)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in watcher.lines))
+    changed = make_trained()
+    torch.nn.init.constant_(changed.transformer.trained, 2.0)
+    assert scorer_of(tmp_path, changed, resume_from_checkpoint="latest")[0].base["train"] == [4.0] * 4
+    assert scorer_of(tmp_path, changed, resume_from_checkpoint="latest", eval_clips=1)[0].base["train"] == [2.0] * 4  # other clips
+
+
+def test_the_lowest_held_out_loss_so_far_is_kept_as_the_best(tmp_path):
+    scorer, watcher = scorer_of(tmp_path, eval_steps=1)
+    watch(scorer, 0, 5, weights=[5.0, 3.0, 3.5, 2.0, 2.0])
+    assert watcher.best == [1, 2, 4]  # never step 0, nor a loss that is only as low
+    assert [line["best_step"] for line in watcher.lines] == [None, 1, 2, 2, 4, 4]
+    scorer, watcher = scorer_of(tmp_path, eval_steps=1, held_out=0)
+    watch(scorer, 0, 2)
+    assert watcher.best == []
+
+
+def test_a_score_is_logged_before_the_best_is_written_and_the_report_comes_last(tmp_path, monkeypatch):
+    scorer, watcher = scorer_of(tmp_path)
+    monkeypatch.setattr(scoring.report, "refresh", lambda folder: watcher.order.append("report"))
+    watch(scorer, 0, 1)
+    assert watcher.order == ["log", "best", "report"]
+    scorer.trained.accelerator.is_main_process = False
+    scorer.offer(2, last=True)
+    assert watcher.order == ["log", "best", "report", "log"]  # other ranks take part; Meter and Checkpointer know who writes
+
+
+def test_a_score_is_of_the_averaged_weights_and_leaves_no_trace(tmp_path):
+    trained = make_trained(ema_decay=0.5)
+    scorer, watcher = scorer_of(tmp_path, trained)
+    for _ in range(3):
+        train_one_step(trained)
+    live, random = trained.transformer.trained.detach().clone(), torch.random.get_rng_state()
+    scorer.offer(3, last=True)
+    assert watcher.lines[0]["eval_train_loss"] == pytest.approx(trained.average.shadow_params[0].mean().item())
+    assert watcher.lines[0]["eval_train_loss"] != pytest.approx(live.mean().item())
+    assert torch.equal(trained.transformer.trained, live)
+    assert trained.transformer.training
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+def test_ranks_share_the_clips_and_their_sum_is_the_score(tmp_path):
+    sums = []
+    for rank in (0, 1):
+        accelerator = OneProcess(process_index=rank)
+        accelerator.num_processes = 2
+        accelerator.reduce = lambda tensor, how: sums.append(tensor.clone()) or tensor
+        scorer_of(tmp_path, make_trained(accelerator))
+    mine, theirs = sums
+    assert torch.equal(mine + theirs, torch.full_like(mine, 4.0))
+    assert 0 < mine.count_nonzero() == theirs.count_nonzero()
+
+
+@pytest.mark.parametrize(("engine", "shared", "builds"), [("FSDP", True, 1), ("FSDP", False, 2), ("NO", True, 0)])
+def test_scores_and_videos_of_a_step_share_one_copy_of_a_sharded_model(engine, shared, builds, tmp_path, monkeypatch):
+    built, seen = [], []
+
+    def build():
+        model = TwoWeights()
+        built.append(weakref.ref(model))
+        return model
+
+    def score(self, model, with_gap=True):
+        seen.append((model.trained.mean().item(), model is trained.transformer))
+        return self.base
+
+    def validate(folder, jobs, rank, world_size, model, *rest):
+        seen.append((model.trained.mean().item(), model is trained.transformer))
+        return []
+
+    trained = make_trained(OneProcess(distributed_type=DistributedType[engine]), ema_decay=0.5, build=build)
+    scorer, _ = scorer_of(tmp_path, trained)
+    args, prompt = flags_of(tmp_path, prompts=["a rabbit"]), torch.zeros(3, 4)
+    videos = validation.Validator(args, trained, None, ([prompt], prompt), None, (5, 32, 48), plan_of())
+    monkeypatch.setattr(scoring.Scorer, "score", score)
+    monkeypatch.setattr(validation, "validate", validate)
+    freed = []  # which copies are still there when memory is given back for the last time
+    monkeypatch.setattr(launch, "free_memory", lambda: freed.append([copy for copy in built if copy()]))
+    for step in (1, 2):
+        train_one_step(trained)
+        train_one_step(trained)
+        built.clear()
+        seen.clear()
+        with trained.one_full_model() if shared else contextlib.nullcontext():
+            assert built == []  # made for the first who asks
+            scorer.offer(step, last=True)
+            videos.offer(step, last=True)
+        assert len(built) == builds
+        averaged = trained.average.shadow_params[0].mean().item()
+        assert seen == [(averaged, engine == "NO")] * 2  # both see the averaged weights of this step
+        if shared:
+            assert freed[-1] == []
+            assert trained.shared_model is None
+
+
+def test_a_failure_in_a_shared_block_lets_go_of_the_copy():
+    trained = make_trained(OneProcess(distributed_type=DistributedType.FSDP))
+
+    def fails_inside():
+        with trained.one_full_model(), trained.full_model():
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fails_inside()
+    assert trained.sharing is trained.shared_model is None
 
 
 # -----------------------------------------------------------------------------

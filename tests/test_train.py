@@ -85,9 +85,9 @@ def test_the_exported_lora_gives_the_trained_strength_in_a_stock_pipeline(train,
     kept = {}
     snapshot = checkpoint.take_snapshot
 
-    def remember(result, export, transformer, *rest, **settings):
-        kept["live"] = transformer
-        return snapshot(result, export, transformer, *rest, **settings)
+    def remember(trained):
+        kept["live"] = trained.transformer
+        return snapshot(trained)
 
     monkeypatch.setattr(checkpoint, "take_snapshot", remember)
     folder = train(rank=rank, lora_alpha=alpha, max_train_steps=4, learning_rate=0.03)
@@ -202,3 +202,29 @@ def test_one_batch_of_two_trains_what_two_accumulated_batches_train(train, plain
     worst = max((batch[name] - accumulated[name]).abs().max() for name in batch)
     assert worst < 1e-5
     assert max((batch[name] - single[name]).abs().max() for name in batch) > 100 * worst
+
+
+def test_a_step_is_logged_then_saved_then_scored_then_shown(train, monkeypatch):
+    from cogvideox import checkpoint, metrics, report, scoring, validation
+
+    order = []
+
+    def note(owner, name, word):
+        plain = getattr(owner, name)
+
+        def noted(*args, **kwargs):
+            order.append(word(*args))
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(scoring, "base_score", lambda *args: "base")
+    note(checkpoint.Checkpointer, "load", lambda *args: "load")
+    note(metrics.Meter, "log", lambda meter, line: f"{'loss' if 'loss' in line else 'score'} {line['step']}")
+    note(checkpoint.Saver, "save", lambda saver, step, *args: f"save {step}")
+    note(validation, "validate", lambda folder, *args: f"videos {int(folder.name[-6:])}")
+    note(report, "refresh", lambda folder: "report")
+    train(validation_prompt="a rabbit", max_train_steps=3, checkpointing_steps=2, validation_steps=2, eval_clips=1)
+    assert order[:6] == ["base", "load", "score 0", "report", "videos 0", "report"]
+    assert order[6:13] == ["loss 1", "loss 2", "save 2", "score 2", "report", "videos 2", "report"]
+    assert order[13:] == ["loss 3", "save 3", "score 3", "report", "videos 3", "report", "report"]

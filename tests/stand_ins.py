@@ -1,0 +1,128 @@
+"""What the watchers of the loop ask of a run, in small: one process on the CPU and a model of two weights, no model folder."""
+
+from types import SimpleNamespace
+
+import torch
+from accelerate.utils import DistributedType
+
+from cogvideox import engine, lora
+from cogvideox.order import Plan
+
+FLAGS = {
+    "training_type": "lora",
+    "declared": {},  # flags whose change makes it another run: none
+    "resume_from_checkpoint": None,
+    "checkpointing_steps": 1000,
+    "checkpoints_total_limit": None,
+    "eval_clips": 0,
+    "eval_steps": 0,
+    "init_lora": None,
+    "logging_steps": 1,
+    "max_skipped_steps": 3,
+    "prompts": [],
+    "num_validation_videos": 1,
+    "validation_steps": 0,
+    "validation_epochs": 0,
+    "validation_height": None,
+    "validation_width": None,
+    "validation_frames": None,
+    "num_inference_steps": 2,
+    "guidance_scale": 6.0,
+    "use_dynamic_cfg": False,
+    "fps": 8,
+    "seed": 42,
+}
+
+
+def flags_of(output_dir, **flags):
+    """The flags that a watcher reads, with `flags` on top."""
+    return SimpleNamespace(**FLAGS | {"output_dir": str(output_dir), "declared": {}} | flags)
+
+
+class OneProcess:
+    """An Accelerator of one process, or of one of several (whose collectives find nobody else)."""
+
+    device, scaler, num_processes = torch.device("cpu"), None, 1
+
+    def __init__(self, process_index=0, distributed_type=DistributedType.NO):
+        self.process_index, self.is_main_process = process_index, process_index == 0
+        self.distributed_type, self.trackers, self.logged = distributed_type, [], []
+
+    def reduce(self, tensor, how):
+        return tensor
+
+    def log(self, numbers, step):
+        self.logged.append((step, numbers))
+
+    def wait_for_everyone(self):
+        pass
+
+
+class TwoWeights(torch.nn.Module):
+    """A model with a weight that is trained and one that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.trained = torch.nn.Parameter(torch.full((2, 2), 4.0))
+        self.frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+
+
+def make_trained(accelerator=None, ema_decay=0.0, build=TwoWeights, kind=None):
+    """A real `Trained` of `TwoWeights`. build: () -> the copy that an engine which shards the weights asks for."""
+    model = TwoWeights()
+    optimizer = torch.optim.AdamW([model.trained], lr=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    average = engine.make_average([model.trained], ema_decay) if ema_decay else None
+    accelerator = accelerator or OneProcess()
+    return engine.Trained(accelerator, model, model, [model.trained], optimizer, schedule, average, build, kind=kind or RESULT)
+
+
+def train_one_step(trained):
+    """Move the trained weight, as a step does."""
+    trained.transformer.trained.pow(2).sum().backward()
+    trained.optimizer.step()
+    trained.update_average()
+    trained.optimizer.zero_grad()
+    trained.schedule.step()
+
+
+# lora.py for `TwoWeights`: the same files and names, and weights that are shipped as they are.
+RESULT = SimpleNamespace(
+    RESULT=lora.RESULT,
+    FILES=lora.FILES,
+    WEIGHTS=lora.WEIGHTS,
+    LOADER="the stand-in's loader",
+    EFFECT="effect",
+    live_state=engine.trained_state,
+    load_live=lambda model, state: engine.write_trained(dict(engine.trained_weights(model)), state, "weights do not fit"),
+    export=lambda model, state, stored_dtype: dict(state),
+    write=lora.write,
+    publish=lora.publish,
+    check_export=lambda folder, model: (0.0, 1.0),
+    export_tolerance=lambda model: 1e-5,
+)
+
+
+class Noise:
+    """The encodings of clips: the same moments and caption for each."""
+
+    def moments(self, clip, flipped=False):
+        return torch.zeros(4, 1, 2, 2)
+
+    def prompt(self, clip):
+        return torch.zeros(3, 4)
+
+
+def clips_of(count, held_out=0):
+    """Checked clips; the last ones are held out."""
+    return SimpleNamespace(
+        records=[SimpleNamespace(caption=f"clip {number}", listed=f"videos/{number}.mp4") for number in range(count)],
+        clips=[{"sha256": f"{number:064x}", "frames": 9, "height": 32, "width": 48} for number in range(count)],
+        trained=list(range(count - held_out)),
+        held_out=list(range(count - held_out, count)),
+    )
+
+
+def plan_of(clips=4, clips_per_step=1, total_steps=10):
+    """A plan for clips of one shape."""
+    return Plan(42, tuple(range(clips)), (0,) * clips, clips_per_step, clips, total_steps)

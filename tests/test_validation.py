@@ -1,0 +1,197 @@
+"""When videos are made, what they leave behind, and what a failure costs. No model folder, no training run."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from cogvideox import launch, report, validation
+from cogvideox.files import write_bytes
+from tests.stand_ins import OneProcess, TwoWeights, flags_of, make_trained, plan_of, train_one_step
+
+PROMPTS = ["a rabbit", "a bird"]
+
+
+def watcher(output_dir, trained=None, plan=None, **flags):
+    """A validator with a prompt, unless the flags say otherwise."""
+    flags = {"prompts": PROMPTS[:1]} | flags
+    embeddings = [torch.zeros(3, 4) for _ in flags["prompts"]], torch.zeros(3, 4)
+    args = flags_of(output_dir, **flags)
+    return validation.Validator(args, trained or make_trained(), None, embeddings, lambda: "vae", (5, 32, 48), plan or plan_of())
+
+
+@pytest.fixture
+def pipeline(monkeypatch):
+    """A pipeline and a VAE that make grey pictures, and files in place of videos (which cost a process each).
+
+    Returns the calls of the pipeline; `fails` names the seeds that fail.
+    """
+    seen = SimpleNamespace(models=[], weights=[], modes=[], settings=[], seeds=[], fails=())
+    grey = np.full((5, 32, 48, 3), 128, np.uint8)
+
+    def sample_latents(transformer, scheduler, prompt, negative_prompt, seed, device, **settings):
+        seen.models.append(transformer)
+        seen.weights.append(transformer.trained.detach().clone())
+        seen.modes.append((transformer.training, torch.is_grad_enabled()))
+        seen.settings.append(settings)
+        seen.seeds.append(seed)
+        torch.rand(3)  # a pipeline may draw from the stream that training draws from
+        if seed in seen.fails:
+            raise RuntimeError("out of memory")
+        return torch.zeros(2, 4, 4, 6)
+
+    monkeypatch.setattr(validation, "sample_latents", sample_latents)
+    monkeypatch.setattr(validation, "decode_latents", lambda vae, latents: grey)
+    monkeypatch.setattr(validation, "write_video", lambda path, frames, fps: write_bytes(path, frames.tobytes()))
+    monkeypatch.setattr(validation, "read_video", lambda path: grey)
+    monkeypatch.setattr(launch, "free_memory", lambda: None)  # a collection takes a third of a second in a process of tests
+    return seen
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The steps whose videos are made, in order; nothing is made."""
+    steps = []
+    monkeypatch.setattr(validation.Validator, "make", lambda self, step: steps.append(step))
+    return steps
+
+
+def run(validator, first_step, total_steps):
+    """The steps of a run as main takes them, as far as videos go."""
+    if first_step == 0:
+        validator.offer(0)
+    for step in range(first_step + 1, total_steps + 1):
+        validator.offer(step, last=step == total_steps)
+
+
+@pytest.mark.parametrize(
+    ("flags", "clips_per_step", "first_step", "total", "steps"),
+    [
+        ({}, 1, 0, 5, [0, 5]),  # before the first step and after the last one, whatever the flags
+        ({"validation_steps": 2}, 1, 0, 5, [0, 2, 4, 5]),  # every N steps
+        ({"validation_steps": 2}, 1, 0, 4, [0, 2, 4]),  # a last step that is due by itself counts once
+        ({"validation_steps": 2}, 1, 3, 6, [4, 6]),  # resumed in the middle: nothing before the first step
+        ({"validation_epochs": 1}, 1, 0, 9, [0, 4, 8, 9]),  # every N passes over the four clips
+        ({"validation_epochs": 2}, 1, 0, 9, [0, 8, 9]),
+        ({"validation_epochs": 1}, 3, 0, 5, [0, 2, 3, 4, 5]),  # three clips a step: the first step that completes an epoch
+        ({"validation_epochs": 2}, 3, 0, 7, [0, 3, 6, 7]),
+        ({"validation_epochs": 1}, 8, 0, 3, [0, 1, 2, 3]),  # several epochs a step are one validation
+        ({"validation_steps": 3, "validation_epochs": 1}, 1, 0, 5, [0, 3, 5]),  # steps go before epochs
+        ({"validation_steps": 2, "prompts": []}, 1, 0, 5, []),  # no prompt: never
+    ],
+)
+def test_when_videos_are_made(flags, clips_per_step, first_step, total, steps, tmp_path, made):
+    run(watcher(tmp_path, plan=plan_of(4, clips_per_step), **flags), first_step, total)
+    assert made == steps
+
+
+@pytest.mark.parametrize(("prompts", "sheet", "steps"), [(PROMPTS, False, [7]), (PROMPTS, True, []), ([], False, [])])
+def test_the_last_videos_are_made_by_a_complete_run_that_lacks_them(prompts, sheet, steps, tmp_path, made):
+    validator = watcher(tmp_path, prompts=prompts)
+    if sheet:
+        validator.folder_of(7).mkdir(parents=True)
+        (validator.folder_of(7) / "contact_sheet.png").touch()
+    validator.make_missing(7)
+    assert made == steps
+
+
+def test_what_a_validation_leaves_behind(tmp_path, pipeline):
+    validator = watcher(tmp_path, prompts=PROMPTS, num_validation_videos=2, validation_height=64)
+    validator.offer(0)
+    folder = tmp_path / "validation/step-000000"
+    videos = [f"{job['name']}" for job in validator.jobs]
+    assert len(videos) == 4
+    assert {path.name for path in folder.iterdir()} == {*videos, "contact_sheet.png", "videos.json"}
+    assert (tmp_path / report.NAME).exists()
+    record = json.loads((folder / "videos.json").read_text())
+    assert [(video["prompt"], video["seed"]) for video in record["videos"]] == [(p, s) for p in PROMPTS for s in (42, 43)]
+    expected = {"height": 64, "width": 48, "num_frames": 5}  # the flag's, and the clips' own
+    assert {name: record["settings"][name] for name in expected} == expected
+    assert pipeline.settings[0] == record["settings"]
+    assert validator.videos_of(0) == [(p, f"validation/step-000000/{name}") for p, name in zip(np.repeat(PROMPTS, 2), videos, strict=True)]
+    assert validator.videos_of(1) == []
+
+
+def test_videos_come_before_the_sheet_and_the_sheet_before_the_report(tmp_path, pipeline, monkeypatch):
+    order = []
+    for module, name in ((validation, "write_video"), (validation, "write_sheet"), (report, "refresh")):
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, plain=plain, name=name: order.append(name) or plain(*args))
+    monkeypatch.setattr(validation.metrics, "track_videos", lambda *args: order.append("track_videos"))
+    watcher(tmp_path).offer(0)
+    assert order == ["write_video", "write_sheet", "track_videos", "refresh"]
+
+
+def test_a_video_that_fails_costs_that_video_and_not_the_run(tmp_path, pipeline, capsys):
+    pipeline.fails = (42,)
+    validator = watcher(tmp_path, num_validation_videos=2)
+    validator.offer(0)
+    bad, good = validator.jobs
+    assert not (validator.folder_of(0) / bad["name"]).exists()
+    assert (validator.folder_of(0) / good["name"]).exists()
+    assert (validator.folder_of(0) / "contact_sheet.png").exists()
+    told = capsys.readouterr().err
+    assert f"validation video {bad['name']} failed and training goes on: RuntimeError: out of memory" in told
+    assert good["name"] not in told
+    pipeline.fails = (42, 43)
+    validator.offer(1, last=True)  # nothing at all is made
+    assert not validator.folder_of(1).exists()
+    assert capsys.readouterr().err.count("failed and training goes on") == 2
+
+
+def test_a_contact_sheet_that_fails_is_told_and_the_report_is_written_all_the_same(tmp_path, pipeline, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(validation, "contact_sheet", full)
+    watcher(tmp_path).offer(0)
+    assert "no contact sheet of step 0 (OSError: [Errno 28] No space left on device)" in capsys.readouterr().err
+    assert (tmp_path / report.NAME).exists()
+
+
+def test_videos_show_the_averaged_weights_in_evaluation_mode_and_leave_no_trace(tmp_path, pipeline):
+    trained = make_trained(ema_decay=0.5)
+    trained.transformer.train()
+    for _ in range(2):
+        train_one_step(trained)
+    live, random = trained.transformer.trained.detach().clone(), torch.random.get_rng_state()
+    watcher(tmp_path, trained).offer(0)
+    assert pipeline.modes == [(False, False)]
+    assert torch.equal(pipeline.weights[0], trained.average.shadow_params[0])
+    assert not torch.equal(pipeline.weights[0], live)
+    assert torch.equal(trained.transformer.trained, live)
+    assert trained.transformer.training
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+def test_every_rank_makes_its_share_and_the_main_one_shows_them(tmp_path, pipeline):
+    shares = []
+    for rank in (1, 0):  # the main one last: it waits for the others
+        accelerator = OneProcess(process_index=rank)
+        accelerator.num_processes = 2
+        validator = watcher(tmp_path, make_trained(accelerator), num_validation_videos=3)
+        validator.offer(0)
+        shares.append(list(pipeline.seeds))
+        pipeline.seeds.clear()
+        assert (tmp_path / report.NAME).exists() is (rank == 0)
+    assert shares == [[43], [42, 44]]
+    assert len(json.loads((validator.folder_of(0) / "videos.json").read_text())["videos"]) == 3
+
+
+@pytest.mark.parametrize(("engine", "copies"), [(DistributedType.FSDP, 1), (DistributedType.NO, 0)])
+def test_a_sharded_model_is_copied_once_for_all_videos_of_a_step(engine, copies, tmp_path, pipeline):
+    built = []
+
+    def build():
+        built.append(TwoWeights())
+        return built[-1]
+
+    trained = make_trained(OneProcess(distributed_type=engine), build=build)
+    train_one_step(trained)
+    watcher(tmp_path, trained, prompts=PROMPTS).offer(0)
+    assert len(built) == copies
+    assert all((model is trained.transformer) is (copies == 0) for model in pipeline.models)
+    assert all(torch.equal(weights, trained.transformer.trained) for weights in pipeline.weights)
