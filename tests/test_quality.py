@@ -77,8 +77,8 @@ def test_mistakes_are_told_before_anything_runs(words, sentence, capsys):
     assert sentence in told.err
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_the_command_trains_compares_and_does_not_train_again(tmp_path):
     some_clips(tmp_path / "old_film")
     words = ["--work_dir", tmp_path, "--seeds", 1, "--steps", 6, "--eval_steps", 3, "--target", 0.0001, "--json", tmp_path / "all.json"]
