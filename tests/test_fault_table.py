@@ -289,7 +289,7 @@ def test_numbers_in_the_cache_that_are_not_finite_are_named_and_train_nothing(tr
     folder = train(cache=cache, max_train_steps=6)
     told = capsys.readouterr().err
     assert told.count("was skipped") == 1  # six clips, six steps
-    assert re.search(r"step \d was skipped, its gradient is not finite: videos/0\d\.mp4 at timestep", told)
+    assert re.search(r"step \d was skipped for a non-finite gradient: videos/0\d\.mp4 at timestep", told)
     assert all(torch.isfinite(tensor).all() for tensor in lora_of(folder).values())
     assert not same(lora_of(clean), lora_of(folder))
 
@@ -731,7 +731,7 @@ def test_two_machines_that_do_not_share_the_output_folder_are_refused(tiny_model
     runs = [start(prefix + line, [], RANK=str(rank), **common) for rank, prefix in enumerate(([], blind))]
     told = [run.communicate(timeout=120)[0] for run in runs]
     assert [run.returncode for run in runs] == [4, 4], told
-    assert f"--output_dir {output}: has to lie on a file system that all machines share; process 1 on" in told[0]
+    assert f"--output_dir {output}: must be on a file system that all machines share; process 1 on" in told[0]
     assert "--encoding_cache_dir" not in told[0]
     assert not (output / "metrics.jsonl").exists()
     assert list(output.glob(".shared-*")) == []
