@@ -65,7 +65,7 @@ def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minute
     if accelerator.num_processes != started:
         fail(
             BAD_FLAGS,
-            f"{started} processes were started but accelerate sees {accelerator.num_processes}: launch with one of this project's yaml files",
+            f"{started} processes were started but accelerate sees {accelerator.num_processes}: launch with a yaml file of this project",
         )
     device = accelerator.device
     kind = (

@@ -226,8 +226,8 @@ BAD = {
     "empty.mp4": (lambda f, t: t.write_bytes(b""), NOT_VIDEO),
     "text.mp4": (lambda f, t: t.write_text("not a video at all\n" * 50), NOT_VIDEO),
     "random.mp4": (lambda f, t: t.write_bytes(np.random.default_rng(0).bytes(20000)), NOT_VIDEO),
-    "picture_named.mp4": (lambda f, t: shutil.copy(f / "still.jpg", t), "a picture has to be named like one"),
-    "png_named.mp4": (lambda f, t: shutil.copy(f / "still.png", t), "a picture has to be named like one"),
+    "picture_named.mp4": (lambda f, t: shutil.copy(f / "still.jpg", t), "an image needs an image's suffix"),
+    "png_named.mp4": (lambda f, t: shutil.copy(f / "still.png", t), "an image needs an image's suffix"),
     "video_named.png": (lambda f, t: shutil.copy(f / "plain.mp4", t), "not a readable image"),
     "cut.jpg": (lambda f, t: cut(f / "still.jpg", t, 0.6), "not a readable image.*truncated"),
     "raw_stream.mp4": (
