@@ -422,7 +422,7 @@ def test_a_disk_with_no_room_for_a_checkpoint_is_told_before_the_first_step(trai
         file.write(bytes((3 << 20) - (400 << 10)))
     ended(4, train, output=small_disk / "out", rank=64)
     told = capsys.readouterr().err
-    assert "a checkpoint takes" in told
+    assert "a checkpoint needs" in told
     assert not (small_disk / "out/metrics.jsonl").exists()
     (small_disk / "ballast").unlink()
     assert len(lora_of(train(output=small_disk / "out", rank=64))) == 16

@@ -284,11 +284,11 @@ def test_a_dry_run_tells_time_memory_and_disk_and_trains_nothing(train, capsys):
     folder = train(dry_run=True, max_train_steps=1000, checkpointing_steps=100)
     told = capsys.readouterr().err
     for word in (
-        "seconds a step",
+        "seconds per step",
         "hours for 1000 steps",
         "peak",
-        "parameters trained",
-        "MiB a checkpoint",
+        "trainable parameters",
+        "MiB per checkpoint",
         "for 10 of them",
         "| TRAINING |",
         "nothing was trained",
@@ -316,7 +316,7 @@ def test_a_disk_too_small_for_a_checkpoint_is_told_before_the_first_step(train, 
     with pytest.raises(SystemExit) as stop:
         train()
     assert stop.value.code == 4
-    assert "a checkpoint takes" in capsys.readouterr().err
+    assert "a checkpoint needs" in capsys.readouterr().err
 
 
 # -----------------------------------------------------------------------------

@@ -256,12 +256,12 @@ def test_what_does_not_fit_is_said_and_linked(tmp_path, monkeypatch):
     for step in range(20):
         write_validation(tmp_path, step, ["one", "two"], content=bytes(3000))
     page = page_of(tmp_path)
-    assert f"{report.MOST_STEPS} of 20 steps are here" in page
+    assert f"{report.MOST_STEPS} of 20 steps are shown" in page
     assert "href=" not in page
     whole = report.choose_videos
     monkeypatch.setattr(report, "choose_videos", lambda steps: whole(steps, budget=4000 * 3))
     page = page_of(tmp_path)
-    assert "2 of 20 steps are here" in page
+    assert "2 of 20 steps are shown" in page
     assert "2 videos did not fit" in page
     links = re.findall('href="([^"]+)"', page)
     assert links == ["validation/step-000000/01-x-seed42.mp4", "validation/step-000019/01-x-seed42.mp4"]

@@ -176,7 +176,7 @@ def test_a_learning_rate_of_zero_changes_nothing_and_the_verdict_says_so(train, 
     assert {**first, "step": 0, "best_step": None} == {**last, "step": 0, "best_step": None}
     status = json.loads((folder / "status.json").read_text())
     assert status["verdict"] == "nothing happening"
-    assert "has not changed at all: the learning rate is 0" in " ".join(status["verdict_sentences"])
+    assert "has not changed: the learning rate is 0" in " ".join(status["verdict_sentences"])
     assert "verdict: nothing happening." in capsys.readouterr().err
 
 
@@ -436,8 +436,8 @@ def test_the_sentences_name_the_step_the_cause_and_the_way_out():
     assert "raise --learning_rate (it was 1e-09)" in said([1.0, 0.9999], [1.0, 1.0], share=1e-6, rate=1e-9)
     assert "look at the videos" in said([1.0, 0.9999], [1.0, 1.0], share=0.1)
     assert "lower --learning_rate (it was 0.1)" in said([1.0, 2.0], [1.0, 2.0], rate=0.1)
-    assert "still falling" in said([1.0, 0.8], [1.0, 0.9])
-    assert "best/ has that LoRA" in said([1.0, 0.8, 0.79], [1.0, 0.8, 0.801])
+    assert "still decreasing" in said([1.0, 0.8], [1.0, 0.9])
+    assert "best/ has those weights" in said([1.0, 0.8, 0.79], [1.0, 0.8, 0.801])
 
 
 @pytest.mark.numeric
