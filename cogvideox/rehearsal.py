@@ -217,7 +217,7 @@ def report(args, seconds, peak, checkpoint_mib, total_steps, device, trained):
     free = shutil.disk_usage(args.output_dir).free / 2**20
     capacity = f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f}" if device.type == "cuda" else ""
     say(
-        f"rehearsal: {seconds:.2f} seconds per step, {total_steps * seconds / 3600:.2f} hours for {total_steps} steps (without validation); "
+        f"rehearsal: {seconds:.2f} seconds per step, {total_steps * seconds / 3600:.2f} hours for {total_steps} steps without validation; "
         f"peak {peak:.2f}{capacity} GiB; {trained / 1e6:.2f} M trainable parameters;\n"
         f"           {checkpoint_mib:.1f} MiB per checkpoint, {kept * checkpoint_mib:.0f} MiB for {kept} of them, {free:.0f} MiB free"
     )

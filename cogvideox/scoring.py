@@ -334,6 +334,4 @@ def why_nothing(last, learning_rate):
             f"The LoRA changes the weights by only {100 * share:.1g} %: raise --learning_rate (it was {learning_rate:g}) or "
             "--lora_alpha, or train for more steps."
         )
-    return (
-        "The weights changed but the loss did not: the clips may contain nothing new to the model, or differ too much; inspect the videos."
-    )
+    return "The weights changed but the loss did not: the clips may show nothing new to the model, or differ too much; inspect the videos."

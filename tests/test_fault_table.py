@@ -239,7 +239,7 @@ def test_strange_captions_are_trained_on_and_escaped_in_the_log(clips, train, ca
     assert r"'\x1b[31mred\x1b[2J \x07 bell'" in told
     assert not set("\x1b\x07\0") & set(told)
     assert not set("\x1b\x07\0") & set((folder / "dataset_report.txt").read_text())
-    assert "1 captions are longer than 226 tokens and will be cut there: videos/05.mp4" in told
+    assert "1 captions are longer than 226 tokens and will be truncated: videos/05.mp4" in told
     assert all(torch.isfinite(tensor).all() for tensor in lora_of(folder).values())
     captions[1] = "another"
     (clips / "prompts.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
