@@ -441,12 +441,12 @@ def load_batches(args, accelerator, clips, first_step, total_steps):
 
 
 def say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, num_parameters):
-    """Print what will be trained."""
+    """Print the run's clips, steps and trainable parameters."""
     epochs, precision = plan.total_steps * plan.clips_per_step / plan.epoch_clips, args.mixed_precision.replace("no", "fp32")
     method = f"rank {args.rank}, alpha {args.lora_alpha:g}" if args.training_type == "lora" else "full fine-tuning"
     say(
-        f"\n{len(plan.clips)} clips; {args.train_batch_size} a batch x {accelerator.num_processes} processes x "
-        f"{args.gradient_accumulation_steps} accumulation = {plan.clips_per_step} clips a step\n"
+        f"\n{len(plan.clips)} clips; {args.train_batch_size} per batch x {accelerator.num_processes} processes x "
+        f"{args.gradient_accumulation_steps} accumulation = {plan.clips_per_step} clips per step\n"
         f"{plan.total_steps} steps = {epochs:.1f} epochs, from step {first_step}; learning rate {learning_rate:g}, {args.lr_scheduler}\n"
         f"training {num_trained / 1e6:.2f} M of {num_parameters / 1e6:.1f} M parameters ({method}), computing in {precision}; "
         f"engine: {engine.engine_of(accelerator)}\n"

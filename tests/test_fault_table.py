@@ -371,7 +371,7 @@ def test_a_model_of_pickles_is_refused_and_not_run(train, tiny_model, tmp_path, 
     weights.unlink()
     weights.with_suffix(".bin").write_bytes(payload(tmp_path / "ran"))
     ended(2, train, model=model)
-    assert "pickled weights are not read" in capsys.readouterr().err
+    assert "pickled weights are unsupported" in capsys.readouterr().err
     weights.write_bytes(payload(tmp_path / "ran"))  # under the right name
     ended(2, train, model=model)
     assert "not a safetensors file" in capsys.readouterr().err
@@ -709,7 +709,7 @@ def test_more_processes_than_clips_train_each_clip_with_noise_of_its_own(forked,
     line = words(tiny_model, data, tmp_path / "two", tmp_path / "cache", max_train_steps=3, eval_clips=2, **STEADY_ADAM)
     codes, output = forked.run(line, processes=2)
     assert codes == [0, 0], output[-2000:]
-    assert "1 clips; 1 a batch x 2 processes" in output
+    assert "1 clips; 1 per batch x 2 processes" in output
     flags = {"data": data, "cache": tmp_path / "cache", "max_train_steps": 3} | STEADY_ADAM
     assert worst_difference(lora_of(tmp_path / "two"), lora_of(train(train_batch_size=2, **flags))) < STEADY_BOUND
     assert worst_difference(lora_of(tmp_path / "two"), lora_of(train(**flags))) > 1e-4  # the same noise on both would be this

@@ -132,12 +132,12 @@ def test_an_empty_folder_gives_a_page_that_says_what_is_missing(tmp_path, whole_
     empty = tmp_path / "empty"
     empty.mkdir()
     said = [
-        "no validation videos yet",
-        "no metrics.jsonl",
+        "No validation videos yet",
+        "metrics.jsonl has no steps yet",
         "no dataset.json",
         "There is no snippet: run.json",
         "no run.json: flags",
-        "no verdict yet",
+        "No verdict yet",
     ]
     page, full = page_of(empty), page_of(whole_run)
     assert [words for words in said if words not in page] == []
@@ -305,7 +305,7 @@ def test_run_json_holds_neither_tokens_nor_the_home_folder(tmp_path, monkeypatch
 def test_run_json_alone_is_a_report(tmp_path):
     write_run(tmp_path, total_steps=100)
     text = html.unescape(visible(page_of(tmp_path)))
-    for words in ("step 0 of 100", "--rank", hub.snippet(run_of()), "Start prompts with <code>TOK</code>", "first checkpoint brings it"):
+    for words in ("step 0 of 100", "--rank", hub.snippet(run_of()), "Start prompts with <code>TOK</code>", "first checkpoint writes it"):
         assert words in text, words
     assert "could not be rendered" not in text
 
