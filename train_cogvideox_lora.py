@@ -335,7 +335,8 @@ def main(args):
 
     # Data: decode every clip once, encode it once, then free T5 and the VAE.
     with Readers(decode_workers(), args.clip_timeout_seconds) as readers:
-        data = check_data(args, facts, tokenizer, readers, accelerator, barrier)
+        with timed("check the clips"):
+            data = check_data(args, facts, tokenizer, readers, accelerator, barrier)
         if problems or data.problems:
             fail(BAD_FLAGS if problems else BAD_DATA, problems + data.problems)
         if is_main and args.overwrite_output_dir and holds_earlier_run(output_dir):
@@ -344,9 +345,9 @@ def main(args):
             memory.say_predicted(args, folder, accelerator, velocity_loss)
         encodings, prompts, negative_prompt, identities = encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier)
 
-    # Transformer: frozen in the compute dtype with a LoRA in fp32, or all weights in fp32.
-    scheduler, result = load_scheduler(folder), checkpoint.RESULTS[args.training_type]
-    build = functools.partial(result.build, args, folder, dtype)
+    # Transformer: frozen, in the compute dtype, with a LoRA in fp32; or all of it in fp32.
+    scheduler, kind = load_scheduler(folder), checkpoint.RESULTS[args.training_type]
+    build = functools.partial(kind.build, args, folder, dtype)
     with timed("load the transformer"):
         transformer = build()
     if args.init_lora and (problem := lora.load_initial(transformer, args.init_lora)):
@@ -361,7 +362,10 @@ def main(args):
     schedule = make_schedule(args, optimizer, plan.total_steps)
     model, optimizer, parameters = engine.prepare(accelerator, transformer, optimizer, args.train_batch_size, args.max_grad_norm, dtype)
     average = engine.make_average(parameters, args.ema_decay) if args.ema_decay else None
-    trained = engine.Trained(accelerator, transformer, model, parameters, optimizer, schedule, average, build, dtype, barrier)
+    stored_dtype = PRECISIONS[stored_precision(folder, "transformer", args.variant)]
+    trained = engine.Trained(
+        accelerator, transformer, model, parameters, optimizer, schedule, average, build, dtype, barrier, kind, stored_dtype
+    )
     compute_loss, clip_losses = make_losses(args, transformer, scheduler, dtype, device)
     num_timesteps = scheduler.config.num_train_timesteps
     clips = TrainingClips(
@@ -369,16 +373,15 @@ def main(args):
         args.timestep_sampling,
     )  # fmt: skip
 
-    # Rehearsal: an error of the first save or video shows up in the first minute, not after ten hours.
-    export = functools.partial(result.export, stored_dtype=PRECISIONS[stored_precision(folder, "transformer", args.variant)])
-    result_facts = result.facts(args, transformer) | {"trigger": args.id_token or "", "example_prompt": data.records[0].caption}
+    # Rehearsal: what would fail after ten hours fails in the first minute.
+    result_facts = kind.facts(args, transformer) | {"trigger": args.id_token or "", "example_prompt": data.records[0].caption}
     memory_explained = functools.partial(
         stopping.explained_memory, blocks=len(transformer.transformer_blocks), peak=lambda: peak_memory_gib(device),
         sharded=engine.splits_weights(accelerator),
     )  # fmt: skip
     with memory_explained("in the rehearsal of one step at the largest shape"), timed("rehearsal"):
         batch = clips.largest_batch(plan, data.clips, args.train_batch_size)
-        measured = rehearsal.rehearse(args, trained, result, export, result_facts, batch, compute_loss, train_step)
+        measured = rehearsal.rehearse(args, trained, result_facts, batch, compute_loss, train_step)
     if problem := rehearsal.report(args, *measured, plan.total_steps, device, num_trained):
         fail(BAD_OUTPUT, problem)
     if args.dry_run:
@@ -388,7 +391,7 @@ def main(args):
 
     # Checkpoints, scores, metrics and videos; each is a no-op while its flag is off. The base model is scored before a checkpoint loads.
     run_facts = {"flags": flags.public_flags(args), "clips_per_step": plan.clips_per_step, **identities}
-    checkpointer = checkpoint.Checkpointer(args, trained, result, export, run_facts, result_facts)
+    checkpointer = checkpoint.Checkpointer(args, trained, run_facts, result_facts)
     scorer = scoring.Scorer(args, trained, clip_losses, encodings, data, facts.scaling_factor, num_timesteps)
     # No random state to restore: clip, noise and timestep are functions of the seed and the position.
     first_step = checkpointer.load()
@@ -428,8 +431,8 @@ def main(args):
             break
     if first_step >= plan.total_steps:
         say(f"already complete: {output_dir} has been trained for {first_step} of {plan.total_steps} steps")
-        validator.make_missing(first_step)  # if the run was killed during its last validation
-    finish(args, trained, result, checkpointer, scorer, validator, plan, step, stop, run, learning_rate)
+        validator.make_missing(first_step)  # a kill in the last validation left it without videos
+    finish(args, trained, checkpointer, scorer, validator, run, step, stop)
 
 
 def load_batches(args, accelerator, clips, first_step, total_steps):
@@ -453,20 +456,20 @@ def say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, nu
     )
 
 
-def finish(args, trained, result, checkpointer, scorer, validator, plan, step, stop, run, learning_rate):
-    """End the run: wait for the last checkpoint, write verdict, card, plot, status and report, push, and set the exit code.
+def finish(args, trained, checkpointer, scorer, validator, run, step, stop):
+    """The one ending: the last checkpoint on disk, the verdict, card, plot, status and report, the push, and the exit code.
 
     stop: the signal that ended the loop, or 0. The result is already on disk; a failure here does not lose it.
     """
     output_dir, problem = Path(args.output_dir), None
     newest = checkpointer.newest()
-    verdict = scoring.verdict(scorer.lines, learning_rate, ran_all=not stop)
+    verdict = scorer.verdict(ran_all=not stop)
     if trained.is_main:
         if newest is None and not checkpointer.failed:  # the run was already complete
             newest = output_dir / f"checkpoint-{step}"
-            result.publish(newest, output_dir)
+            trained.kind.publish(newest, output_dir)
         run["facts"] |= hub.without_secrets({"steps": step, "videos": validator.videos_of(step)})
-        problem = publish(args, output_dir, run, verdict, push=args.push_to_hub and not stop)
+        problem = publish(args, output_dir, trained.kind, run, verdict, push=args.push_to_hub and not stop)
         code, reason = (1, problem) if problem else (0, "done")
         code, reason = (128 + stop, f"stopped by {signal.Signals(stop).name}") if stop else (code, reason)
         code, reason = (BAD_OUTPUT, "the last checkpoint was not written") if checkpointer.failed else (code, reason)
@@ -475,7 +478,8 @@ def finish(args, trained, result, checkpointer, scorer, validator, plan, step, s
     trained.barrier()  # the launcher kills the other ranks soon after the first one exits
     trained.accelerator.end_training()
     if stop:
-        say(f"stopped by {signal.Signals(stop).name} after step {step} of {plan.total_steps}; resume with --resume_from_checkpoint latest")
+        total_steps = run["facts"]["total_steps"]
+        say(f"stopped by {signal.Signals(stop).name} after step {step} of {total_steps}; resume with --resume_from_checkpoint latest")
         raise SystemExit(128 + stop)
     if checkpointer.failed:
         fail(BAD_OUTPUT, f"the last checkpoint was not written; the newest is {newest}")
@@ -483,8 +487,8 @@ def finish(args, trained, result, checkpointer, scorer, validator, plan, step, s
         fail(1, problem)
 
 
-def publish(args, output_dir, run, verdict, push):
-    """Write run.json, the card and the plot, print the verdict, and upload the result if `push`. Returns the problem, or None."""
+def publish(args, output_dir, kind, run, verdict, push):
+    """Write run.json, the card and the plot, say the verdict, and upload if it was asked for. Returns what failed, or None."""
     if problem := report.write_run_facts(output_dir, run):
         warn(problem)
     try:
@@ -492,7 +496,7 @@ def publish(args, output_dir, run, verdict, push):
         metrics.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
     except OSError as error:
         warn(f"the model card and the plot were not written ({error})")
-    result_path, (word, sentences) = output_dir / checkpoint.RESULTS[args.training_type].RESULT, verdict
+    result_path, (word, sentences) = output_dir / kind.RESULT, verdict
     say(f"\nverdict: {word}. {' '.join(sentences)}")
     say(f"\nresult: {result_path}\nhow to use it: {output_dir / 'README.md'}\nreport: {output_dir / report.NAME}")
     if not push:

@@ -20,8 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cogvideox import engine, lora, report, sft
-from cogvideox.console import BAD_OUTPUT, fail, say, warn
-from cogvideox.engine import averaged
+from cogvideox.console import BAD_OUTPUT, fail, say, timed, warn
 from cogvideox.files import file_sha256, read_json, write_durably, write_tensors
 
 FORMAT = 1
@@ -59,27 +58,27 @@ def unpack(packed, tensors):
     return packed["value"]
 
 
-def take_snapshot(result, export, transformer, optimizer, parameters, schedule, scaler, average=None, keep=True):
-    """Copies in host memory of everything in a checkpoint, so that training continues while they are written. A collective.
+def take_snapshot(trained):
+    """Copies in host memory of everything a checkpoint holds; training continues while they are written. A collective.
 
-    result: lora.py or sft.py. export: (transformer, live weights) -> the exported weights, averaged if there is an average
-    (diffusers' EMAModel). keep: whether this rank writes; the others take part and get None.
+    With an average the shipped weights are the averaged ones. Returns None on all ranks but the main one.
     """
-    live = result.live_state(transformer, keep)
-    with averaged(average, parameters):
-        exported = result.live_state(transformer, keep) if average else live
-    states = engine.optimizer_state(optimizer, parameters, keep)
+    live, average, scaler = trained.state(), trained.average, trained.accelerator.scaler
+    with trained.averaged():
+        shipped = trained.state() if average else live
+    states = engine.optimizer_state(trained.optimizer, trained.parameters, keep=trained.is_main)
     shadows = [engine.whole(shadow) for shadow in average.shadow_params] if average else []
-    if not keep:
+    if not trained.is_main:
         return None
     tensors = {}
     state = {
         "optimizer": pack(states, tensors, "optimizer"),
-        "schedule": pack({**schedule.state_dict(), "lr_lambdas": [None]}, tensors, "schedule"),
+        "schedule": pack({**trained.schedule.state_dict(), "lr_lambdas": [None]}, tensors, "schedule"),
         "scaler": pack(scaler.state_dict() if scaler else {}, tensors, "scaler"),
         "average": pack({"steps": average.optimization_step, "weights": shadows} if average else {}, tensors, "average"),
     }
-    return {"exported": export(transformer, exported), "live": live, "optimizer": tensors, "state": state, "result": result}
+    exported = trained.export(trained.transformer, shipped)
+    return {"exported": exported, "live": live, "optimizer": tensors, "state": state, "result": trained.kind}
 
 
 def write_checkpoint(output_dir, step, snapshot, facts, result_facts):
@@ -140,8 +139,9 @@ class Saver:
             self.pending = self.thread.submit(self.write, step, snapshot, facts, result_facts)
 
     def write(self, step, snapshot, facts, result_facts):
-        """In the thread: write the checkpoint, publish its result, then prune old checkpoints."""
-        path = write_checkpoint(self.output_dir, step, snapshot, facts, result_facts)
+        """In the thread: the checkpoint, then its result beside it, then the old ones go."""
+        with timed(f"write checkpoint-{step}"):
+            path = write_checkpoint(self.output_dir, step, snapshot, facts, result_facts)
         snapshot["result"].publish(path, self.output_dir)
         prune_checkpoints(self.output_dir, self.limit)
         return path
@@ -299,15 +299,15 @@ def changed_settings(stored, current, declared):
     return changes
 
 
-def load_checkpoint(path, result, transformer, optimizer, parameters, schedule, scaler, average=None):
-    """Restore a verified checkpoint's weights and states. Raises BadCheckpoint if they do not fit. A collective."""
-    path = Path(path)
+def load_checkpoint(path, trained):
+    """Put a verified checkpoint's weights and states back. Raises BadCheckpoint where they do not fit. A collective."""
+    path, average, scaler = Path(path), trained.average, trained.accelerator.scaler
     try:
-        result.load_live(transformer, load_file(path / result.WEIGHTS))
+        trained.kind.load_live(trained.transformer, load_file(path / trained.kind.WEIGHTS))
         tensors = load_file(path / "optimizer.safetensors")
         state = read_json(path / "state.json")
-        engine.load_optimizer_state(optimizer, parameters, unpack(state["optimizer"], tensors))
-        schedule.load_state_dict(unpack(state["schedule"], tensors))
+        engine.load_optimizer_state(trained.optimizer, trained.parameters, unpack(state["optimizer"], tensors))
+        trained.schedule.load_state_dict(unpack(state["schedule"], tensors))
         if scaler and (scaler_state := unpack(state["scaler"], tensors)):
             scaler.load_state_dict(scaler_state)
         if average:
@@ -319,15 +319,15 @@ def load_checkpoint(path, result, transformer, optimizer, parameters, schedule, 
         raise BadCheckpoint(f"{path}: does not fit this run: {error}") from None
 
 
-def resume(args, accelerator, result, transformer, optimizer, parameters, schedule, facts, average=None):
-    """Resume from --resume_from_checkpoint, on every rank. Returns the number of steps already trained.
+def resume(args, trained, facts):
+    """Resume from --resume_from_checkpoint, on every process. Returns the number of steps already trained.
 
     Ends the run with a sentence if the checkpoint is invalid, or was written with other training settings.
     """
     if not args.resume_from_checkpoint:
         return 0
     choice = [None]
-    if accelerator.is_main_process:
+    if trained.is_main:
         try:
             path, manifest, remarks = choose_checkpoint(args.resume_from_checkpoint, args.output_dir)
             changes = changed_settings(manifest, facts, args.declared) if path else []
@@ -343,14 +343,14 @@ def resume(args, accelerator, result, transformer, optimizer, parameters, schedu
     if path is None:
         return 0
     try:
-        load_checkpoint(path, result, transformer, optimizer, parameters, schedule, accelerator.scaler, average)
+        load_checkpoint(path, trained)
     except BadCheckpoint as error:
         fail(BAD_OUTPUT, str(error))
     say(f"resuming from {path}, step {step}")
-    if accelerator.is_main_process:
+    if trained.is_main:
         for aside in set_aside_newer(args.output_dir, step):
-            say(f"resume: renamed a checkpoint of a later step to {aside.name}")
-    accelerator.wait_for_everyone()
+            say(f"resume: set aside as {aside.name}, which is of a later step")
+    trained.accelerator.wait_for_everyone()
     return step
 
 
@@ -361,23 +361,17 @@ def resume(args, accelerator, result, transformer, optimizer, parameters, schedu
 class Checkpointer:
     """Writes a checkpoint every --checkpointing_steps optimizer steps and after the last one; every rank calls every method.
 
-    result: lora.py or sft.py. export: as in `take_snapshot`. run_facts: the run's facts for the manifest. result_facts: the
-    metadata of the exported file.
+    run_facts: the manifest's facts about the run. result_facts: the metadata of the shipped file.
     """
 
-    def __init__(self, args, trained, result, export, run_facts, result_facts):
-        self.args, self.trained, self.result, self.export = args, trained, result, export
-        self.run_facts, self.result_facts = run_facts, result_facts
+    def __init__(self, args, trained, run_facts, result_facts):
+        self.args, self.trained, self.run_facts, self.result_facts = args, trained, run_facts, result_facts
         self.output_dir, self.saver, self.saved_step = Path(args.output_dir), None, None
 
     def load(self):
         """Resume from --resume_from_checkpoint. Returns the number of steps already trained, 0 for a new run."""
-        trained = self.trained
-        first_step = resume(
-            self.args, trained.accelerator, self.result, trained.transformer, trained.optimizer, trained.parameters, trained.schedule,
-            self.run_facts, trained.average,
-        )  # fmt: skip
-        self.saver = Saver(self.output_dir, self.args.checkpoints_total_limit, enabled=trained.is_main)
+        first_step = resume(self.args, self.trained, self.run_facts)
+        self.saver = Saver(self.output_dir, self.args.checkpoints_total_limit, enabled=self.trained.is_main)
         return first_step
 
     def is_due(self, step, last=False):
@@ -396,26 +390,23 @@ class Checkpointer:
         if self.saved_step == step:
             return
         trained, self.saved_step = self.trained, step
-        first = self.saver.join() is None  # one snapshot in memory at a time
-        snapshot = take_snapshot(
-            self.result, self.export, trained.transformer, trained.optimizer, trained.parameters, trained.schedule,
-            trained.accelerator.scaler, trained.average, keep=trained.is_main,
-        )  # fmt: skip
-        self.saver.save(step, snapshot, self.run_facts, self.result_facts | {"step": str(step)})
+        first = self.saver.join() is None  # a snapshot at a time
+        self.saver.save(step, take_snapshot(trained), self.run_facts, self.result_facts | {"step": str(step)})
         if broadcast_object_list([first])[0]:
             with trained.averaged(), trained.full_model() as full_model:
                 if trained.is_main and self.saver.join():
-                    report_export(self.result, self.saver.newest, full_model)
+                    report_export(trained.kind, self.saver.newest, full_model)
         trained.barrier()
 
     def save_best(self, step):
-        """Export the current weights to best/, ready to use."""
-        with self.trained.averaged():
-            live = self.result.live_state(self.trained.transformer, keep=self.trained.is_main)
+        """Write the weights as they are now to best/, ready to use."""
+        trained = self.trained
+        with trained.averaged():
+            state = trained.state()
         try:
-            if self.trained.is_main:
-                exported = self.export(self.trained.transformer, live)
-                self.result.write(self.output_dir / "best", exported, self.result_facts | {"step": str(step)})
+            if trained.is_main:
+                exported = trained.export(trained.transformer, state)
+                trained.kind.write(self.output_dir / "best", exported, self.result_facts | {"step": str(step)})
         except (OSError, ValueError) as error:
             warn(f"best/ was not written at step {step} ({error})")
 

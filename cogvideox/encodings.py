@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save
 
-from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, progress, say, warn
+from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, progress, say, timed, warn
 from cogvideox.decode import ENCODING_VERSION, clip_framing
 from cogvideox.files import hash_file, key_of, read_json, write_bytes
 from cogvideox.folder import component_note, latent_shape, stored_dtype, weight_files
@@ -160,14 +160,16 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
     def load_text():
         return tokenizer, load_text_encoder(folder, device, variant)
 
-    failures = fill_captions(cache, captions, keys.get, missing_captions, load_text, facts.max_text_seq_length, rank, world_size)
+    with timed("encode the captions"):
+        failures = fill_captions(cache, captions, keys.get, missing_captions, load_text, facts.max_text_seq_length, rank, world_size)
     free(device)
 
     def load_encoder():
         return load_vae(folder, device, variant, args.enable_slicing, args.enable_tiling)
 
     show = functools.partial(show_encoded, args.output_dir, args.fps, [])
-    failures += fill_clips(cache, list(jobs.values()), load_encoder, readers, show, barrier, rank, world_size)
+    with timed("encode the clips"):
+        failures += fill_clips(cache, list(jobs.values()), load_encoder, readers, show, barrier, rank, world_size)
     if failures := gather_object(failures):
         fail(BAD_OUTPUT if any("--encoding_cache_dir" in failure for failure in failures) else BAD_DATA, list(dict.fromkeys(failures)))
     free(device)

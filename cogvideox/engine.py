@@ -337,8 +337,9 @@ class Trained:
     """The model in training and its state.
 
     transformer: the diffusers model. model: the same, wrapped by the engine; training steps call it. parameters: the trained
-    ones. schedule: of the learning rate, in optimizer steps. average: diffusers' EMAModel or None. build: () -> the transformer
-    before training, on the CPU. dtype: the compute dtype. barrier: () -> waits for all ranks, without a timeout.
+    ones. schedule: of the learning rate, in optimizer steps. average: diffusers' EMAModel or None. build: () -> the
+    transformer as training began, on the CPU. dtype: the compute dtype. barrier: () -> waits for all ranks, without a deadline.
+    kind: lora.py or sft.py. stored_dtype: of the base's transformer on disk.
     """
 
     accelerator: Any
@@ -351,12 +352,22 @@ class Trained:
     build: Callable | None = None
     dtype: torch.dtype = torch.float32
     barrier: Callable = lambda: None
-    sharing: contextlib.ExitStack | None = field(default=None, repr=False)  # of `one_full_model`: keeps the copy's context open
+    kind: Any = None
+    stored_dtype: torch.dtype | None = None
+    sharing: contextlib.ExitStack | None = field(default=None, repr=False)  # of `one_full_model`: holds the copy open
     shared_model: torch.nn.Module | None = field(default=None, repr=False)
 
     @property
     def device(self):
         return self.accelerator.device
+
+    def state(self):
+        """The trained weights as `kind` names them, whole, on the CPU of the main process; {} on the others. A collective."""
+        return self.kind.live_state(self.transformer, keep=self.is_main)
+
+    def export(self, transformer, state):
+        """The weights of a `state` as they are shipped."""
+        return self.kind.export(transformer, state, stored_dtype=self.stored_dtype)
 
     @property
     def is_main(self):

@@ -10,7 +10,9 @@ from accelerate.state import AcceleratorState, GradientState
 
 from cogvideox import lora
 from demo.make_model import make_scheduler
-from tools import benchmark, reference
+from tools.benchmark import __main__ as command
+from tools.benchmark import counters, harness, measurements, models, programs, reference, variants
+from tools.benchmark.sizes import tokens_of
 from train_cogvideox_lora import velocity_loss
 
 SHAPE = [9, 64, 96]
@@ -31,10 +33,10 @@ def in_this_process(job, threads):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     job = json.loads(json.dumps(job))
-    return json.loads(json.dumps(benchmark.JOBS[job["job"]](job)))
+    return json.loads(json.dumps(variants.JOBS[job["job"]](job)))
 
 
-quick_peak = functools.partial(benchmark.matmul_peak, tries=1, budget=0)
+quick_peak = functools.partial(counters.matmul_peak, tries=1, budget=0)
 
 
 @pytest.fixture
@@ -43,9 +45,9 @@ def report(monkeypatch, capsys, tmp_path):
 
     def run(*words, workers=in_this_process):
         if workers:
-            monkeypatch.setattr(benchmark, "run_worker", workers)
-            monkeypatch.setattr(benchmark, "matmul_peak", quick_peak)
-        benchmark.main([*words, "--repeats", "1", "--json", str(tmp_path / "out.json")])
+            monkeypatch.setattr(harness, "run_worker", workers)
+            monkeypatch.setattr(variants, "matmul_peak", quick_peak)
+        command.main([*words, "--repeats", "1", "--json", str(tmp_path / "out.json")])
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
         return [line.strip("| ").split(" | ") for line in lines], json.loads((tmp_path / "out.json").read_text())
 
@@ -62,7 +64,7 @@ def batch_of(seed):
 
 @pytest.mark.numeric
 def test_the_baselines_loss_is_ours():
-    transformer, scheduler = benchmark.make_transformer("tiny", torch.float32), make_scheduler()
+    transformer, scheduler = models.make_transformer("tiny", torch.float32), make_scheduler()
     for parameter in lora.add_lora(transformer, 4, 4, 0.0, reference.TARGETS, seed=0):
         torch.nn.init.normal_(parameter, std=0.1)
 
@@ -79,13 +81,13 @@ def test_the_baselines_loss_is_ours():
 @pytest.mark.numeric
 @pytest.mark.parametrize("variant", ["ours", "ours, plain linears"])
 def test_flops_are_those_counted_by_hand(variant, tmp_path):
-    step, _ = benchmark.our_step(STEP | {"shape": SHAPE, "variant": variant}, tmp_path)
-    counted = benchmark.count_flops(step)
+    step, _ = variants.our_step(STEP | {"shape": SHAPE, "variant": variant}, tmp_path)
+    counted = counters.count_flops(step)
 
     layers, width, rank, text = 2, 64, 4, 226
     video = 3 * 4 * 6  # latent frames x patches
     tokens = text + video
-    assert tokens == benchmark.tokens_of(SHAPE)
+    assert tokens == tokens_of(SHAPE)
     frozen = 2 * tokens * 12 * width**2  # q, k, v, out: one square each; the feed-forward: two of four
     adapters = 4 * 2 * 2 * tokens * width * rank
     attention = 2 * 2 * tokens**2 * width
@@ -104,11 +106,11 @@ def test_attention_is_counted():
     def attend():
         torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
 
-    assert benchmark.count_flops(attend) == 3.5 * (2 * 2 * 2 * 50 * 50 * 32)
+    assert counters.count_flops(attend) == 3.5 * (2 * 2 * 2 * 50 * 50 * 32)
 
 
 def test_random_models_are_tied_finite_and_frozen():
-    model = benchmark.make_text_encoder("tiny", torch.bfloat16)
+    model = models.make_text_encoder("tiny", torch.bfloat16)
     assert model.shared.weight is model.encoder.embed_tokens.weight
     assert all(not p.requires_grad and p.device.type == "cpu" and torch.isfinite(p).all() for p in model.parameters())
     output = model(torch.arange(10)[None])[0]
@@ -132,7 +134,7 @@ def test_random_models_are_tied_finite_and_frozen():
 )
 def test_a_mistake_is_one_sentence(words, sentence, capsys):
     with pytest.raises(SystemExit) as ended:
-        benchmark.main(words)
+        command.main(words)
     message = capsys.readouterr().err
     assert ended.value.code == 2
     assert sentence in message
@@ -165,8 +167,8 @@ def test_checkpointed_steps_count_no_recomputation(report):
 
 def test_an_exponent_is_fitted_and_a_point_off_the_curve_is_told():
     values = [2, 3, 7]
-    assert benchmark.fit_exponent(values, [5 * value**1.7 for value in values]) == pytest.approx((1.7, 0), abs=1e-9)
-    exponent, off = benchmark.fit_exponent([1, 2, 4], [1, 2, 8])
+    assert harness.fit_exponent(values, [5 * value**1.7 for value in values]) == pytest.approx((1.7, 0), abs=1e-9)
+    exponent, off = harness.fit_exponent([1, 2, 4], [1, 2, 8])
     assert exponent == pytest.approx(1.5)
     assert 0.1 < off < 0.3
 
@@ -221,11 +223,11 @@ def seen_from_outside(monkeypatch):
 
     def run(line, output, threads):
         lines.append(line)
-        theirs = "tools.reference" in line
+        theirs = "tools.benchmark.reference" in line
         seconds, peak, helpers = (40.0, 4000.0, 0.0) if theirs else (8.0, 1500.0, 100.0)
         return {"seconds_to_first_step": seconds, "wall_seconds": 50.0, "peak_mib": peak, "helpers_mib": helpers, "others": 0.2}
 
-    monkeypatch.setattr(benchmark, "run_program", run)
+    monkeypatch.setattr(programs, "run_program", run)
     return lines
 
 
@@ -245,7 +247,7 @@ def test_memory_compares_runs_and_sizes(report, monkeypatch, tiny_model):
 
 def test_start_reuses_the_cache_of_its_turn_only(monkeypatch, capsys, tiny_model):
     lines = seen_from_outside(monkeypatch)
-    benchmark.main(["start", "--model", str(tiny_model), "--clips", "2", "--repeats", "2"])
+    command.main(["start", "--model", str(tiny_model), "--clips", "2", "--repeats", "2"])
     caches = [line[line.index("--encoding_cache_dir") + 1] for line in lines if "--encoding_cache_dir" in line]
     assert len(lines) == 6
     assert caches[0] == caches[1] != caches[2] == caches[3]
@@ -257,10 +259,10 @@ def test_start_reuses_the_cache_of_its_turn_only(monkeypatch, capsys, tiny_model
 @pytest.mark.slow
 def test_whole_programs_are_seen_from_outside(tiny_model, tmp_path):
     """The baseline and ours, each to its end, in the smallest run there is."""
-    options = benchmark.build_parser().parse_args(["start", "--size", "tiny", "--precision", "no"])
-    flags = benchmark.run_flags(options, SHAPE, 1)
+    options = command.build_parser().parse_args(["start", "--size", "tiny", "--precision", "no"])
+    flags = programs.run_flags(options, SHAPE, 1)
     seen = [
-        benchmark.program_of(tmp_path, tiny_model, options, flags, {"variant": variant, "clips": 2, "cache": "cache"}, 1)
+        programs.run_variant(tmp_path, tiny_model, options, flags, {"variant": variant, "clips": 2, "cache": "cache"}, 1)
         for variant in ("reference", "ours")
     ]
     assert all(0 < run["seconds_to_first_step"] < run["wall_seconds"] for run in seen)
@@ -270,24 +272,24 @@ def test_whole_programs_are_seen_from_outside(tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failing_program_says_why(tmp_path):
-    with pytest.raises(SystemExit, match="no such folder"):
-        benchmark.run_program([sys.executable, "-c", "raise SystemExit('no such folder')"], tmp_path, 1)
+def test_a_failing_program_says_why(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        programs.run_program([sys.executable, "-c", "raise SystemExit('no such folder')"], tmp_path, 1)
+    assert ended.value.code == 1
+    assert "ERROR[1]: a run ended with code 1:\nno such folder" in capsys.readouterr().err
 
 
 def test_what_a_ring_sends_follows_from_the_payload():
-    from tools import scale
-
     payload = {"all_reduce": 100, "all_gather": 40, "reduce_scatter": 20, "calls": 3}
-    assert scale.sent_on_a_ring(payload, 1) == 0
-    assert scale.sent_on_a_ring(payload, 4) == pytest.approx(0.75 * (2 * 100 + 40 + 20))
+    assert measurements.sent_on_a_ring(payload, 1) == 0
+    assert measurements.sent_on_a_ring(payload, 4) == pytest.approx(0.75 * (2 * 100 + 40 + 20))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_scale_counts_one_reduction_of_the_gradients_and_nothing_else(tmp_path):
     flags = ["--size", "tiny", "--processes", "1", "2", "--steps", "1", "--engines", "ddp", "fsdp2", "--json", str(tmp_path / "scale.json")]
-    benchmark.main(["scale", *flags])
+    command.main(["scale", *flags])
     found = json.loads((tmp_path / "scale.json").read_text())
     payload = {sample["variant"]: sample["payload"] for sample in found["samples"]}
     rank, width, blocks, targets = 4, 64, 2, 4

@@ -16,6 +16,7 @@ import torch
 import train_cogvideox_lora as script
 from cogvideox import encodings, survey
 from tests.conftest import ROOT, environment, lora_of, same, words
+from tools import cache as cache_tool
 from tools.chaos import family, strike
 
 
@@ -223,14 +224,14 @@ def test_clips_are_shown_beside_what_the_vae_keeps_of_them(train, tmp_path):
     assert read_video(next(folder.glob("*.mp4"))).shape == (9, 32, 96, 3)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_twenty_kills_in_encoding_leave_the_cache_that_an_unbroken_run_fills(forked, tiny_model, six_clips, tmp_path):
+@pytest.mark.parametrize("kills", [pytest.param(4, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)])
+def test_kills_in_encoding_leave_the_cache_that_an_unbroken_run_fills(forked, tiny_model, six_clips, tmp_path, kills):
     flags = {"random_flip": True, "max_num_frames": 17, "height": 64, "width": 96}
     codes, output = forked.run(words(tiny_model, six_clips, tmp_path / "a", tmp_path / "unbroken", **flags))
     assert codes == [0], output[-2000:]
     killed, chance = 0, random.Random(0)
-    for _ in range(20):
+    for _ in range(kills):
         line = words(tiny_model, six_clips, tmp_path / "b", tmp_path / "killed", **flags)
         [process] = forked.start([*line, "--overwrite_output_dir"])
         started, seen = time.monotonic(), len(content(tmp_path / "killed"))
@@ -244,7 +245,7 @@ def test_twenty_kills_in_encoding_leave_the_cache_that_an_unbroken_run_fills(for
         if len(content(tmp_path / "killed")) == len(content(tmp_path / "unbroken")):
             shutil.rmtree(tmp_path / "killed/clips")
             shutil.rmtree(tmp_path / "killed/captions")
-    assert killed >= 15
+    assert killed >= 0.75 * kills
     codes, output = forked.run(words(tiny_model, six_clips, tmp_path / "c", tmp_path / "killed", **flags))
     assert codes == [0], output[-2000:]
     assert content(tmp_path / "killed") == content(tmp_path / "unbroken")
@@ -334,7 +335,8 @@ def tool(*command):
 @pytest.mark.slow
 def test_the_cache_tool_finds_and_removes_what_is_damaged(train, tmp_path):
     train(cache=tmp_path / "cache")
-    assert tool("tools.cache", "check", tmp_path / "cache") == (0, "13 entries, 0 bad, 0 leftovers\n")
+    code, output = tool("tools.cache", "check", tmp_path / "cache")
+    assert (code, output.splitlines()[0]) == (0, "13 entries, 0 bad, 0 leftovers")
     code, output = tool("tools.cache", "list", tmp_path / "cache")
     assert "6 clips (moments)" in output
     cut, flipped = sorted((tmp_path / "cache").rglob("*/??/*.safetensors"))[:2]
@@ -346,8 +348,25 @@ def test_the_cache_tool_finds_and_removes_what_is_damaged(train, tmp_path):
     assert code == 1
     assert "13 entries, 2 bad" in output
     assert "its content is not what was stored" in output
-    tool("tools.cache", "prune", tmp_path / "cache")
-    assert tool("tools.cache", "check", tmp_path / "cache") == (0, "11 entries, 0 bad, 0 leftovers\n")
+    code, output = tool("tools.cache", "prune", tmp_path / "cache")
+    assert "removed 2 bad entries, 0 leftovers\n" in output
+    code, output = tool("tools.cache", "check", tmp_path / "cache")
+    assert (code, output.splitlines()[0]) == (0, "11 entries, 0 bad, 0 leftovers")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["check", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["prune", ".", "--older_than", "-1"], "--older_than -1.0: must be at least 0"),
+        (["check", ".", "--older_than", "3"], "--older_than: only prune removes entries, check does not; leave it out"),
+    ],
+)
+def test_the_cache_tool_refuses_flags_that_would_do_harm_or_nothing(words, sentence, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cache_tool.main(words)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"ERROR[2]: {sentence}\n"
 
 
 @pytest.mark.slow

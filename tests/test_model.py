@@ -296,8 +296,8 @@ def test_what_a_block_keeps_is_measured(tiny_model):
         (0, "2 of 2 blocks are recomputed, including attention"),
     ],
 )
-def test_auto_takes_what_fits_and_trains_the_same_bits(train, monkeypatch, capsys, room, words):
-    straight = lora_of(train())
+def test_auto_takes_what_fits_and_trains_the_same_bits(train, plain_run, monkeypatch, capsys, room, words):
+    straight = lora_of(plain_run())
     capsys.readouterr()
     monkeypatch.setattr(rehearsal, "free_bytes", lambda device: room)
     monkeypatch.setattr(rehearsal, "kept_bytes", lambda block, args, kwargs: (100, 10))

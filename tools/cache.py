@@ -5,14 +5,12 @@ check   read every entry, compare it with the hash it was stored with, and find 
 prune   remove bad entries and leftovers and, with --older_than DAYS, entries that no run has read for so long
 """
 
-import argparse
-import os
-import sys
 import time
 from pathlib import Path
 
 import safetensors
 
+from cogvideox import flags
 from cogvideox.console import progress
 from cogvideox.encodings import tensor_sha256
 
@@ -25,7 +23,7 @@ def entries(cache, kind):
 
 
 def leftovers(cache):
-    """Files that a killed writer left: temporary names that nobody will rename any more (a day old)."""
+    """Temporary files older than a day, which a killed writer left."""
     return [p for p in cache.rglob(".*.partial") if time.time() - p.stat().st_mtime > 86400]
 
 
@@ -40,45 +38,60 @@ def why_bad(path):
 
 
 def check(cache):
-    """Read all entries. Returns [(path, why)] of the bad ones."""
+    """Read all entries. Returns [(path, reason)] of the bad ones."""
     paths = [path for kind in KINDS for path in entries(cache, kind)]
-    return [
-        (path, why) for path in progress(paths, "checking entries", unit="entry", disable=not sys.stderr.isatty()) if (why := why_bad(path))
-    ]
+    return [(path, reason) for path in progress(paths, "checking entries", unit="entry") if (reason := why_bad(path))]
 
 
-def main():
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(words):
+    """The checked flags, with the folder as a path. Ends with exit code 2 and all problems."""
+    parser = flags.new_parser(__doc__)
+    parser.usage = "python -m tools.cache list|check|prune [FOLDER] [flags]"
     parser.add_argument("command", choices=("list", "check", "prune"))
-    parser.add_argument("folder", nargs="?", default="~/.cache/cogvideox-encodings", help="as in --encoding_cache_dir")
-    parser.add_argument("--older_than", type=float, help="prune: days since an entry was last read")
-    options = parser.parse_args()
-    cache = Path(options.folder).expanduser()
-    if not cache.is_dir():
-        parser.exit(2, f"ERROR[2]: {cache}: no such folder\n")
+    parser.add_argument(
+        "folder", nargs="?", default="~/.cache/cogvideox-encodings", help="as in --encoding_cache_dir (default: %(default)s)"
+    )
+    flag = flags.flag_group(parser, "prune")
+    flag("--older_than", None, "remove entries that no run has read for so many days, too", type=float, at_least=0)
+    return flags.parse(parser, words, check_flags)
 
+
+def check_flags(options):
+    """What is wrong with the flags beside their bounds, as sentences."""
+    options.folder = Path(options.folder).expanduser()
+    problems = [] if options.folder.is_dir() else [f"{options.folder}: no such folder"]
+    if options.older_than is not None and options.command != "prune":
+        problems.append(f"--older_than: only prune removes entries, {options.command} does not; leave it out")
+    return problems
+
+
+def main(words=None):
+    """The command line."""
+    options = parse(words)
+    cache = options.folder
     if options.command == "list":
-        for kind, words in KINDS.items():
+        for kind, label in KINDS.items():
             paths = entries(cache, kind)
-            print(f"{len(paths):>7} {words:<26} {sum(p.stat().st_size for p in paths) / 2**20:>10.1f} MiB")
+            print(f"{len(paths):>7} {label:<26} {sum(path.stat().st_size for path in paths) / 2**20:>10.1f} MiB")
         print(f"{len(list((cache / 'surveys').glob('*.json'))):>7} clips surveyed")
         return
 
-    bad = check(cache)
-    for path, why in bad:
-        print(f"{path.relative_to(cache)}: {why}")
-    print(f"{sum(len(entries(cache, kind)) for kind in KINDS)} entries, {len(bad)} bad, {len(leftovers(cache))} leftovers")
+    bad, left = check(cache), leftovers(cache)
+    for path, reason in bad:
+        print(f"{path.relative_to(cache)}: {reason}")
+    print(f"{sum(len(entries(cache, kind)) for kind in KINDS)} entries, {len(bad)} bad, {len(left)} leftovers")
     if options.command == "check":
         raise SystemExit(1 if bad else 0)
 
     old = []
     if options.older_than is not None:
         limit = time.time() - options.older_than * 86400
-        old = [p for kind in KINDS for p in entries(cache, kind) if max(p.stat().st_atime, p.stat().st_mtime) < limit]
-    for path in {path for path, _ in bad} | set(leftovers(cache)) | set(old):
-        os.unlink(path)
-    print(f"removed {len(bad)} bad entries, the leftovers and {len(old)} that were not read in time")
+        times = [(path, path.stat()) for kind in KINDS for path in entries(cache, kind)]
+        old = [path for path, status in times if max(status.st_atime, status.st_mtime) < limit]
+    for path in {path for path, _ in bad} | {*left, *old}:
+        path.unlink(missing_ok=True)  # another prune may have been faster
+    unread = "" if options.older_than is None else f", {len(old)} entries unread for {options.older_than:g} days"
+    print(f"removed {len(bad)} bad entries, {len(left)} leftovers{unread}")
 
 
 if __name__ == "__main__":

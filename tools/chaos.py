@@ -8,10 +8,8 @@ the weights, the optimizer and the logged losses have to equal, bit for bit, tho
 Exit code 0 if they do. Prints a table of what was done, and writes it with --report.
 """
 
-import argparse
 import contextlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -24,17 +22,20 @@ from pathlib import Path
 import psutil
 from safetensors.torch import load_file
 
+from cogvideox import flags
 from cogvideox.checkpoint import BadCheckpoint, list_checkpoints, read_manifest
-from cogvideox.console import progress
-from tools.benchmark import ROOT, make_clips, trainer_command
+from cogvideox.console import fail, progress
+from cogvideox.files import write_bytes
+from tools.benchmark.harness import ROOT, environment_of
+from tools.benchmark.programs import make_clips, trainer_command
 
-LATE = "did not end in a minute"
+LATE, CUT = "did not end in a minute", "an incomplete checkpoint"
 SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 
 
 def command(model, clips, output, cache, processes, steps):
-    """The trained command line; the same for every start."""
-    flags = {
+    """The command line of the training; the same for every start."""
+    values = {
         "height": 32,
         "width": 48,
         "max_num_frames": 9,
@@ -55,13 +56,12 @@ def command(model, clips, output, cache, processes, steps):
         "report_to": "none",
         "resume_from_checkpoint": "latest",
     }
-    return trainer_command(model, clips, output, cache, processes, flags)
+    return trainer_command(model, clips, output, cache, processes, values)
 
 
 def start(line, log):
     """One start, in a process group of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(line, stdout=log, stderr=log, env=environment, start_new_session=True)
+    return subprocess.Popen(line, stdout=log, stderr=log, env=environment_of(1), start_new_session=True)
 
 
 def family(pid):
@@ -145,88 +145,116 @@ def fill_disk(folder, leave_kib):
     return ballast
 
 
-def torment(options, model, clips, work, processes, chance, counts):
+def wait_for_moment(process, log_path, longest, chance):
+    """Wait for a random moment of a run. Starting takes longer than the rest: six in ten wait for a trained step."""
+    if chance.random() < 0.6:
+        wait_for_step(process, log_path)
+        time.sleep(chance.uniform(0, 3))
+    else:
+        time.sleep(chance.uniform(0.5, longest))
+
+
+def disturb(process, log_path, chance, counts):
+    """Strike a run, and wait until all of it has ended."""
+    everyone = family(process.pid)
+    name, (whom, victims) = chance.choice(list(SIGNALS)), targets(process, chance)
+    words = f"{name} to {whom} in {phase_of(log_path)}"
+    counts[words] += 1
+    strike(victims, SIGNALS[name])
+    if not wait_for_end(everyone, 60):
+        counts[f"{LATE}: {words}"] += 1
+    process.wait()
+
+
+def last_checkpoint(output):
+    """[the newest checkpoint's folder], or []."""
+    return [path for _, path in list_checkpoints(output)[-1:]]
+
+
+def episode(line, log_path, ballast, output, longest, chance, counts):
+    """One start and its end, by a strike or by itself. Returns whether it was struck. ballast: the file that fills the disk, or None."""
+    with log_path.open("wb") as log:
+        process = start(line, log)
+        wait_for_moment(process, log_path, longest, chance)
+        struck = process.poll() is None
+        if struck:
+            disturb(process, log_path, chance, counts)
+        else:
+            counts["it had ended by itself"] += 1
+    if not struck and not ballast:
+        for path in last_checkpoint(output):
+            shutil.rmtree(path)  # give the next strikes something to do
+    if ballast:
+        ballast.unlink()
+    for path in last_checkpoint(output):
+        try:
+            read_manifest(path)
+        except BadCheckpoint:
+            counts[CUT] += 1
+    return struck
+
+
+def run_to_end(line, log_path):
+    """Run a training to its end; ends the program where that fails."""
+    with log_path.open("wb") as log:
+        code = start(line, log).wait()
+    if code:
+        fail(1, f"a run that was left alone ended with code {code}:\n{log_path.read_text()[-3000:]}")
+
+
+def torment(options, clips, work, processes, chance, counts):
     """Disturb one training until `options.strikes` strikes have been made, then let it end. Returns its output folder."""
     disk, output = work / f"disk-{processes}", work / f"disk-{processes}/out"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True).returncode == 0
     counts["small disk"] = "a tmpfs of 16 MiB" if mounted else "not run: no right to mount one"
-    line = command(model, clips, output, work / f"cache-{processes}", processes, options.steps)
+    line = command(options.model, clips, output, work / f"cache-{processes}", processes, options.steps)
     try:
-        bar, number, struck = progress(total=options.strikes, desc=f"{processes} processes", unit="strike"), 0, 0
-        while struck < options.strikes:
-            number += 1
-            log_path = work / f"log-{processes}-{number}"
-            ballast = None
-            with log_path.open("wb") as log:
+        with progress(total=options.strikes, desc=f"{processes} processes", unit="strike") as bar:
+            number, struck = 0, 0
+            while struck < options.strikes:
+                number, ballast = number + 1, None
                 if mounted and number % 8 == 7:  # too little for a checkpoint, enough for a line of metrics
                     ballast = fill_disk(disk, chance.choice([8, 64, 200]))
                     counts["full disk"] += 1
-                process = start(line, log)
-                # Starting takes longer than the rest: six in ten strikes wait for a trained step.
-                if chance.random() < 0.6:
-                    wait_for_step(process, log_path)
-                    time.sleep(chance.uniform(0, 3))
-                else:
-                    time.sleep(chance.uniform(0.5, options.longest))
-                if process.poll() is not None:
-                    counts["it had ended by itself"] += 1
-                    if not ballast:
-                        for _, path in list_checkpoints(output)[-1:]:
-                            shutil.rmtree(path)  # give the next strikes something to do
-                else:
-                    everyone = family(process.pid)
-                    name, (whom, struck_ones) = chance.choice(list(SIGNALS)), targets(process, chance)
-                    what = f"{name} to {whom} in {phase_of(log_path)}"
-                    counts[what] += 1
-                    strike(struck_ones, SIGNALS[name])
+                if episode(line, work / f"log-{processes}-{number}", ballast, output, options.longest, chance, counts):
                     struck += 1
                     bar.update()
-                    if not wait_for_end(everyone, 60):
-                        counts[f"{LATE}: {what}"] += 1
-                    process.wait()
-            if ballast:
-                ballast.unlink()
-            for _, path in list_checkpoints(output)[-1:]:
-                try:
-                    read_manifest(path)
-                except BadCheckpoint:
-                    counts["a checkpoint that was not whole"] += 1
-        with (work / f"log-{processes}-end").open("wb") as log:
-            code = start(line, log).wait()
-        if code:
-            raise SystemExit((work / f"log-{processes}-end").read_text()[-3000:])
+        run_to_end(line, work / f"log-{processes}-end")
         return Path(shutil.copytree(output, work / f"end-{processes}"))
     finally:
         if mounted:
             subprocess.run(["umount", "-l", disk])
 
 
-def main():
+def parse(words):
+    """The checked flags. Ends with exit code 2 and all problems."""
+    parser = flags.new_parser(__doc__)
+    flag = flags.flag_group(parser, "chaos")
+    flag("--strikes", 30, "strikes that hit a running process, on each training (one process, two processes)", at_least=1)
+    flag("--steps", 400, "optimizer steps of the training", at_least=4)
+    flag("--longest", 14.0, "a strike comes at most so many seconds after the start", at_least=0.5)
+    flag("--seed", 0, "seed of the strikes")
+    flag("--model", str(ROOT / "demo/tiny_model"), "model folder; python -m demo.make_model writes a tiny one")
+    flag("--report", None, "write the table here as well")
+    return flags.parse(parser, words, check_flags)
+
+
+def check_flags(options):
+    """What is wrong with the flags beside their bounds, as sentences."""
+    return [] if Path(options.model).is_dir() else [f"--model {options.model}: no such folder; python -m demo.make_model writes a tiny one"]
+
+
+def main(words=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--strikes",
-        type=int,
-        default=30,
-        help="strikes that hit a running process, on each training (there are two: one process, two processes)",
-    )
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of the training")
-    parser.add_argument("--longest", type=float, default=14.0, help="a strike comes at most so many seconds after the start")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the strikes")
-    parser.add_argument("--model", default=str(ROOT / "demo/tiny_model"), help="model folder (python -m demo.make_model writes a tiny one)")
-    parser.add_argument("--report", help="write the table here as well")
-    options = parser.parse_args()
+    options = parse(words)
     work, counts, wrong = Path(tempfile.mkdtemp(prefix="chaos-")), Counter(), []
     try:
         clips = make_clips(work / "clips", 12)
         for processes in (1, 2):
-            quiet = work / f"quiet-{processes}"
-            with (work / f"log-quiet-{processes}").open("wb") as log:
-                code = start(command(options.model, clips, quiet, work / f"quiet-cache-{processes}", processes, options.steps), log).wait()
-            if code:
-                raise SystemExit((work / f"log-quiet-{processes}").read_text()[-3000:])
-            disturbed = torment(options, options.model, clips, work, processes, random.Random(options.seed + processes), counts)
+            quiet, cache = work / f"quiet-{processes}", work / f"quiet-cache-{processes}"
+            run_to_end(command(options.model, clips, quiet, cache, processes, options.steps), work / f"log-quiet-{processes}")
+            disturbed = torment(options, clips, work, processes, random.Random(options.seed + processes), counts)
             wrong += [f"{processes} processes: {sentence}" for sentence in differences(quiet, disturbed, options.steps)]
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -235,8 +263,8 @@ def main():
     lines += ["", f"{2 * options.strikes} strikes; {options.steps} steps on one process and on two; {verdict}."]
     print("\n".join(lines))
     if options.report:
-        Path(options.report).write_text("\n".join(lines) + "\n")
-    bad = wrong or any(name.startswith(LATE) for name in counts) or counts["a checkpoint that was not whole"]
+        write_bytes(Path(options.report), ("\n".join(lines) + "\n").encode())
+    bad = wrong or any(name.startswith(LATE) for name in counts) or counts[CUT]
     raise SystemExit(1 if bad else 0)
 
 

@@ -4,12 +4,12 @@ Needs no model. Prints a table of the clips and a verdict in plain words, writes
 will see of each clip, and ends with exit code 3 if any clip cannot be used.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from cogvideox import flags
+from cogvideox.console import BAD_DATA, fail
 from cogvideox.decode import clip_framing
 from cogvideox.folder import COGVIDEOX_2B, count_tokens, load_tokenizer
 from cogvideox.reader import Readers, decode_workers
@@ -87,25 +87,18 @@ def main(words=None):
     framing, cache = framing_of(args, COGVIDEOX_2B), Path(args.encoding_cache_dir)
     tokens = count_tokens(load_tokenizer(Path(args.tokenizer)), [r.caption for r in records]) if records else []
     with Readers(decode_workers(), args.clip_timeout_seconds) as readers:
-        clips = survey_clips(records, framing, args.seed, cache, readers, show_progress=sys.stderr.isatty())
+        clips = survey_clips(records, framing, args.seed, cache, readers)
         rows, static, pairs = look(records, clips, framing, args.seed, readers)
     good = [clip for clip in clips if "reason" not in clip]
     dataset = describe(records, clips, tokens, COGVIDEOX_2B.max_text_seq_length, framing)
     print(f"{layout} of {args.dataset_name or args.instance_data_root}\n")
-    for line in [
-        *table_lines(dataset),
-        "",
-        *dataset["remarks"],
-        *advice(good, static, pairs),
-    ]:
-        print(line)
+    print("\n".join([*table_lines(dataset), "", *dataset["remarks"], *advice(good, static, pairs)]))
     problems += [f"{r.where}: {r.listed}: {clip['reason']}" for r, clip in zip(records, clips, strict=True) if "reason" in clip]
     if rows:
         contact_sheet(args.sheet, rows, f"{len(rows)} of {len(good)} clips as the model will see them")
         print(f"\nwhat the model will see: {args.sheet}")
-    for problem in problems:
-        print(f"ERROR[3]: {problem}", file=sys.stderr)
-    raise SystemExit(3 if problems else 0)
+    if problems:
+        fail(BAD_DATA, problems)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python -m tools.estimate --presets                                the 2B on cards of 8 to 80 GB, and the flags for each
 
 All flags of the trainer are taken; those that matter are sizes, batch, rank, targets, precision, optimizer, checkpointing,
-offload, tiling and validation. Bytes are those of tensors: a GPU's context, its libraries and what breaks into pieces come
-on top, for which a card is asked to have a tenth of itself and at least 1 GiB more.
+offload, tiling and validation. Bytes are those of tensors: a GPU's context, its libraries and fragmentation come on top;
+a tenth of the card, and at least 1 GiB, is left free for them.
 """
 
 import argparse
@@ -14,6 +14,9 @@ import functools
 import json
 import sys
 from pathlib import Path
+
+from cogvideox import flags
+from cogvideox.files import write_bytes
 
 CARDS = (8, 12, 16, 24, 80)
 # From the least costly. Offload computes the same numbers as none; weights of 8 bits do not.
@@ -32,25 +35,27 @@ def usable(card):
 
 def parse(words):
     """(this tool's options, the trainer's flags, configs). Ends with exit code 2 and all problems where flags are wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--preset", choices=("2b", "5b"), default="2b", help="a model whose configs are known here")
-    parser.add_argument("--model", help="folder of a model, whose configs are read")
-    parser.add_argument("--card", type=float, help="memory of the card, GB: auto recomputes only what does not fit")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where the run will be")
-    parser.add_argument("--engine", choices=("DDP", "FSDP2", "ZeRO-2", "ZeRO-3"), default="DDP", help="what splits the weights")
-    parser.add_argument("--processes", type=int, default=1, help="GPUs that they are split over")
-    parser.add_argument("--presets", action="store_true", help="a table of cards, and the flags for each")
-    parser.add_argument("--json", help="write the bytes here as well")
+    parser = flags.new_parser(__doc__)
+    flag = flags.flag_group(parser, "estimate")
+    flag("--preset", "2b", "a model whose configs are known here", choices=("2b", "5b"))
+    flag("--model", None, "folder of another model, whose configs are read")
+    flag("--card", None, "memory of the card in GB; auto then recomputes only what does not fit", type=float, above=0)
+    flag("--device", "cuda", "device of the run", choices=("cuda", "cpu"))
+    flag("--engine", "DDP", "engine of a run on several GPUs; DDP does not shard", choices=("DDP", "FSDP2", "ZeRO-2", "ZeRO-3"))
+    flag("--processes", 1, "number of GPUs", at_least=1)
+    flag("--presets", False, "a table of cards, and the flags for each")
+    flag("--json", None, "write the bytes here as well")
     options, rest = parser.parse_known_args(words)
 
     import train_cogvideox_lora as trainer
-    from cogvideox import flags, memory
+    from cogvideox import memory
     from cogvideox.folder import COGVIDEOX_2B, check_geometry, read_facts
 
     args = trainer.build_parser().parse_args(["--pretrained_model_name_or_path", options.model or options.preset, *rest])
     args.instance_data_root = args.instance_data_root or (None if args.dataset_name else ".")
     # Packages that are missing here may be there where the run will be.
-    problems = flags.out_of_bounds(args) + [problem for problem in trainer.check_flags(args) if " needs " not in problem]
+    problems = flags.out_of_bounds(options) + flags.out_of_bounds(args)
+    problems += [problem for problem in trainer.check_flags(args) if " needs " not in problem]
     configs = memory.read_configs(Path(options.model), args.variant) if options.model else memory.PRESETS[options.preset]
     configs = memory.on_device(configs, options.device)
     args.mixed_precision = args.mixed_precision or configs["dtypes"]["transformer"]
@@ -68,21 +73,21 @@ def chosen_recomputation(memory, configs, args, compute_loss, room, device, phas
 
     layers = configs["transformer"].get("num_layers", 30)
     shape = memory.latents_of(configs, *memory.largest_shape(args))
-    look = functools.partial(memory.predict, configs, args, compute_loss, device, phases=phases)
-    none = look(recomputation=(0, True))
+    predict = functools.partial(memory.predict, configs, args, compute_loss, device, phases=phases)
+    none = predict(recomputation=(0, True))
     if none["training"] <= room:
         return (0, True), none
     blocks = memory.block_bytes(configs, args, compute_loss, shape, device)
     plan, _ = rehearsal.fewest_recomputed(layers, blocks["kept"], blocks["attention"], room - none["training"] + layers * blocks["kept"])
     for recomputed in range(plan, layers + 1):  # the estimate by blocks is a block off at most
-        found = look(recomputation=(recomputed, True))
+        found = predict(recomputation=(recomputed, True))
         if found["training"] <= room:
             return (recomputed, True), found
-    return (layers, False), look(recomputation=(layers, False))
+    return (layers, False), predict(recomputation=(layers, False))
 
 
-def words_of(plan, layers):
-    """A recomputation in words."""
+def spell_recomputation(plan, layers):
+    """(blocks recomputed, whether their attention is kept) in words."""
     recomputed, keep_attention = plan
     if recomputed == 0:
         return "none"
@@ -102,11 +107,11 @@ def print_parts(memory, options, args, configs, compute_loss):
     blocks = memory.block_bytes(configs, args, compute_loss, memory.latents_of(configs, *clip), options.device)
     model, size = options.model or options.preset, "x".join(map(str, clip))
     what = f"rank {args.rank}" if args.training_type == "lora" else "full fine-tuning"
-    spread = f"; a process of {options.processes} under {options.engine}" if options.processes > 1 else ""
+    spread = f"; each of {options.processes} processes under {options.engine}" if options.processes > 1 else ""
     print(f"{model} on {options.device}, {size}, batch {args.train_batch_size}, {what}, {args.mixed_precision}{spread};")
-    print(f"blocks recomputed: {words_of(plan, layers)}; the peak of training is in the {parts['training_peak_at']} pass\n")
+    print(f"blocks recomputed: {spell_recomputation(plan, layers)}; the peak of training is in the {parts['training_peak_at']} pass\n")
     print("\n".join(memory.table(parts)))
-    for name, words in (("kept", "not recomputed"), ("attention", "recomputed but for its attention"), ("full", "recomputed")):
+    for name, words in (("kept", "not recomputed"), ("attention", "recomputed except attention"), ("full", "recomputed")):
         print(f"| a block's activations, {words} | {blocks[name] / 2**30:.3f} |")
     if options.card:
         # T5 is split between the card and the host where it has to be.
@@ -128,7 +133,7 @@ def print_presets(memory, options, args, configs, compute_loss):
             if max(parts["training"], parts["validation"], parts["clips"]) <= room:
                 break
         flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in saving.items())
-        rows.append({"card_gb": card, "flags": flags, "recomputed": words_of(plan, layers), "room": room} | parts)
+        rows.append({"card_gb": card, "flags": flags, "recomputed": spell_recomputation(plan, layers), "room": room} | parts)
     print("| card, GB | flags beside the defaults | blocks recomputed by auto | training | validation | clips | captions (T5) | fits |")
     print("| ---: | --- | --- | ---: | ---: | ---: | ---: | --- |")
     for row in rows:
@@ -137,7 +142,7 @@ def print_presets(memory, options, args, configs, compute_loss):
         sizes = " | ".join(f"{size / 2**30:.1f}" for size in peaks.values())
         fits = "yes, T5 partly in host memory" if above == ["captions"] else f"all but {', '.join(above)}" if above else "yes"
         print(f"| {row['card_gb']} | {row['flags'] or '-'} | {row['recomputed']} | {sizes} | {fits} |")
-    print("\nGiB of tensors at the peak of each phase; a card is trusted with nine tenths of itself, and 1 GiB less at least.\n")
+    print("\nGiB of tensors at the peak of each phase; a tenth of each card, and at least 1 GiB, is left free.\n")
     for row in rows:
         print(f"# {row['card_gb']} GB")
         print("python train_cogvideox_lora.py --pretrained_model_name_or_path THUDM/CogVideoX-" + options.preset, end=" ")
@@ -154,7 +159,7 @@ def main(words=None):
     show = print_presets if options.presets else print_parts
     result = show(memory, options, args, configs, trainer.velocity_loss)
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1))
+        write_bytes(Path(options.json), json.dumps(result, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Write a trained LoRA with the names that ComfyUI's own CogVideoX nodes want.
+"""Write a trained LoRA with the names that ComfyUI's own CogVideoX nodes read.
 
     python -m tools.export_comfyui --lora my-lora --output ~/ComfyUI/models/loras/my-lora.safetensors
 
@@ -11,17 +11,15 @@ CogVideoX-2B are not those of diffusers, with or without a LoRA, since it gives 
 the 2B there go through the CogVideoX wrapper nodes, which take pytorch_lora_weights.safetensors as the trainer writes it.
 """
 
-import argparse
 import re
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
 
-from cogvideox.console import progress
+from cogvideox import flags
+from cogvideox.console import BAD_OUTPUT, fail, progress
 from cogvideox.files import write_durably
-from cogvideox.flags import refuse
 from tools.lora_file import find_lora, load_pairs, read_layers
 
 IN_BLOCKS = {
@@ -64,7 +62,7 @@ def check(file, output):
     """
     written = load_file(output)
     compared, difference, largest = 0, 0.0, 0.0
-    for layer, down, up in progress(list(load_pairs(file)), "checking", unit="layer", disable=not sys.stderr.isatty()):
+    for layer, down, up in progress(list(load_pairs(file)), "checking", unit="layer"):
         name = comfyui_name(layer)
         kept = [written.pop(f"{name}.{part}", None) for part in ("lora_A.weight", "lora_B.weight", "alpha")]
         if any(tensor is None for tensor in kept):
@@ -80,9 +78,10 @@ def check(file, output):
 
 def main(words=None):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--lora", required=True, help="folder of a run, its best/, a checkpoint-N/, or the .safetensors file")
-    parser.add_argument("--output", required=True, help="the file to write, in ComfyUI's models/loras; an older one is replaced")
+    parser = flags.new_parser(__doc__)
+    flag = flags.flag_group(parser, "export")
+    flag("--lora", None, "folder of a run, its best/, a checkpoint-N/, or the .safetensors file", required=True)
+    flag("--output", None, "the file to write, in ComfyUI's models/loras; an older one is replaced", required=True)
     args = parser.parse_args(words)
     output, problems = Path(args.output).expanduser(), []
     if output.suffix != ".safetensors" or output.is_dir():
@@ -97,18 +96,18 @@ def main(words=None):
     except ValueError as error:
         problems.append(str(error))
     if problems:
-        refuse(parser, problems)
+        flags.refuse(parser, problems)
 
     try:
         write_durably(output, save(tensors, metadata={"format": "pt"}))
     except OSError as error:
-        parser.exit(4, f"ERROR[4]: --output {output}: cannot be written ({error.strerror})\n")
+        fail(BAD_OUTPUT, f"--output {output}: cannot be written ({error.strerror})")
     try:
         compared, difference, largest = check(file, output)
     except ValueError as error:
-        parser.exit(1, f"ERROR[1]: {error}\n")
+        fail(1, str(error))
     if difference > 1e-6 * largest:
-        parser.exit(1, f"ERROR[1]: {output}: its updates differ from the trained ones by up to {difference:.1e} of {largest:.1e}\n")
+        fail(1, f"{output}: its updates differ from the trained ones by up to {difference:.1e} of {largest:.1e}")
     print(f"{output}: {compared} weights are changed as trained (read back; the largest difference is {difference:.1e} of {largest:.1e})")
     print(REMARK)
 

@@ -1,4 +1,4 @@
-"""What was trained, put to use: found, checked against a model by headers and configs, read, and run in diffusers' pipeline."""
+"""A trained LoRA or transformer: found, checked against a model by headers and configs, read, and run in diffusers' pipeline."""
 
 import json
 import re

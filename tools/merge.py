@@ -12,19 +12,17 @@ is in memory at a time. What was written is read back, and the share of the LoRA
 bits of a weight and bf16 8, so a part of a small update is lost.
 """
 
-import argparse
 import json
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 
+from cogvideox import flags
 from cogvideox.console import BAD_OUTPUT, fail, progress
 from cogvideox.files import read_json, try_writing, write_bytes
-from cogvideox.flags import refuse
 from cogvideox.folder import COMPONENTS, TORCH_DTYPES, check_model_folder, find_model, safetensors_header, weight_files
 from cogvideox.sft import link_or_copy
 from tools.lora_file import check_fit, find_lora, load_pairs, read_layers
@@ -123,17 +121,17 @@ def check(base, target, lora, scale, bar):
 
 def parse(words):
     """(flags, model folder, LoRA file, its layers, weights of the base). Ends with exit code 2 and all problems."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    flag = parser.add_argument
-    flag("--pretrained_model_name_or_path", required=True, help="folder or hub id of the model that the LoRA was trained on")
-    flag("--lora", required=True, help="folder of a run, its best/, a checkpoint-N/, or the .safetensors file")
-    flag("--output_dir", required=True, help="where the result is written, in transformer/")
-    flag("--lora_scale", type=float, default=1.0, help="strength of the LoRA (1: as trained)")
-    flag("--whole_pipeline", action="store_true", help="write the model's other parts beside it")
-    flag("--overwrite", action="store_true", help="replace what is there under the same names; all else stays")
-    flag("--revision", help="branch, tag or commit of a hub model")
-    flag("--variant", help="file variant of the weights to read, such as fp16; the result has none")
-    flag("--cache_dir", help="where downloaded models are stored (default: the hub client's own place)")
+    parser = flags.new_parser(__doc__)
+    flag = flags.flag_group(parser, "merge")
+    flag("--pretrained_model_name_or_path", None, "folder or hub id of the model that the LoRA was trained on", required=True)
+    flag("--lora", None, "folder of a run, its best/, a checkpoint-N/, or the .safetensors file", required=True)
+    flag("--output_dir", None, "folder of the result, which is written to its transformer/", required=True)
+    flag("--lora_scale", 1.0, "strength of the LoRA; 1: as trained")
+    flag("--whole_pipeline", False, "write the model's other parts beside it")
+    flag("--overwrite", False, "replace files and folders of the same names; others stay")
+    flag("--revision", None, "branch, tag or commit of a hub model")
+    flag("--variant", None, "file variant of the weights to read, such as fp16; the result has none")
+    flag("--cache_dir", None, "where downloaded models are stored (default: the hub client's own place)")
     args = parser.parse_args(words)
     args.output_dir, problems, folder, file, layers, base = Path(args.output_dir).expanduser(), [], None, None, {}, {}
     if not math.isfinite(args.lora_scale) or args.lora_scale == 0:
@@ -165,7 +163,7 @@ def parse(words):
     except OSError as error:
         problems.append(f"--output_dir {args.output_dir}: cannot be written to ({error.strerror})")
     if problems:
-        refuse(parser, problems)
+        flags.refuse(parser, problems)
     return args, folder, file, layers, base
 
 
@@ -176,13 +174,13 @@ def main(words=None):
     shutil.rmtree(partial, ignore_errors=True)
     try:
         parts = COMPONENTS if args.whole_pipeline else ("transformer",)
-        for part in progress(parts, "copying", unit="part", disable=not sys.stderr.isatty()):
+        for part in progress(parts, "copying", unit="part"):
             copy_part(folder / part, partial / part, args.variant, shutil.copyfile if part == "transformer" else link_or_copy)
         if args.whole_pipeline:
             shutil.copyfile(folder / "model_index.json", partial / "model_index.json")
-        with progress(total=len(layers), desc="merging", unit="layer", disable=not sys.stderr.isatty()) as bar:
+        with progress(total=len(layers), desc="merging", unit="layer") as bar:
             merge(base, partial / "transformer", file, scale, bar)
-        with progress(total=len(base), desc="checking", unit="weight", disable=not sys.stderr.isatty()) as bar:
+        with progress(total=len(base), desc="checking", unit="weight") as bar:
             lost = check(base, partial / "transformer", file, scale, bar)
         for new in partial.iterdir():
             old = args.output_dir / new.name

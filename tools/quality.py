@@ -5,9 +5,7 @@ turns, seed by seed. The target is a held-out loss that lies by --target below t
 steps alone, without loading, encoding and scoring. The ratio is the median over the seeds of the first settings' seconds / theirs.
 """
 
-import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -15,12 +13,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cogvideox.console import progress
-from cogvideox.files import read_json_lines
-from cogvideox.flags import refuse
+from cogvideox import flags
+from cogvideox.console import fail, progress
+from cogvideox.files import read_json_lines, write_bytes
 from cogvideox.scoring import evaluations
+from tools.benchmark.harness import ROOT, environment_of, table
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZE = "--id_token OLDFILM --height 64 --width 96 --max_num_frames 17 --mixed_precision no --gradient_checkpointing none"
 # What is compared: flags of the trainer. "guide" has all that the guide says about learning, "defaults" none of it.
 # LoRA+ (Hayou et al., 2024) gives B a learning rate that is a ratio above A's. B begins at zero and Adam does not feel how long
@@ -65,15 +63,15 @@ def train(name, seed, folders, options, work_dir):
     output_dir = work_dir / f"{name}-seed{seed}"
     if (output_dir / "status.json").exists():
         return output_dir
-    flags = ["--pretrained_model_name_or_path", options.model, "--instance_data_root", folders[0], "--eval_data_root", folders[1]]
-    flags += ["--encoding_cache_dir", work_dir / "cache", "--output_dir", output_dir, "--overwrite_output_dir", *SIZE.split()]
-    flags += ["--max_train_steps", options.steps, "--eval_steps", options.eval_steps, "--logging_steps", options.eval_steps]
-    flags += ["--checkpointing_steps", options.steps, "--eval_clips", 8, "--report_to", "none", "--seed", seed, *SETTINGS[name].split()]
-    command = [sys.executable, ROOT / "train_cogvideox_lora.py", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    line = [sys.executable, ROOT / "train_cogvideox_lora.py"]
+    line += ["--pretrained_model_name_or_path", options.model, "--instance_data_root", folders[0], "--eval_data_root", folders[1]]
+    line += ["--encoding_cache_dir", work_dir / "cache", "--output_dir", output_dir, "--overwrite_output_dir", *SIZE.split()]
+    line += ["--max_train_steps", options.steps, "--eval_steps", options.eval_steps, "--logging_steps", options.eval_steps]
+    line += ["--checkpointing_steps", options.steps, "--eval_clips", 8, "--report_to", "none", "--seed", seed, *SETTINGS[name].split()]
+    environment = environment_of(options.threads)
+    done = subprocess.run(list(map(str, line)), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        sys.exit(f"{name}, seed {seed}: the trainer ended with {done.returncode}\n{done.stderr[-2000:]}")
+        fail(1, f"{name}, seed {seed}: the trainer ended with code {done.returncode}:\n{done.stderr[-2000:]}")
     return output_dir
 
 
@@ -127,31 +125,34 @@ def rows_of(courses, target):
     return rows
 
 
+def parse(words):
+    """The checked flags. Ends with exit code 2 and all problems."""
+    parser = flags.new_parser(__doc__)
+    parser.prog = "python -m tools.benchmark quality"
+    flag = flags.flag_group(parser, "quality")
+    flag("--settings", ["guide", "defaults"], "settings that take turns (default: guide defaults)", nargs="+", choices=list(SETTINGS))
+    flag("--seeds", 5, "runs of each", at_least=1)
+    flag("--steps", 300, "optimizer steps of a run; 300 are the guide's ten epochs", at_least=1)
+    flag("--eval_steps", 20, "score every N steps", at_least=1)
+    flag("--target", 0.18, "how far below the base model's the loss has to be, as a share", above=0, below=1)
+    flag("--model", str(ROOT / "demo/model"), "model folder (default: the demo's)")
+    flag("--work_dir", None, "keep the runs here, and reuse those that are there (default: a temporary folder)", type=Path)
+    flag("--threads", 1, "OMP_NUM_THREADS of a run", at_least=1)
+    flag("--json", None, "write all courses here as well", type=Path)
+    return flags.parse(parser, words, check_flags)
+
+
+def check_flags(options):
+    """What is wrong with the flags beside their bounds, as sentences."""
+    problems = [] if Path(options.model).is_dir() else [f"--model {options.model}: no such folder"]
+    if options.json and not options.json.absolute().parent.is_dir():
+        problems.append(f"--json {options.json}: its folder is not there")
+    return problems
+
+
 def main(words=None):
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.benchmark quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    flag = parser.add_argument
-    flag("--settings", nargs="+", choices=list(SETTINGS), default=["guide", "defaults"], help="what takes turns (default: guide defaults)")
-    flag("--seeds", type=int, default=5, help="runs of each (default: 5)")
-    flag("--steps", type=int, default=300, help="optimizer steps of a run (default: 300, the guide's ten epochs)")
-    flag("--eval_steps", type=int, default=20, help="score every N steps (default: 20)")
-    flag("--target", type=float, default=0.18, help="how far below the base model's the loss has to be, as a share (default: 0.18)")
-    flag("--model", default=str(ROOT / "demo/model"), help="model folder (default: the demo's)")
-    flag("--work_dir", type=Path, help="keep the runs here, and take those that are there (default: a temporary folder)")
-    flag("--threads", type=int, default=1, help="OMP_NUM_THREADS of a run (default: 1)")
-    flag("--json", type=Path, help="write all courses here as well")
-    options = parser.parse_args(words)
-    problems = [
-        f"--{name} {getattr(options, name)}: at least 1"
-        for name in ("seeds", "steps", "eval_steps", "threads")
-        if getattr(options, name) < 1
-    ]
-    problems += [] if 0 < options.target < 1 else [f"--target {options.target}: a share between 0 and 1"]
-    problems += [] if Path(options.model).is_dir() else [f"--model {options.model}: no such folder"]
-    if problems:
-        refuse(parser, problems)
+    options = parse(words)
     from demo.old_film import write_dataset
 
     work_dir = Path(options.work_dir or tempfile.mkdtemp(prefix="quality-"))
@@ -168,12 +169,10 @@ def main(words=None):
     finally:
         if not options.work_dir:
             shutil.rmtree(work_dir, ignore_errors=True)
-    from tools.benchmark import table
-
     rows = rows_of(courses, options.target)
     print(f"held-out loss {options.target:.0%} below the base model's, {options.seeds} seeds, {options.steps} steps\n\n{table(rows)}")
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows, "courses": courses, "settings": SETTINGS}, indent=1))
+        write_bytes(options.json, json.dumps({"rows": rows, "courses": courses, "settings": SETTINGS}, indent=1).encode())
 
 
 if __name__ == "__main__":

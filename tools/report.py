@@ -1,21 +1,22 @@
 """Write a run's report.html again from the files in its output folder: python -m tools.report OUTPUT_DIR."""
 
-import argparse
 from pathlib import Path
 
-from cogvideox import report
+from cogvideox import flags, report
+from cogvideox.console import BAD_OUTPUT, fail
 
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = flags.new_parser(__doc__)
+    parser.usage = "python -m tools.report OUTPUT_DIR"
     parser.add_argument("output_dir", help="as in --output_dir of the trainer")
     options = parser.parse_args()
     folder = Path(options.output_dir).expanduser()
     if not folder.is_dir():
-        parser.exit(2, f"ERROR[2]: {folder}: no such folder; give the --output_dir of a run\n")
+        flags.refuse(parser, [f"{folder}: no such folder; give the --output_dir of a run"])
     if problem := report.write_report(folder):
-        parser.exit(4, f"ERROR[4]: {problem}\n")
+        fail(BAD_OUTPUT, problem)
     print(folder / report.NAME)
 
 

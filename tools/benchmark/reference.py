@@ -1,6 +1,6 @@
 """A baseline to measure against: how the original CogVideoX LoRA trainer works, in one small program of our own.
 
-    python -m tools.reference --pretrained_model_name_or_path MODEL --instance_data_root CLIPS --output_dir OUT [flags]
+    python -m tools.benchmark.reference --pretrained_model_name_or_path MODEL --instance_data_root CLIPS --output_dir OUT [flags]
 
 Written from a description of that trainer, not from its text. What it imitates, because time and memory depend on it:
 - everything is imported at once; T5, the VAE and the transformer are loaded at once and stay to the end
@@ -35,6 +35,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, T5EncoderModel
 
+from cogvideox.console import fail
+from cogvideox.flags import refuse
 from cogvideox.folder import PRECISIONS, stored_dtype
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -255,9 +257,9 @@ def parse_args(words=None):
     flag("--num_inference_steps", type=int, default=50, help="denoising steps of the last video")
     flag("--seed", type=int, default=42, help="seed of everything random")
     options = parser.parse_args(words)
-    for name in ("pretrained_model_name_or_path", "instance_data_root"):
-        if not Path(getattr(options, name)).is_dir():
-            parser.exit(2, f"ERROR[2]: --{name} {getattr(options, name)}: no such folder\n")
+    names = "pretrained_model_name_or_path", "instance_data_root"
+    if missing := [name for name in names if not Path(getattr(options, name)).is_dir()]:
+        refuse(parser, [f"--{name} {getattr(options, name)}: no such folder" for name in missing])
     return options
 
 
@@ -265,4 +267,4 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except ValueError as error:
-        raise SystemExit(f"ERROR: {error}") from None
+        fail(1, str(error))

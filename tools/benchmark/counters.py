@@ -1,0 +1,93 @@
+"""What a call costs beside its seconds: FLOPs, bytes given to collectives, memory of tensors; and what the machine can do at most."""
+
+import collections
+import functools
+import gc
+import math
+import os
+import time
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from tools.benchmark.harness import seconds_of
+
+BYTES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "long": 8, "int": 4}
+COLLECTIVES = {"gloo:all_reduce": "all_reduce", "gloo:all_gather": "all_gather", "gloo:broadcast": "broadcast"}
+# [M, K] x [N, K]^T of layers of the 2B: attention, the feed-forward's two, the captions' projection.
+PRODUCTS = ((1024, 1920, 1920), (1024, 1920, 7680), (1024, 7680, 1920), (1024, 4096, 4096))
+
+
+def matmul_peak(dtype, clock="wall", tries=5, budget=3.0):
+    """The fastest matrix product of several shapes that layers have here, in FLOP a second.
+
+    budget: seconds, after which no further shape is tried (a CPU without bf16 instructions takes a minute for all).
+    """
+    best, started = 0.0, time.perf_counter()
+    for rows, inner, columns in PRODUCTS:
+        left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype).t()
+        torch.mm(left, right)
+        seconds, _ = seconds_of(functools.partial(torch.mm, left, right), tries, clock)
+        best = max(best, 2 * rows * inner * columns / min(seconds))
+        if time.perf_counter() - started > budget:
+            break
+    return best
+
+
+def flop_counter():
+    """torch's counter, taught the attention that CPUs run: it knows that of GPUs only."""
+
+    def forward(query, key, value, *others, out_shape=None, **settings):
+        return sdpa_flop_count(query, key, value)
+
+    def backward(gradient, query, key, value, *others, out_shape=None, **settings):
+        return sdpa_backward_flop_count(gradient, query, key, value)
+
+    aten = torch.ops.aten
+    on_cpus = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=on_cpus)
+
+
+def count_flops(call):
+    """FLOPs of one call; a multiplication with its addition counts as two."""
+    with flop_counter() as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def count_collectives(step):
+    """Bytes given to each kind of collective during one step: all_reduce, reduce_scatter, broadcast what goes in, all_gather what
+    comes out. And `calls`, how many there were."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        step()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    seen = collections.Counter()
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "c10d::_reduce_scatter_base_":
+            seen["reduce_scatter", math.prod(event.shapes()[1]) * BYTES[event.dtypes()[1]]] += 1
+        elif event.name() in COLLECTIVES and event.shapes()[0]:
+            size = math.prod(event.shapes()[0]) * BYTES[event.dtypes()[0]]
+            seen[COLLECTIVES[event.name()], size * (world if event.name() == "gloo:all_gather" else 1)] += 1
+    for (kind, size), times in list(seen.items()):
+        if kind == "reduce_scatter":  # which gloo does with an all_reduce of the same size
+            seen["all_reduce", size] -= times
+    bytes_of = collections.Counter({"calls": sum(seen.values())})
+    for (kind, size), times in seen.items():
+        bytes_of[kind] += size * times
+    return {name: size for name, size in bytes_of.items() if size}
+
+
+def tensors_mib():
+    """MiB of all tensors that live in this process between two steps: weights, optimizer states, tables; not activations."""
+    sizes = {}
+    for held in gc.get_objects():
+        # Not `isinstance`, which asks lazy modules for their class. A DTensor's part is a tensor of its own.
+        if issubclass(type(held), torch.Tensor) and not issubclass(type(held), DTensor) and held.device.type != "meta":
+            storage = held.untyped_storage()
+            sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values()) / 2**20
