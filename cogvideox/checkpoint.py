@@ -59,13 +59,13 @@ def unpack(packed, tensors):
 
 
 def take_snapshot(trained):
-    """Copies in host memory of everything a checkpoint holds; training continues while they are written. A collective.
+    """Copies in host memory of everything in a checkpoint, so that training continues while they are written. A collective.
 
-    With an average the shipped weights are the averaged ones. Returns None on all ranks but the main one.
+    With an average, the averaged weights are exported. Returns None on all ranks but rank 0.
     """
     live, average, scaler = trained.state(), trained.average, trained.accelerator.scaler
     with trained.averaged():
-        shipped = trained.state() if average else live
+        to_export = trained.state() if average else live
     states = engine.optimizer_state(trained.optimizer, trained.parameters, keep=trained.is_main)
     shadows = [engine.whole(shadow) for shadow in average.shadow_params] if average else []
     if not trained.is_main:
@@ -77,7 +77,7 @@ def take_snapshot(trained):
         "scaler": pack(scaler.state_dict() if scaler else {}, tensors, "scaler"),
         "average": pack({"steps": average.optimization_step, "weights": shadows} if average else {}, tensors, "average"),
     }
-    exported = trained.export(trained.transformer, shipped)
+    exported = trained.export(trained.transformer, to_export)
     return {"exported": exported, "live": live, "optimizer": tensors, "state": state, "result": trained.kind}
 
 
@@ -217,8 +217,8 @@ def list_checkpoints(output_dir):
     """(step, path) of the checkpoint folders below `output_dir`, oldest first; other names are ignored."""
     output_dir = Path(output_dir)
     entries = output_dir.iterdir() if output_dir.is_dir() else []
-    found = [(int(m[1]), p) for p in entries if (m := re.fullmatch(r"checkpoint-(\d+)", p.name)) and p.is_dir()]
-    return sorted(found)
+    checkpoints = [(int(m[1]), p) for p in entries if (m := re.fullmatch(r"checkpoint-(\d+)", p.name)) and p.is_dir()]
+    return sorted(checkpoints)
 
 
 def read_manifest(path):
@@ -361,7 +361,7 @@ def resume(args, trained, facts):
 class Checkpointer:
     """Writes a checkpoint every --checkpointing_steps optimizer steps and after the last one; every rank calls every method.
 
-    run_facts: the manifest's facts about the run. result_facts: the metadata of the shipped file.
+    run_facts: the manifest's facts about the run. result_facts: the metadata of the exported file.
     """
 
     def __init__(self, args, trained, run_facts, result_facts):

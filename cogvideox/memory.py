@@ -501,13 +501,13 @@ def phase_parts(configs, args, device="cuda"):
     settings = {"slicing": args.enable_slicing, "tiling": args.enable_tiling}
     shown = (args.validation_frames or clip[0], args.validation_height or clip[1], args.validation_width or clip[2])
     decoded = sum(vae_bytes(configs, "decode", clip, **settings))
-    again = decoded if shown == clip else sum(vae_bytes(configs, "decode", shown, **settings))
+    validation_decoded = decoded if shown == clip else sum(vae_bytes(configs, "decode", shown, **settings))
     return {
         "captions": sum(captions_bytes(configs)),
         "clips_encode": sum(vae_bytes(configs, "encode", clip, **settings)),
         "clips_decode": decoded,  # the first clips are decoded again for the preview
         "sampling": sampling_bytes(configs, args, shown, device) if args.validation_prompt else 0,
-        "decoding": again if args.validation_prompt else 0,
+        "decoding": validation_decoded if args.validation_prompt else 0,
     }
 
 

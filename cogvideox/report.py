@@ -51,13 +51,13 @@ def device_name(device):
 
 def versions():
     """{package: version} of Python and of the packages whose version affects training."""
-    found = {"python": platform.python_version()}
+    packages = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            packages[name] = "not installed"
+    return packages
 
 
 def run_facts(flags, facts, defaults=None):
@@ -144,10 +144,10 @@ def read_videos(output_dir):
             if isinstance(job, dict) and "name" in job:
                 labels[str(job["name"])] = (str(job.get("prompt", "")), job.get("seed"))
         # A file whose name begins with a dot is still being written.
-        found = {path.name: path for path in folder.glob("*.mp4") if not path.name.startswith(".") and path.stat().st_size}
-        if found:
-            steps[int(match[1])] = found
-    for name in {name for found in steps.values() for name in found}:
+        files = {path.name: path for path in folder.glob("*.mp4") if not path.name.startswith(".") and path.stat().st_size}
+        if files:
+            steps[int(match[1])] = files
+    for name in {name for files in steps.values() for name in files}:
         seed = re.search(r"-seed(\d+)\.mp4$", name)
         labels.setdefault(name, (name.removesuffix(".mp4"), int(seed[1]) if seed else None))
     return dict(sorted(steps.items())), labels, settings if isinstance(settings, dict) else {}
@@ -161,7 +161,7 @@ def choose_videos(steps, budget=VIDEO_BUDGET_MIB * 2**20):
     """
     if not steps:
         return set(), []
-    order, names = list(steps), sorted({name for found in steps.values() for name in found})
+    order, names = list(steps), sorted({name for files in steps.values() for name in files})
     ends, chosen, spent = sorted({order[0], order[-1]}), set(), 0
     for name in names:
         row = [(step, name) for step in ends if name in steps[step]]
@@ -207,19 +207,19 @@ def state(output_dir, run, lines):
         status = {}
     code, reason = status.get("code"), str(status.get("reason", ""))
     if not status:
-        kind, words = "running", "running, or killed, when this page was written"
+        kind, text = "running", "running, or killed, when this page was written"
     elif code == 0:
-        kind, words = "done", "done"
+        kind, text = "done", "done"
     elif isinstance(code, int) and code >= 128:
-        kind, words = "stopped", reason or "stopped"
+        kind, text = "stopped", reason or "stopped"
     else:
-        kind, words = "failed", f"failed: {reason}"
+        kind, text = "failed", f"failed: {reason}"
     seconds = [value for _, value in points_of(lines, "seconds_per_step")][-50:]
     is_running = not status and total and seconds and step < total
     sentences = status.get("verdict_sentences")
     return {
         "state": kind,
-        "words": words,
+        "text": text,
         "has_ended": bool(status),
         "step": int(step),
         "total": int(total or 0),

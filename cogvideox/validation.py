@@ -95,8 +95,8 @@ def validate(folder, jobs, rank, world_size, transformer, scheduler, embeddings,
 
 def failure(job, error):
     """A sentence for a failed video, with the failing line of code."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    reason = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    reason = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
     return f"validation video {job['name']} failed, training continues: {reason}"
 
 

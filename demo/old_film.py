@@ -28,7 +28,7 @@ def old_film(frames, seed):
     vignette = 1 - 0.45 * np.clip(x**2 + y**2 - 0.35, 0, None)
     flicker = 1 + 0.07 * random.standard_normal(count)
     scratch = random.integers(0, width, 3)
-    made = np.empty_like(grey)
+    styled = np.empty_like(grey)
     for number in range(count):
         frame = np.roll(grey[number], tuple(random.integers(-1, 2, 2)), (0, 1))
         coarse = random.standard_normal((height // 2, width // 2)).astype(np.float32)  # grain of two pixels survives scaling
@@ -36,8 +36,8 @@ def old_film(frames, seed):
         frame = (frame * vignette + 16 * grain) * flicker[number]
         if random.random() < 0.4:
             frame[:, random.choice(scratch)] += 70
-        made[number] = frame
-    return np.repeat(made.clip(0, 255).astype(np.uint8)[..., None], 3, axis=3)
+        styled[number] = frame
+    return np.repeat(styled.clip(0, 255).astype(np.uint8)[..., None], 3, axis=3)
 
 
 def write_dataset(folder):

@@ -98,11 +98,11 @@ def vae_batch(films, shots, seed, step, clips, frames, height, width):
 def reconstruction_loss(vae, video, generator):
     """L1 on pixels, on spatial gradients and on downsampled copies, plus a small KL term. Returns (loss, pixel L1)."""
     posterior = vae.encode(video).latent_dist
-    made = vae.decode(posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)).sample
-    made = made[:, :, -video.shape[2] :]  # an even number of latents decodes to three extra frames, at the front
-    pixels = l1_loss(made, video)
-    edges = sum(l1_loss(made.diff(dim=dim), video.diff(dim=dim)) for dim in (3, 4))
-    coarse = sum(l1_loss(avg_pool3d(made, (1, size, size)), avg_pool3d(video, (1, size, size))) for size in (4, 8))
+    reconstructed = vae.decode(posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)).sample
+    reconstructed = reconstructed[:, :, -video.shape[2] :]  # an even number of latents decodes to three extra frames, at the front
+    pixels = l1_loss(reconstructed, video)
+    edges = sum(l1_loss(reconstructed.diff(dim=dim), video.diff(dim=dim)) for dim in (3, 4))
+    coarse = sum(l1_loss(avg_pool3d(reconstructed, (1, size, size)), avg_pool3d(video, (1, size, size))) for size in (4, 8))
     return pixels + edges + 0.5 * coarse + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel(), pixels.item()
 
 
@@ -177,8 +177,8 @@ def show_reconstructions(vae, films, shots, path, title):
     for film, picked in ((films[0], shots[5::28]), (films[1], shots[12::60])):
         for first, _, caption in picked:
             clip = film[first : first + 17]
-            made = vae.decode(encode(vae, stack([clip]))).sample[0].clamp(-1, 1).permute(1, 2, 3, 0)
-            rows += [(caption, np.asarray(clip)), ("", ((made + 1) * 127.5).round().byte().numpy())]
+            reconstructed = vae.decode(encode(vae, stack([clip]))).sample[0].clamp(-1, 1).permute(1, 2, 3, 0)
+            rows += [(caption, np.asarray(clip)), ("", ((reconstructed + 1) * 127.5).round().byte().numpy())]
     contact_sheet(path, rows, title)
 
 

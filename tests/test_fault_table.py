@@ -428,7 +428,7 @@ def test_a_disk_with_no_room_for_a_checkpoint_is_told_before_the_first_step(trai
     with monkeypatch.context() as patch:
         patch.setattr(rehearsal.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
         ended(4, train)
-    assert "a checkpoint takes" in capsys.readouterr().err
+    assert "a checkpoint needs" in capsys.readouterr().err
     small_disk = request.getfixturevalue("small_disk")  # from here on with a real one, where that is allowed
     with open(small_disk / "ballast", "wb") as file:
         file.write(bytes((3 << 20) - (400 << 10)))
