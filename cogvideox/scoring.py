@@ -226,7 +226,7 @@ class Scorer:
         )  # fmt: skip
 
     def verdict(self, ran_all):
-        """As the function `verdict`, of this run's scores."""
+        """The function `verdict` on this run's scores."""
         return verdict(self.lines, self.trained.schedule.base_lrs[0], ran_all)
 
     def is_due(self, step, last=False):
