@@ -6,16 +6,16 @@
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 bash finetune_multi_gpus_1.sh   second of two machines
 #   srun --ntasks-per-node=1 bash finetune_multi_gpus_1.sh                    all machines of a Slurm job (examples/slurm.sbatch)
 #   bash finetune_multi_gpus_1.sh                                             in each pod of a Kubernetes PyTorchJob
-#   CONFIG_PATH=configs/fsdp2.yaml bash finetune_multi_gpus_1.sh              weights split over the GPUs (or zero2, zero3)
-# Flags at the end win. OUTPUT_PATH and CACHE_PATH have to lie on a file system that all machines share.
+#   CONFIG_PATH=configs/fsdp2.yaml bash finetune_multi_gpus_1.sh              weights sharded over the GPUs (or zero2, zero3)
+# Flags at the end win. OUTPUT_PATH and CACHE_PATH must be on a file system that all machines share.
 set -euo pipefail
 
-# The machines. What is left empty comes from Slurm, Kubernetes or torchrun's variables, in cogvideox/cluster.sh; without
-# those, it is this machine with all its GPUs.
+# The machines. cogvideox/cluster.sh fills in empty values from the variables of Slurm, Kubernetes or torchrun; without those, the
+# script uses this machine with all its GPUs.
 NNODES="${NNODES:-}"                                       # machines
-NODE_RANK="${NODE_RANK:-}"                                 # which of them this is, from 0
-GPUS_PER_NODE="${GPUS_PER_NODE:-}"                         # processes on each, one a GPU
-MASTER_ADDR="${MASTER_ADDR:-}"                             # address of machine 0, as the others reach it
+NODE_RANK="${NODE_RANK:-}"                                 # this machine's rank, from 0
+GPUS_PER_NODE="${GPUS_PER_NODE:-}"                         # processes per machine, one per GPU
+MASTER_ADDR="${MASTER_ADDR:-}"                             # address at which the others reach machine 0
 MASTER_PORT="${MASTER_PORT:-}"                             # a free port there
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -26,7 +26,7 @@ DATASET_PATH="${DATASET_PATH:-$HOME/disney}"               # folder with prompts
 OUTPUT_PATH="${OUTPUT_PATH:-cogvideox-lora-multi-gpu}"     # the LoRA, its checkpoints and videos go here
 CACHE_PATH="${CACHE_PATH:-$HOME/.cache}"                   # downloads, and the encoded clips and captions
 
-# Memory in segments that can grow: less of it is lost to fragments, so fewer runs end out of memory.
+# Expandable segments reduce fragmentation, so fewer runs end out of memory.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 
 MODEL_ARGS=(
@@ -37,13 +37,13 @@ MODEL_ARGS=(
 )
 DATA_ARGS=(
   --instance_data_root "$DATASET_PATH"
-  --caption_column prompts.txt           # one caption a line
-  --video_column videos.txt              # the clip of the same line
+  --caption_column prompts.txt           # one caption per line
+  --video_column videos.txt              # the clip on the same line
   --height 480                           # clips are resized and cropped to this, in pixels
   --width 720
-  --fps 8                                # frames a second that clips are sampled at
+  --fps 8                                # frames per second of the sampled clips
   --max_num_frames 49                    # 4k + 1 frames at most
-  --skip_frames_start 0                  # source frames left out
+  --skip_frames_start 0                  # source frames to skip
   --skip_frames_end 0
 )
 LORA_ARGS=(
@@ -56,8 +56,8 @@ TRAIN_ARGS=(
   --train_batch_size 1                   # clips per process and batch
   --num_train_epochs 10                  # passes over the clips
   --gradient_accumulation_steps 1        # batches per optimizer step
-  --gradient_checkpointing auto          # recompute activations as far as the memory asks for it; all: least memory
-  --learning_rate 1e-4                   # the guide's; 5e-4, the default, gets there sooner (docs/quality.md)
+  --gradient_checkpointing auto          # recompute activations of as few blocks as fit; all: least memory
+  --learning_rate 1e-4                   # the guide's; the default 5e-4 learns faster (docs/quality.md)
   --optimizer AdamW
   --adam_beta1 0.9
   --adam_beta2 0.95
@@ -65,7 +65,7 @@ TRAIN_ARGS=(
 VALIDATION_ARGS=(
   --validation_prompt "Mickey with the captain and friends:::Mickey and the bear"
   --validation_prompt_separator :::
-  --num_validation_videos 1              # videos a prompt
+  --num_validation_videos 1              # videos per prompt
   --validation_epochs 2                  # every 2 epochs, and before the first and after the last step
 )
 OUTPUT_ARGS=(

@@ -12,7 +12,7 @@ OUTPUT_PATH="${OUTPUT_PATH:-cogvideox-lora-single-gpu}"    # the LoRA, its check
 CACHE_PATH="${CACHE_PATH:-$HOME/.cache}"                   # downloads, and the encoded clips and captions
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-# Memory in segments that can grow: less of it is lost to fragments, so fewer runs end out of memory.
+# Expandable segments reduce fragmentation, so fewer runs end out of memory.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 
 MODEL_ARGS=(
@@ -23,13 +23,13 @@ MODEL_ARGS=(
 )
 DATA_ARGS=(
   --instance_data_root "$DATASET_PATH"
-  --caption_column prompts.txt           # one caption a line
-  --video_column videos.txt              # the clip of the same line
+  --caption_column prompts.txt           # one caption per line
+  --video_column videos.txt              # the clip on the same line
   --height 480                           # clips are resized and cropped to this, in pixels
   --width 720
-  --fps 8                                # frames a second that clips are sampled at
+  --fps 8                                # frames per second of the sampled clips
   --max_num_frames 49                    # 4k + 1 frames at most
-  --skip_frames_start 0                  # source frames left out
+  --skip_frames_start 0                  # source frames to skip
   --skip_frames_end 0
 )
 LORA_ARGS=(
@@ -42,8 +42,8 @@ TRAIN_ARGS=(
   --train_batch_size 1                   # clips per process and batch
   --num_train_epochs 10                  # passes over the clips
   --gradient_accumulation_steps 1        # batches per optimizer step
-  --gradient_checkpointing auto          # recompute activations as far as the memory asks for it; all: least memory
-  --learning_rate 1e-4                   # the guide's; 5e-4, the default, gets there sooner (docs/quality.md)
+  --gradient_checkpointing auto          # recompute activations of as few blocks as fit; all: least memory
+  --learning_rate 1e-4                   # the guide's; the default 5e-4 learns faster (docs/quality.md)
   --optimizer AdamW
   --adam_beta1 0.9
   --adam_beta2 0.95
@@ -51,7 +51,7 @@ TRAIN_ARGS=(
 VALIDATION_ARGS=(
   --validation_prompt "Mickey with the captain and friends:::Mickey and the bear"
   --validation_prompt_separator :::
-  --num_validation_videos 1              # videos a prompt
+  --num_validation_videos 1              # videos per prompt
   --validation_epochs 2                  # every 2 epochs, and before the first and after the last step
 )
 OUTPUT_ARGS=(

@@ -345,7 +345,7 @@ def main(args):
             memory.say_predicted(args, folder, accelerator, velocity_loss)
         encodings, prompts, negative_prompt, identities = encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier)
 
-    # Transformer: frozen, in the compute dtype, with a LoRA in fp32; or all of it in fp32.
+    # Transformer: frozen in the compute dtype with a LoRA in fp32, or all weights in fp32.
     scheduler, kind = load_scheduler(folder), checkpoint.RESULTS[args.training_type]
     build = functools.partial(kind.build, args, folder, dtype)
     with timed("load the transformer"):
@@ -373,7 +373,7 @@ def main(args):
         args.timestep_sampling,
     )  # fmt: skip
 
-    # Rehearsal: what would fail after ten hours fails in the first minute.
+    # Rehearsal: an error of the first save or video shows up in the first minute, not after ten hours.
     result_facts = kind.facts(args, transformer) | {"trigger": args.id_token or "", "example_prompt": data.records[0].caption}
     memory_explained = functools.partial(
         stopping.explained_memory, blocks=len(transformer.transformer_blocks), peak=lambda: peak_memory_gib(device),
@@ -431,7 +431,7 @@ def main(args):
             break
     if first_step >= plan.total_steps:
         say(f"already complete: {output_dir} has been trained for {first_step} of {plan.total_steps} steps")
-        validator.make_missing(first_step)  # a kill in the last validation left it without videos
+        validator.make_missing(first_step)  # if the run was killed during its last validation
     finish(args, trained, checkpointer, scorer, validator, run, step, stop)
 
 
@@ -444,12 +444,12 @@ def load_batches(args, accelerator, clips, first_step, total_steps):
 
 
 def say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, num_parameters):
-    """Print what will be trained."""
+    """Print the run's clips, steps and trainable parameters."""
     epochs, precision = plan.total_steps * plan.clips_per_step / plan.epoch_clips, args.mixed_precision.replace("no", "fp32")
     method = f"rank {args.rank}, alpha {args.lora_alpha:g}" if args.training_type == "lora" else "full fine-tuning"
     say(
-        f"\n{len(plan.clips)} clips; {args.train_batch_size} a batch x {accelerator.num_processes} processes x "
-        f"{args.gradient_accumulation_steps} accumulation = {plan.clips_per_step} clips a step\n"
+        f"\n{len(plan.clips)} clips; {args.train_batch_size} per batch x {accelerator.num_processes} processes x "
+        f"{args.gradient_accumulation_steps} accumulation = {plan.clips_per_step} clips per step\n"
         f"{plan.total_steps} steps = {epochs:.1f} epochs, from step {first_step}; learning rate {learning_rate:g}, {args.lr_scheduler}\n"
         f"training {num_trained / 1e6:.2f} M of {num_parameters / 1e6:.1f} M parameters ({method}), computing in {precision}; "
         f"engine: {engine.engine_of(accelerator)}\n"
@@ -457,7 +457,7 @@ def say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, nu
 
 
 def finish(args, trained, checkpointer, scorer, validator, run, step, stop):
-    """The one ending: the last checkpoint on disk, the verdict, card, plot, status and report, the push, and the exit code.
+    """End the run: wait for the last checkpoint, write verdict, card, plot, status and report, push, and set the exit code.
 
     stop: the signal that ended the loop, or 0. The result is already on disk; a failure here does not lose it.
     """
@@ -488,7 +488,7 @@ def finish(args, trained, checkpointer, scorer, validator, run, step, stop):
 
 
 def publish(args, output_dir, kind, run, verdict, push):
-    """Write run.json, the card and the plot, say the verdict, and upload if it was asked for. Returns what failed, or None."""
+    """Write run.json, the card and the plot, print the verdict, and upload the result if `push`. Returns the problem, or None."""
     if problem := report.write_run_facts(output_dir, run):
         warn(problem)
     try:

@@ -35,11 +35,11 @@ def thin(points, most=CURVE_POINTS):
     """At most about `most` points of a curve: the minimum and the maximum of each piece, so that no spike is lost."""
     if len(points) <= most:
         return points
-    pieces, kept = most // 2, []
+    pieces, thinned = most // 2, []
     for i in range(pieces):
         piece = points[i * len(points) // pieces : (i + 1) * len(points) // pieces]
-        kept += sorted({min(piece, key=lambda p: p[1]), max(piece, key=lambda p: p[1])})
-    return kept
+        thinned += sorted({min(piece, key=lambda p: p[1]), max(piece, key=lambda p: p[1])})
+    return thinned
 
 
 def running_mean(points, window):
@@ -82,7 +82,7 @@ def figure(title, absent="", note="", legend=(), **drawn):
 
 def grid_of(marks, y):
     """The horizontal lines of a chart with their values."""
-    return [{"y": round(y(value), 1), "words": short(value)} for value in marks]
+    return [{"y": round(y(value), 1), "label": short(value)} for value in marks]
 
 
 def line_chart(title, series, note="", mark=None):
@@ -110,7 +110,7 @@ def line_chart(title, series, note="", mark=None):
         note=" ".join(part for part in (note, "Logarithmic." if is_log else "") if part),
         legend=[(label, kind) for label, kind, _ in series] + ([(mark[1], "marked")] if mark else []),
         grid=grid_of(value_marks, y),
-        ticks=[{"x": round(x(step), 1), "words": int(step)} for step in step_marks if step == int(step)],
+        ticks=[{"x": round(x(step), 1), "label": int(step)} for step in step_marks if step == int(step)],
         axis="optimizer step",
         mark=round(x(mark[0]), 1) if mark else None,
         lines=lines,
@@ -129,7 +129,7 @@ def hover_columns(series, x):
     steps = steps if len(steps) <= HOVER_COLUMNS else evenly(steps, HOVER_COLUMNS)
     edges = [LEFT, *((x(a) + x(b)) / 2 for a, b in zip(steps, steps[1:], strict=False)), WIDTH - RIGHT]
     return [
-        {"x": round(start, 1), "width": round(max(0, end - start), 1), "words": f"step {step}: {', '.join(known[step])}"}
+        {"x": round(start, 1), "width": round(max(0, end - start), 1), "label": f"step {step}: {', '.join(known[step])}"}
         for step, start, end in zip(steps, edges, edges[1:], strict=False)
     ]
 
@@ -148,10 +148,10 @@ def band_chart(title, bands, note):
     bars, names = [], []
     for place, band in enumerate(bands):
         middle, name = LEFT + (place + 0.5) * room, band.get("timestep", "")
-        names.append({"x": round(middle, 1), "words": name})
+        names.append({"x": round(middle, 1), "label": name})
         left = middle - width * len(shown)
         for label, kind, key in shown:
-            for end, words in (("_base", "base model"), ("", "now")):
+            for end, model in (("_base", "base model"), ("", "now")):
                 value = number(band.get(key + end))
                 if value is not None and value >= 0:
                     bars.append(
@@ -161,12 +161,12 @@ def band_chart(title, bands, note):
                             "y": round(HEIGHT - BOTTOM - up(value), 1),
                             "width": round(width - 2, 1),
                             "height": round(up(value), 1),
-                            "words": f"timestep {name}, {label}, {words}: {short(value)}",
+                            "label": f"timestep {name}, {label}, {model}: {short(value)}",
                         }
                     )
                 left += width
     legend = [
-        (f"{label}, {words}", f"{kind} {end}") for label, kind, _ in shown for words, end in (("base model", "pale"), ("now", "full"))
+        (f"{label}, {model}", f"{kind} {end}") for label, kind, _ in shown for model, end in (("base model", "pale"), ("now", "full"))
     ]
     grid = grid_of(value_marks, lambda value: HEIGHT - BOTTOM - up(value))
     return figure(title, note=note, legend=legend, grid=grid, ticks=names, axis="timestep (0: no noise)", bars=bars)
@@ -216,17 +216,17 @@ def newest_score(lines):
 def newest_numbers(lines):
     """The newest evaluation as table rows (label, now, base model, change), and further facts of the newest lines."""
     newest, rows, facts = newest_score(lines), [], []
-    for words, name in (("training clips", "train"), ("held-out clips", "held_out")):
+    for clips, name in (("training clips", "train"), ("held-out clips", "held_out")):
         now, base = number(newest.get(f"eval_{name}_loss")), number(newest.get(f"eval_{name}_base_loss"))
         if now is not None:
             change = f"{100 * (now - base) / base:+.1f} %" if base else ""
-            rows.append((f"loss, {words}", short(now), "" if base is None else short(base), change))
+            rows.append((f"loss, {clips}", short(now), "" if base is None else short(base), change))
     if number(newest.get("update_share")) is not None:
         facts.append(f"the update is {100 * newest['update_share']:.3g} % of the weights it is added to")
     gap, base_gap = newest.get("eval_caption_gap"), newest.get("eval_caption_base_gap")
     if gap and base_gap:
         facts.append(f"with another clip's caption the loss is {100 * gap[0]:+.1f} % (base model: {100 * base_gap[0]:+.1f} %)")
-    for name, words in (("data_wait_percent", "waiting for data {:.0f} % of a step"), ("peak_memory_gib", "peak memory {:.2f} GiB")):
+    for name, text in (("data_wait_percent", "waiting for data {:.0f} % of a step"), ("peak_memory_gib", "peak memory {:.2f} GiB")):
         if points := points_of(lines, name):
-            facts.append(words.format(points[-1][1]))
+            facts.append(text.format(points[-1][1]))
     return {"step": newest.get("step", ""), "rows": rows, "facts": facts}

@@ -59,13 +59,13 @@ def unpack(packed, tensors):
 
 
 def take_snapshot(trained):
-    """Copies in host memory of everything a checkpoint holds; training continues while they are written. A collective.
+    """Copies in host memory of everything in a checkpoint, so that training continues while they are written. A collective.
 
-    With an average the shipped weights are the averaged ones. Returns None on all ranks but the main one.
+    With an average, the averaged weights are exported. Returns None on all ranks but rank 0.
     """
     live, average, scaler = trained.state(), trained.average, trained.accelerator.scaler
     with trained.averaged():
-        shipped = trained.state() if average else live
+        to_export = trained.state() if average else live
     states = engine.optimizer_state(trained.optimizer, trained.parameters, keep=trained.is_main)
     shadows = [engine.whole(shadow) for shadow in average.shadow_params] if average else []
     if not trained.is_main:
@@ -77,7 +77,7 @@ def take_snapshot(trained):
         "scaler": pack(scaler.state_dict() if scaler else {}, tensors, "scaler"),
         "average": pack({"steps": average.optimization_step, "weights": shadows} if average else {}, tensors, "average"),
     }
-    exported = trained.export(trained.transformer, shipped)
+    exported = trained.export(trained.transformer, to_export)
     return {"exported": exported, "live": live, "optimizer": tensors, "state": state, "result": trained.kind}
 
 
@@ -139,7 +139,7 @@ class Saver:
             self.pending = self.thread.submit(self.write, step, snapshot, facts, result_facts)
 
     def write(self, step, snapshot, facts, result_facts):
-        """In the thread: the checkpoint, then its result beside it, then the old ones go."""
+        """In the thread: write the checkpoint, publish its result, then prune old checkpoints."""
         with timed(f"write checkpoint-{step}"):
             path = write_checkpoint(self.output_dir, step, snapshot, facts, result_facts)
         snapshot["result"].publish(path, self.output_dir)
@@ -217,8 +217,8 @@ def list_checkpoints(output_dir):
     """(step, path) of the checkpoint folders below `output_dir`, oldest first; other names are ignored."""
     output_dir = Path(output_dir)
     entries = output_dir.iterdir() if output_dir.is_dir() else []
-    found = [(int(m[1]), p) for p in entries if (m := re.fullmatch(r"checkpoint-(\d+)", p.name)) and p.is_dir()]
-    return sorted(found)
+    checkpoints = [(int(m[1]), p) for p in entries if (m := re.fullmatch(r"checkpoint-(\d+)", p.name)) and p.is_dir()]
+    return sorted(checkpoints)
 
 
 def read_manifest(path):
@@ -300,7 +300,7 @@ def changed_settings(stored, current, declared):
 
 
 def load_checkpoint(path, trained):
-    """Put a verified checkpoint's weights and states back. Raises BadCheckpoint where they do not fit. A collective."""
+    """Restore a verified checkpoint's weights and states. Raises BadCheckpoint if they do not fit. A collective."""
     path, average, scaler = Path(path), trained.average, trained.accelerator.scaler
     try:
         trained.kind.load_live(trained.transformer, load_file(path / trained.kind.WEIGHTS))
@@ -320,7 +320,7 @@ def load_checkpoint(path, trained):
 
 
 def resume(args, trained, facts):
-    """Resume from --resume_from_checkpoint, on every process. Returns the number of steps already trained.
+    """Resume from --resume_from_checkpoint, on every rank. Returns the number of steps already trained.
 
     Ends the run with a sentence if the checkpoint is invalid, or was written with other training settings.
     """
@@ -349,7 +349,7 @@ def resume(args, trained, facts):
     say(f"resuming from {path}, step {step}")
     if trained.is_main:
         for aside in set_aside_newer(args.output_dir, step):
-            say(f"resume: set aside as {aside.name}, which is of a later step")
+            say(f"resume: renamed a checkpoint of a later step to {aside.name}")
     trained.accelerator.wait_for_everyone()
     return step
 
@@ -361,7 +361,7 @@ def resume(args, trained, facts):
 class Checkpointer:
     """Writes a checkpoint every --checkpointing_steps optimizer steps and after the last one; every rank calls every method.
 
-    run_facts: the manifest's facts about the run. result_facts: the metadata of the shipped file.
+    run_facts: the manifest's facts about the run. result_facts: the metadata of the exported file.
     """
 
     def __init__(self, args, trained, run_facts, result_facts):
@@ -390,7 +390,7 @@ class Checkpointer:
         if self.saved_step == step:
             return
         trained, self.saved_step = self.trained, step
-        first = self.saver.join() is None  # a snapshot at a time
+        first = self.saver.join() is None  # one snapshot in memory at a time
         self.saver.save(step, take_snapshot(trained), self.run_facts, self.result_facts | {"step": str(step)})
         if broadcast_object_list([first])[0]:
             with trained.averaged(), trained.full_model() as full_model:
@@ -399,7 +399,7 @@ class Checkpointer:
         trained.barrier()
 
     def save_best(self, step):
-        """Write the weights as they are now to best/, ready to use."""
+        """Export the current weights to best/, ready to use."""
         trained = self.trained
         with trained.averaged():
             state = trained.state()

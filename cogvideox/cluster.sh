@@ -1,20 +1,20 @@
 # shellcheck shell=bash
-# How the shell scripts start: which machine of how many this is, where the first one listens, how many processes each has.
+# The cluster's layout for the shell scripts: number of machines, this machine's rank, processes per machine, main address.
 #
-# find_machines sets NNODES, NODE_RANK, GPUS_PER_NODE, MASTER_ADDR and MASTER_PORT. One that is set already wins; the others
-# come from the first of these that knows, and what contradicts it ends the script with exit code 2:
+# find_machines sets NNODES, NODE_RANK, GPUS_PER_NODE, MASTER_ADDR and MASTER_PORT. A value that the user set wins; the others
+# come from the first of these sources that has them, and a contradiction ends the script with exit code 2:
 #   Slurm                      the step that srun started: SLURM_STEP_NUM_NODES or SLURM_NNODES, SLURM_NODEID, ...
 #   torchrun and Kubernetes    PET_NNODES, PET_NODE_RANK, PET_NPROC_PER_NODE, PET_MASTER_ADDR, PET_MASTER_PORT
-#   what torchrun tells        GROUP_WORLD_SIZE, GROUP_RANK, LOCAL_WORLD_SIZE
-#   a PyTorchJob and the like  WORLD_SIZE, RANK. They count machines here, as the script is started once on each; with
-#                              LOCAL_WORLD_SIZE beside it, WORLD_SIZE counts processes
+#   torchrun's own variables   GROUP_WORLD_SIZE, GROUP_RANK, LOCAL_WORLD_SIZE
+#   a PyTorchJob or similar    WORLD_SIZE, RANK. They count machines here, because the script starts once on each; if
+#                              LOCAL_WORLD_SIZE is set too, WORLD_SIZE counts processes
 
 refuse() {
   echo "ERROR[2]: $*" >&2
   exit 2
 }
 
-# first_set NAME...: the first of these variables that has a value, by name.
+# first_set NAME...: prints the name of the first of these variables that has a value.
 first_set() {
   local name
   for name; do
@@ -25,8 +25,8 @@ first_set() {
   done
 }
 
-# take OWN OTHER...: OWN keeps its value or takes that of the first OTHER which has one; OWN_FROM is the name it came under.
-# The others have to agree with each other. What the user set wins over them, with a note.
+# take OWN OTHER...: OWN keeps its value or takes that of the first OTHER that has one; OWN_FROM is the source's name.
+# The others must agree with each other. A value that the user set wins over them, with a note.
 take() {
   local own=$1 from="$1_FROM" other
   shift
@@ -42,12 +42,12 @@ take() {
     elif [[ "${!other}" != "${!own}" && "${!from}" == "$own" ]]; then
       echo "note: $own=${!own} is used, not $other=${!other}" >&2
     elif [[ "${!other}" != "${!own}" ]]; then
-      refuse "$other=${!other} and ${!from}=${!own} have to be the same: unset the wrong one, or set $own, which wins over both"
+      refuse "$other=${!other} and ${!from}=${!own} must be equal: unset the wrong one, or set $own, which wins over both"
     fi
   done
 }
 
-# default OWN VALUE WHERE: what nobody knows.
+# default OWN VALUE SOURCE: sets OWN if it has no value.
 default() {
   local own=$1 from="$1_FROM"
   if [[ -z "${!own:-}" ]]; then
@@ -56,16 +56,16 @@ default() {
   fi
 }
 
-# whole OWN LOWEST HIGHEST WAY_OUT: refuse what is no number in this range.
+# whole OWN LOWEST HIGHEST WAY_OUT: rejects a value that is not a whole number in this range.
 whole() {
   local own=$1 from="$1_FROM"
   if [[ ! "${!own}" =~ ^[0-9]{1,9}$ ]] || ((10#${!own} < $2 || 10#${!own} > $3)); then
-    refuse "${!from}=${!own} has to be a whole number from $2 to $3: $4"
+    refuse "${!from}=${!own} must be a whole number from $2 to $3: $4"
   fi
   printf -v "$own" %d "$((10#${!own}))"
 }
 
-# first_host LIST: the first host of a list as Slurm writes them, such as node[01-04,7],login or rack[1-2]-node[3,4].
+# first_host LIST: the first host of a Slurm host list, such as node[01-04,7],login or rack[1-2]-node[3,4].
 first_host() {
   local rest=$1 host=""
   if command -v scontrol >/dev/null && host="$(scontrol show hostnames "$1" 2>/dev/null)" && [[ -n "$host" ]]; then
@@ -80,27 +80,27 @@ first_host() {
   echo "$host${rest%%,*}"
 }
 
-# One start of this script a machine: it starts the processes itself.
+# Rejects a second start of this script on one machine: it starts the processes itself.
 refuse_second_start() {
   local tasks name way_out="run it with bash, once on each machine"
   if [[ -n "${TORCHELASTIC_RUN_ID:-}" && -n "${LOCAL_RANK:-}" ]]; then
-    refuse "LOCAL_RANK=$LOCAL_RANK with TORCHELASTIC_RUN_ID has to be unset: torchrun or accelerate launch started this script," \
+    refuse "LOCAL_RANK=$LOCAL_RANK with TORCHELASTIC_RUN_ID must be unset: torchrun or accelerate launch started this script," \
       "which starts the processes of a machine itself; $way_out"
   fi
   if [[ -n "${SLURM_STEP_ID:-${SLURM_STEPID:-}}" ]]; then
     tasks="$(first_set SLURM_STEP_TASKS_PER_NODE SLURM_TASKS_PER_NODE SLURM_NTASKS_PER_NODE)"
     if [[ -n "$tasks" && ! "${!tasks}" =~ ^1(\(x[0-9]+\))?$ ]]; then
-      refuse "$tasks=${!tasks} has to be 1: this script starts the processes of a machine itself; srun --ntasks-per-node=1"
+      refuse "$tasks=${!tasks} must be 1: this script starts the processes of a machine itself; srun --ntasks-per-node=1"
     fi
   fi
   for name in SLURM_LOCALID LOCAL_RANK; do
     if [[ "${!name:-0}" != 0 ]]; then
-      refuse "$name=${!name} has to be 0: this script starts the processes of a machine itself; $way_out (srun --ntasks-per-node=1)"
+      refuse "$name=${!name} must be 0: this script starts the processes of a machine itself; $way_out (srun --ntasks-per-node=1)"
     fi
   done
 }
 
-# What a launcher above this one set for its own processes; ours would take it for theirs.
+# Unset the variables of an outer launcher, which ours would misread as its own.
 forget_other_launchers() {
   unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_RANK ROLE_WORLD_SIZE
   unset TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT TORCHELASTIC_MAX_RESTARTS TORCHELASTIC_USE_AGENT_STORE
@@ -114,38 +114,38 @@ find_machines() {
   slurm_nodes="$(first_set SLURM_STEP_NUM_NODES SLURM_NNODES SLURM_JOB_NUM_NODES)"
   slurm_hosts="$(first_set SLURM_STEP_NODELIST SLURM_JOB_NODELIST SLURM_NODELIST)"
   if [[ -z "${NNODES:-}" && -n "$slurm_nodes" && "${!slurm_nodes}" != 1 && -z "$slurm_step" ]]; then
-    refuse "$slurm_nodes=${!slurm_nodes} has to be 1 where srun did not start this script, as the other machines would not take part:" \
-      "start it with srun --ntasks-per-node=1, or set NNODES=1 for this machine alone"
+    refuse "$slurm_nodes=${!slurm_nodes} must be 1 if srun did not start this script, because the other machines would not take part:" \
+      "start it with srun --ntasks-per-node=1, or set NNODES=1 to use only this machine"
   fi
 
   # Machines.
   take NNODES ${slurm_nodes:+"$slurm_nodes"} PET_NNODES GROUP_WORLD_SIZE
   if [[ -z "${NNODES:-}" && -n "${WORLD_SIZE:-}" && -n "${LOCAL_WORLD_SIZE:-}" ]]; then
     if [[ ! "$WORLD_SIZE $LOCAL_WORLD_SIZE" =~ ^[1-9][0-9]{0,8}\ [1-9][0-9]{0,8}$ ]] || ((WORLD_SIZE % LOCAL_WORLD_SIZE)); then
-      refuse "WORLD_SIZE=$WORLD_SIZE has to be a multiple of LOCAL_WORLD_SIZE=$LOCAL_WORLD_SIZE: set NNODES and GPUS_PER_NODE instead"
+      refuse "WORLD_SIZE=$WORLD_SIZE must be a multiple of LOCAL_WORLD_SIZE=$LOCAL_WORLD_SIZE: set NNODES and GPUS_PER_NODE instead"
     fi
     default NNODES "$((WORLD_SIZE / LOCAL_WORLD_SIZE))" "WORLD_SIZE / LOCAL_WORLD_SIZE"
   elif [[ -z "${NNODES:-}" ]]; then
     take NNODES WORLD_SIZE
   fi
   default NNODES 1 default
-  whole NNODES 1 99999 "set NNODES to how many machines take part; the number cannot change during a run"
+  whole NNODES 1 99999 "set NNODES to the number of machines, which cannot change during a run"
 
-  # This machine's place among them.
+  # This machine's rank.
   take NODE_RANK SLURM_NODEID PET_NODE_RANK GROUP_RANK
   if [[ "${WORLD_SIZE:-}" == "$NNODES" ]]; then
-    take NODE_RANK RANK  # one rank a machine
+    take NODE_RANK RANK  # one rank per machine
   fi
   if ((NNODES == 1)); then
     default NODE_RANK 0 default
   elif [[ -z "${NODE_RANK:-}" ]]; then
-    refuse "NODE_RANK has to be set, as $NNODES_FROM=$NNODES: give each machine its own, from 0 to $((NNODES - 1)), or set NNODES=1"
+    refuse "NODE_RANK must be set, because $NNODES_FROM=$NNODES: give each machine its own, from 0 to $((NNODES - 1)), or set NNODES=1"
   fi
   whole NODE_RANK 0 "$((NNODES - 1))" "NNODES is $NNODES ($NNODES_FROM); set NODE_RANK, from 0 on the first machine"
 
-  # Processes on each machine.
+  # Processes per machine.
   take GPUS_PER_NODE SLURM_GPUS_ON_NODE LOCAL_WORLD_SIZE
-  if [[ "${PET_NPROC_PER_NODE:-}" =~ ^[0-9]+$ ]]; then  # it may be the word auto or gpu
+  if [[ "${PET_NPROC_PER_NODE:-}" =~ ^[0-9]+$ ]]; then  # it may be "auto" or "gpu"
     take GPUS_PER_NODE PET_NPROC_PER_NODE
   fi
   if [[ -z "${GPUS_PER_NODE:-}" ]]; then
@@ -154,13 +154,13 @@ find_machines() {
   whole GPUS_PER_NODE 1 1024 "set GPUS_PER_NODE, the same on all machines"
   if [[ -n "${WORLD_SIZE:-}" && "$WORLD_SIZE" != "$NNODES" && "$WORLD_SIZE" != "$((NNODES * GPUS_PER_NODE))" ]]; then
     if [[ "$NNODES_FROM" != NNODES && "$GPUS_PER_NODE_FROM" != GPUS_PER_NODE ]]; then
-      refuse "WORLD_SIZE=$WORLD_SIZE has to be $NNODES, the machines ($NNODES_FROM), or $((NNODES * GPUS_PER_NODE)), with $GPUS_PER_NODE" \
+      refuse "WORLD_SIZE=$WORLD_SIZE must be $NNODES, the machines ($NNODES_FROM), or $((NNODES * GPUS_PER_NODE)), with $GPUS_PER_NODE" \
         "processes on each ($GPUS_PER_NODE_FROM): unset it, or set NNODES and GPUS_PER_NODE"
     fi
     echo "note: NNODES=$NNODES and GPUS_PER_NODE=$GPUS_PER_NODE are used, not WORLD_SIZE=$WORLD_SIZE" >&2
   fi
 
-  # Where the first one listens. Two jobs on one machine get different ports from Slurm's number of the job and the step.
+  # The main address. The port depends on Slurm's job and step ids, so that two jobs on one machine get different ports.
   take MASTER_ADDR PET_MASTER_ADDR
   if ((NNODES == 1)); then
     default MASTER_ADDR 127.0.0.1 default
@@ -168,10 +168,10 @@ find_machines() {
     default MASTER_ADDR "$(first_host "${!slurm_hosts}")" "$slurm_hosts"
   fi
   if [[ -z "${MASTER_ADDR:-}" ]]; then
-    refuse "MASTER_ADDR has to be set, as $NNODES_FROM=$NNODES: the address of the first machine (NODE_RANK 0), as the others reach it"
+    refuse "MASTER_ADDR must be set, because $NNODES_FROM=$NNODES: the address at which the other machines reach the first (NODE_RANK 0)"
   fi
   if ((NODE_RANK > 0)) && [[ "$MASTER_ADDR" =~ ^(127\.|localhost$|::1$) ]]; then
-    echo "note: MASTER_ADDR=$MASTER_ADDR reaches this machine only; it is usually the address of the first one" >&2
+    echo "note: MASTER_ADDR=$MASTER_ADDR is this machine itself; it is usually the address of the first one" >&2
   fi
   take MASTER_PORT PET_MASTER_PORT
   if [[ "${SLURM_JOB_ID:-}" =~ ^[0-9]{1,12}$ ]]; then

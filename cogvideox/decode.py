@@ -292,7 +292,7 @@ def shown_frames(path, count=None):
                 if frame.pts is None:
                     raise BadClip("its frames have no timestamps")
                 if frame.is_corrupt:
-                    raise BadClip(f"damaged: frame {number} is only partly decodable")
+                    raise BadClip(f"damaged: frame {number} cannot be decoded completely")
                 size = size or (frame.width, frame.height)
                 if (frame.width, frame.height) != size:
                     raise BadClip(f"its size changes from {size[0]}x{size[1]} to {frame.width}x{frame.height} at frame {number}")

@@ -338,8 +338,8 @@ class Trained:
 
     transformer: the diffusers model. model: the same, wrapped by the engine; training steps call it. parameters: the trained
     ones. schedule: of the learning rate, in optimizer steps. average: diffusers' EMAModel or None. build: () -> the
-    transformer as training began, on the CPU. dtype: the compute dtype. barrier: () -> waits for all ranks, without a deadline.
-    kind: lora.py or sft.py. stored_dtype: of the base's transformer on disk.
+    transformer before training, on the CPU. dtype: the compute dtype. barrier: () -> waits for all ranks, without a timeout.
+    kind: lora.py or sft.py. stored_dtype: of the base model's transformer on disk.
     """
 
     accelerator: Any
@@ -354,7 +354,7 @@ class Trained:
     barrier: Callable = lambda: None
     kind: Any = None
     stored_dtype: torch.dtype | None = None
-    sharing: contextlib.ExitStack | None = field(default=None, repr=False)  # of `one_full_model`: holds the copy open
+    sharing: contextlib.ExitStack | None = field(default=None, repr=False)  # of `one_full_model`: keeps the copy's context open
     shared_model: torch.nn.Module | None = field(default=None, repr=False)
 
     @property
@@ -362,11 +362,11 @@ class Trained:
         return self.accelerator.device
 
     def state(self):
-        """The trained weights as `kind` names them, whole, on the CPU of the main process; {} on the others. A collective."""
+        """The full trained weights, named by `kind`, on the CPU of rank 0; {} on the other ranks. A collective."""
         return self.kind.live_state(self.transformer, keep=self.is_main)
 
     def export(self, transformer, state):
-        """The weights of a `state` as they are shipped."""
+        """The exported weights of a `state`."""
         return self.kind.export(transformer, state, stored_dtype=self.stored_dtype)
 
     @property

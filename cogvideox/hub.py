@@ -1,4 +1,4 @@
-"""The model card, and the upload of what belongs to the result (and nothing else). Both know a run by its run.json."""
+"""The model card, and the upload of the result. Both read run.json."""
 
 import functools
 import json
@@ -10,14 +10,14 @@ from cogvideox.files import LORA_FILE, write_durably
 UPLOADED = [LORA_FILE, "transformer/*", "README.md", "metrics.jsonl", "loss.png"]
 UPLOADED += ["validation/step-*/*.mp4", "validation/step-*/contact_sheet.png"]
 TEMPLATES = Path(__file__).parent / "templates"
-# Facts of a run that has not begun: enough to try whether a card can be written.
+# Placeholder facts, with which the rehearsal writes a card.
 NO_FACTS = {"name": "", "base_model": "", "is_base_on_hub": False, "example_prompt": "", "steps": 0, "clips": 0, "clips_per_step": 0}
 NO_FACTS |= {"trained_parameters": 0, "num_frames": 0, "height": 0, "width": 0, "videos": []}
 
 
 @functools.cache
 def template(name):
-    """A template of templates/. Those of HTML escape every value that is not marked as safe; a name that is missing is an error."""
+    """A template of templates/. HTML templates escape every value not marked as safe; a missing name is an error."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -27,12 +27,12 @@ def template(name):
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)  # a string of JSON is one of Python
+    environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)  # a JSON string is a valid Python string
     return environment.get_template(name)
 
 
 def snippet(run):
-    """Python that makes a video with the result. run: as `report.run_facts` gives it. KeyError if it lacks a fact."""
+    """Python code that generates a video with the result. run: from `report.run_facts`. KeyError if a fact is missing."""
     flags, facts = run["flags"], run["facts"]
     return template("snippet.py.j2").render(
         is_lora=flags["training_type"] == "lora",
@@ -48,17 +48,17 @@ def snippet(run):
 
 
 def write_model_card(folder, run):
-    """Write README.md: what was trained on what, how to use it, and the last validation videos.
+    """Write README.md, the model card: base model, data, settings, usage, and the last validation videos.
 
-    run: as `report.run_facts` gives it; its facts have all names of NO_FACTS. steps: optimizer steps. trained_parameters: a
-    count. num_frames, height, width: of the videos. videos: [(prompt, relative path)].
+    run: from `report.run_facts`, with all names of NO_FACTS in its facts. steps: optimizer steps. trained_parameters: a count.
+    num_frames, height, width: of the videos. videos: [(prompt, relative path)].
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     flags, facts = run["flags"], run["facts"]
     is_lora = flags["training_type"] == "lora"
     data = ModelCardData(
-        base_model=facts["base_model"] if facts["is_base_on_hub"] else None,  # a local folder is no hub id
+        base_model=facts["base_model"] if facts["is_base_on_hub"] else None,  # a local folder is not a hub id
         instance_prompt=flags["id_token"] or None,
         library_name="diffusers",
         pipeline_tag="text-to-video",
@@ -84,14 +84,14 @@ def write_model_card(folder, run):
 
 
 def markdown(text):
-    """Text that Markdown does not interpret, on one line."""
+    """The text on one line, escaped for Markdown."""
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|!" else c for c in " ".join(str(text).split()))
 
 
 def push(folder, args, token):
-    """Upload the LoRA, the card and the videos to the hub (a new repository is private). Returns its address.
+    """Upload the LoRA, the card and the videos to the hub (a new repository is private). Returns its URL.
 
-    Checkpoints, logs and optimizer state stay here. Raises whatever the hub client raises.
+    Checkpoints, logs and optimizer states are not uploaded. Raises the hub client's errors.
     """
     from huggingface_hub import HfApi
 
@@ -103,7 +103,7 @@ def push(folder, args, token):
 
 
 def without_secrets(value, token=None):
-    """A nested value whose texts hold no hub token (nor `token`), and ~ for the home folder."""
+    """A nested value without hub tokens (or `token`), and with ~ for the home folder."""
     if isinstance(value, dict):
         return {name: without_secrets(item, token) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

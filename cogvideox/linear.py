@@ -1,24 +1,23 @@
-"""The frozen linear layers of the base model: stored small, multiplied in the shapes that the machine likes, kept where there is room.
+"""The frozen linear layers of the base model: quantized or offloaded weights, and fast bf16 matmuls on CPUs.
 
-A frozen weight takes part in two products a step, x W^T forward and g W backward, and has no gradient of its own. Between
-them nothing has to stay but the stored weight: it is turned into the compute dtype for one product at a time, and again
-for the backward one. (diffusers' layerwise casting and group offloading bring a module's weights for its forward
-pass and take them away after it: both are made for inference.)
+A frozen weight is used twice per step, in x W^T forward and in g W backward, and has no gradient. Only the stored weight stays
+in memory in between: it is cast to the compute dtype for each product, and cast again for the backward one. (diffusers' layerwise
+casting and group offloading restore a module's weights only for its forward pass: both are made for inference.)
 """
 
 import torch
 
-# oneDNN's bf16 product loses a fifth of its speed at row counts such as 874 or 2146, and has its best at this many.
+# oneDNN's bf16 matmul is a fifth slower at row counts such as 874 or 2146, and fastest at this many.
 CPU_ROWS = 256
 
 
 class FrozenLinear(torch.nn.Module):
-    """A frozen linear layer [in] -> [out] that holds its weight in `precision`.
+    """A frozen linear layer [in] -> [out] that stores its weight in `precision`.
 
-    stored: the dtype it came in. fp8: float8_e4m3fn, int8: 8-bit integers, each with one fp32 scale an output (the row's
-    largest value maps to the largest number). nf4: bitsandbytes' 4-bit normal floats (Dettmers et al., 2023, "QLoRA") in
-    blocks of 64. resident: whether the weight moves to the GPU with the model, or stays in host memory and is copied for
-    each product. What is held is no parameter: DDP need not broadcast it, nor an optimizer look at it.
+    stored: the original dtype. fp8: float8_e4m3fn, int8: 8-bit integers, both with one fp32 scale per output (absmax of the row).
+    nf4: bitsandbytes' 4-bit normal floats (Dettmers et al., 2023, "QLoRA") in blocks of 64. resident: whether the weight moves
+    to the GPU with the model, or stays in host memory and is copied for each product. The held tensors are not parameters, so
+    DDP does not broadcast them and an optimizer does not see them.
     """
 
     def __init__(self, linear, precision="stored", resident=True):
@@ -30,13 +29,13 @@ class FrozenLinear(torch.nn.Module):
     def _apply(self, function, recurse=True):
         if self.resident:
             self.held = [function(tensor) for tensor in self.held]
-        elif torch.cuda.is_available():  # pinned memory is copied without the CPU waiting for it
+        elif torch.cuda.is_available():  # copies from pinned memory are asynchronous
             self.held = [tensor.pin_memory() for tensor in self.held]
         return super()._apply(function, recurse)
 
     @property
     def weight(self):
-        """The weight [out, in] in the dtype it came in, where it is held. peft asks it for a dtype and a device."""
+        """The weight [out, in] in its original dtype, on its current device. peft reads both from it."""
         return self.dense(self.held[0].device, self.dtype)
 
     def dense(self, device, dtype):
@@ -50,7 +49,7 @@ class FrozenLinear(torch.nn.Module):
         return (numbers.float() * scale).to(dtype)
 
     def forward(self, inputs):
-        """[..., in] -> [..., out], in the autocast dtype where there is autocast, as torch.nn.Linear does."""
+        """[..., in] -> [..., out], in the autocast dtype under autocast, like torch.nn.Linear."""
         kind = inputs.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else inputs.dtype
         return HeldProduct.apply(inputs.to(dtype), self)
@@ -60,7 +59,7 @@ class FrozenLinear(torch.nn.Module):
 
 
 class HeldProduct(torch.autograd.Function):
-    """x W^T + b and its gradient g W. The layer is remembered, not a tensor of it."""
+    """x W^T + b and its gradient g W. Saves the layer for the backward pass, not a dense weight."""
 
     @staticmethod
     def forward(ctx, inputs, layer):
@@ -75,7 +74,7 @@ class HeldProduct(torch.autograd.Function):
 
 
 def product(rows, matrix, bias):
-    """rows [..., K] times matrix [K, N], plus bias [N]; on a CPU in bf16 a block of rows at a time."""
+    """rows [..., K] times matrix [K, N], plus bias [N]; in bf16 on a CPU, one block of rows at a time."""
     flat = rows.reshape(-1, rows.shape[-1])
     if rows.device.type != "cpu" or rows.dtype != torch.bfloat16 or len(flat) <= 2 * CPU_ROWS or torch.compiler.is_compiling():
         result = torch.mm(flat, matrix) if bias is None else torch.addmm(bias, flat, matrix)
@@ -90,7 +89,7 @@ def product(rows, matrix, bias):
 
 
 def held_tensors(weight, precision):
-    """The tensors that stand for a weight [out, in]."""
+    """The tensors that store a weight [out, in] in a precision."""
     if precision == "stored":
         return [weight]
     if precision == "nf4":
@@ -105,7 +104,7 @@ def held_tensors(weight, precision):
 
 
 def dequantize_nf4(held, shape, dtype):
-    """The weight of `held_tensors(..., "nf4")`."""
+    """The dense weight of `held_tensors(..., "nf4")`."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     packed, absmax, code = held
@@ -114,11 +113,11 @@ def dequantize_nf4(held, shape, dtype):
 
 
 def hold_linears(transformer, base_precision="stored", offload=False, device=None):
-    """Replace the frozen linear layers of the blocks, those inside LoRA layers too, by FrozenLinear. Call it after `add_lora`.
+    """Replace the frozen linear layers of the blocks, also those inside LoRA layers, by FrozenLinear. Call it after `add_lora`.
 
-    Not those of the norms: they are a fifth of the weights, see one row a clip, and what they scale is sensitive. On a
-    GPU with nothing to be gained (stored precision, no offload) nothing is replaced. device: where to quantize (a GPU is
-    faster at it); the result is moved with the model.
+    The norms' layers stay: they are a fifth of the weights, process one row per clip, and are sensitive to quantization. On a
+    GPU with stored precision and no offload, all layers stay. device: where to quantize (faster on a GPU); the result moves with
+    the model.
     """
     device = torch.device(device or "cpu")
     if base_precision == "stored" and not offload and device.type != "cpu":

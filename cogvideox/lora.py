@@ -1,4 +1,4 @@
-"""The LoRA: injected with peft, always fp32, written so that any loader applies it at the strength it was trained at."""
+"""The LoRA: injected with peft, trained in fp32, exported so that any loader applies the trained strength at weight 1.0."""
 
 import functools
 import warnings
@@ -16,29 +16,29 @@ from cogvideox.engine import trained_state, trained_weights, write_trained
 from cogvideox.files import LORA_FILE, write_durably
 from cogvideox.model import load_transformer
 
-# What this module and sft.py both have: how the result is called, and the file of the weights as they are trained.
+# Shared interface with sft.py: the result's name and files, and the file of the trained weights.
 RESULT, FILES, WEIGHTS = LORA_FILE, [LORA_FILE], "adapter.safetensors"
-LOADER = "the stock pipeline at weight 1.0"  # what `check_export` loads it with
-EFFECT = "largest change of the output by the LoRA"  # the second number that it gives
+LOADER = "the stock pipeline at weight 1.0"  # used by `check_export`
+EFFECT = "largest change of the output by the LoRA"  # its second return value
 
 
 def build(args, folder, dtype):
-    """The transformer of a model folder as training starts with it: frozen, in `dtype`, with a LoRA in fp32; on the CPU."""
+    """The transformer before training: frozen in `dtype`, with a LoRA in fp32; on the CPU."""
     transformer = load_transformer(folder, dtype, args.variant)
     add_lora(transformer, args.rank, args.lora_alpha, args.lora_dropout, args.target_modules, args.seed)
     return transformer
 
 
 def facts(args, transformer):
-    """What the result's metadata says of how it was made."""
+    """The metadata of the exported file."""
     return {"rank": str(args.rank), "alpha_folded_in": f"{args.lora_alpha:g}"}
 
 
 def add_lora(transformer, rank, alpha, dropout, target_modules, seed):
     """Inject a LoRA into a frozen transformer and return its parameters, in fp32.
 
-    fp32 whatever the base is stored in: near 0.05 a bf16 weight cannot move by less than 2e-4, more than a usual step.
-    The initialisation depends on the seed alone: it is drawn on the CPU, from a generator state that is put back.
+    fp32 with every base dtype: near 0.05 a bf16 weight cannot change by less than 2e-4, more than a usual step. The
+    initialisation depends only on the seed: it is drawn on the CPU, and the generator's state is restored.
     """
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, init_lora_weights=True)
     with torch.random.fork_rng(devices=[]):
@@ -54,23 +54,23 @@ def lora_modules(transformer):
 
 
 def fit_to_autocast(transformer, dtype):
-    """Leave to autocast what it does best, and keep from it what it does worse. In fp32 there is no autocast."""
+    """Adjust peft's casts and the layer norms to autocast. In fp32 there is no autocast."""
     if dtype != torch.float32:
         leave_casts_to_autocast(transformer)
         keep_norms_out_of_autocast(transformer, dtype)
 
 
 def leave_casts_to_autocast(transformer):
-    """Stop peft from casting activations to fp32 before its products: under autocast they would be cast straight back."""
+    """Stop peft from casting activations to fp32 before its matmuls: autocast would cast them back."""
     for _, layer in lora_modules(transformer):
         layer.cast_input_dtype_enabled = False
 
 
 def keep_norms_out_of_autocast(transformer, dtype):
-    """Run the layer norms in `dtype`, as the stock pipeline does, which has no autocast.
+    """Run the layer norms in `dtype`, like the stock pipeline, which has no autocast.
 
-    On a GPU autocast runs them in fp32 and keeps fp32 copies for the backward pass: three tenths of all activations. The
-    kernel sums in fp32 whatever it is given, so only its output is rounded. (Weights in fp32 are those of full fine-tuning.)
+    On a GPU autocast runs them in fp32 and keeps fp32 copies for the backward pass: three tenths of all activations. The kernel
+    accumulates in fp32 with any input dtype, so only its output is rounded. (With full fine-tuning the weights are fp32.)
     """
 
     def run(norm, inputs):
@@ -84,25 +84,25 @@ def keep_norms_out_of_autocast(transformer, dtype):
 
 
 def peft_name(name):
-    """The name that peft's files have for a parameter."""
+    """A parameter's name in peft's files."""
     return name.replace(".default.", ".")
 
 
 def live_state(transformer, keep=True):
-    """The trained weights as they are (not folded), name -> fp32 CPU tensor; {} where `keep` is false. A collective."""
+    """The trained weights (alpha / rank not folded in), name -> fp32 CPU tensor; {} if `keep` is false. A collective."""
     return {peft_name(name): tensor for name, tensor in trained_state(transformer, keep).items()}
 
 
 def load_live(transformer, state):
-    """Put weights back that `live_state` gave. ValueError if any is missing, unknown or of another shape."""
+    """Restore the weights that `live_state` returned. ValueError if any is missing, unknown or of another shape."""
     weights = {peft_name(name): weight for name, weight in trained_weights(transformer)}
     write_trained(weights, state, "LoRA weights do not fit this model and rank")
 
 
 def load_exported(transformer, path):
-    """Start from a LoRA file as `save_lora` writes it (or its folder): the factor alpha / rank is taken out again.
+    """Load a LoRA file that `write` wrote (or its folder): divides the factor alpha / rank out again.
 
-    Raises ValueError where it is not there, or made for another model, rank or other targets.
+    Raises ValueError if the file is missing, or for another model, rank or other targets.
     """
     path = Path(path).expanduser()
     path = path / LORA_FILE if path.is_dir() else path
@@ -122,7 +122,7 @@ def load_exported(transformer, path):
 
 
 def load_initial(transformer, path):
-    """Start from the LoRA of another run (--init_lora). Returns what is wrong with it as a sentence, or None."""
+    """Load the LoRA of another run (--init_lora). Returns the problem as a sentence, or None."""
     try:
         load_exported(transformer, path)
     except ValueError as error:
@@ -131,10 +131,10 @@ def load_initial(transformer, path):
 
 
 def export(transformer, live, stored_dtype=None):
-    """The weights as they are shipped, from what `live_state` gave: alpha / rank folded into lora_B, diffusers' names, fp32.
+    """The exported weights, from those of `live_state`: alpha / rank folded into lora_B, diffusers' names, fp32.
 
-    Loaders differ in what they take for alpha: some read it from the metadata, some from `.alpha`, most assume that it
-    equals the rank. With the factor in the weights and alpha nowhere in the file, all of them apply the trained strength.
+    Some loaders read alpha from the metadata, some from `.alpha`, and most assume that it equals the rank. With the factor in
+    the weights and no alpha in the file, all of them apply the trained strength.
     """
     scaling = {name: layer.scaling["default"] for name, layer in lora_modules(transformer)}
     state = {}
@@ -145,41 +145,40 @@ def export(transformer, live, stored_dtype=None):
 
 
 def write(folder, exported, facts):
-    """Write what `export` gave as `pytorch_lora_weights.safetensors`, whole or not at all. facts: strings for its metadata.
+    """Write the weights of `export` as `pytorch_lora_weights.safetensors`, atomically. facts: strings for its metadata.
 
-    ValueError, and nothing written, if a weight is not finite.
+    ValueError, and no file, if a weight is not finite.
     """
     check_finite(exported, "LoRA weights")
     write_durably(Path(folder) / LORA_FILE, save(exported, metadata={"format": "pt"} | facts))
 
 
 def publish(checkpoint, output_dir):
-    """Put a checkpoint's LoRA beside it, as the run's result so far."""
+    """Copy a checkpoint's LoRA to the output folder, as the current result."""
     if (checkpoint / LORA_FILE).exists():
         write_durably(Path(output_dir) / LORA_FILE, (checkpoint / LORA_FILE).read_bytes())
 
 
 def check_finite(tensors, kind):
-    """ValueError that names the first tensor with a value that is not finite."""
+    """Raise ValueError with the name of the first tensor that is not finite."""
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise ValueError(f"{len(broken)} {kind} are not finite (the first is {broken[0]}); nothing was written")
+        raise ValueError(f"{len(broken)} {kind} are not finite, such as {broken[0]}; no file was written")
 
 
 def export_tolerance(transformer):
-    """The largest error that `check_export` may find: the rounding of the dtype that the loader keeps."""
+    """The tolerance of `check_export`'s error: the rounding of the dtype after loading."""
     return 1e-5 if next(transformer.parameters()).dtype == torch.float32 else 2e-2
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # other adapters and shapes than in training: they would be compiled for one use
+@torch.compiler.set_stance("force_eager")  # other adapters and shapes than in training: compiling them would not pay
 def check_export(folder, transformer):
-    """Load the written file with the stock pipeline's loader, at weight 1, and compare it with the live model.
+    """Load the exported file with the stock pipeline's loader, at weight 1, and compare it with the live model.
 
-    Returns (relative error of the weight updates, largest effect of the LoRA on the outputs). The updates are compared
-    layer by layer, B A x on the same random x, so that a wrong strength shows however little the LoRA has learned yet. The
-    file is loaded as a second adapter beside the live one, which costs a LoRA's memory, not a model's. Raises ValueError if
-    weights are left over.
+    Returns (relative error of the weight updates, largest effect of the LoRA on the outputs). The updates are compared layer by
+    layer, B A x on the same random x, so that a wrong strength is detected even early in training. The file is loaded as a second
+    adapter beside the live one, which needs a LoRA's memory, not a model's. Raises ValueError if the loader ignores weights.
     """
     config, parameter = transformer.config, next(transformer.parameters())
     generator = torch.Generator().manual_seed(0)
@@ -202,7 +201,7 @@ def check_export(folder, transformer):
         transformer.disable_adapters()
         base = transformer(**inputs)[0].float()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is an adapter already is the point
+            warnings.simplefilter("ignore")  # of a second adapter, which is intended
             pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name="exported", local_files_only=True)
         transformer.enable_adapters()
         error, size = 0.0, 0.0
@@ -215,7 +214,7 @@ def check_export(folder, transformer):
             error, size = max(error, (updates[0] - updates[1]).abs().max().item()), max(size, updates[0].abs().max().item())
         loaded = get_peft_model_state_dict(transformer, adapter_name="exported")
         if len(loaded) != len(load_file(Path(folder) / LORA_FILE)):
-            raise ValueError(f"{LORA_FILE}: the stock loader used {len(loaded)} of its weights")
+            raise ValueError(f"{LORA_FILE}: the stock loader used only {len(loaded)} of its weights")
     finally:
         transformer.enable_adapters()
         transformer.set_adapter("default")

@@ -1,11 +1,11 @@
-"""What a run will need of the device's memory, in bytes, from configs and flags alone: no weight is loaded.
+"""Predicting a run's device memory, in bytes, from configs and flags, without loading weights.
 
-The real model classes, the real LoRA, the real checkpointing and the real loss run on tensors that have a shape but no
-data (FakeTensorMode), while every storage's birth and death is written down. What such a run cannot see is what a kernel
-keeps to itself while it works; the one case that is large, attention's backward pass on a GPU, is added by hand.
+The real model classes, LoRA, checkpointing and loss run on tensors with a shape but no data (FakeTensorMode), while a ledger
+records every allocation and release of a storage. It does not see a kernel's internal workspace; the only large one, of
+attention's backward pass on a GPU, is added explicitly.
 
-To be quick, a training step is run with a few blocks of each kind only, its course is cut at the blocks' boundaries, and
-the pieces of the inner blocks are repeated: inner blocks of a kind do the same.
+For speed, a training step runs with only a few blocks of each kind, its record is cut at block boundaries, and the pieces of
+the inner blocks are repeated: inner blocks of one kind are alike.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from cogvideox.model import blocks_to_recompute, checkpoint_blocks, decode_laten
 
 # bitsandbytes keeps the states of smaller parameters in fp32.
 SMALLEST_8BIT = 4096
-# Blocks of one kind in the run that is counted: the first two and the last are special, the last but one is repeated.
+# Blocks of each kind in the counted run: the first two and the last are special, the one before the last is repeated.
 RUN_BLOCKS = 4
 NAMES = {
     "base_weights": "base weights",
@@ -48,9 +48,9 @@ NAMES = {
     "captions": "captions: T5",
     "clips": "clips: VAE, encode and decode",
     "validation": "validation: sampling, VAE",
-    "run": "THE RUN, its highest phase",
+    "run": "THE RUN: peak over all phases",
 }
-# What differs from the defaults of the diffusers classes, which are the 2B's; and the dtype that the weights are stored in.
+# Configs that differ from the defaults of the diffusers classes, which are the 2B's; and the stored dtypes.
 T5_XXL = {
     "vocab_size": 32128,
     "d_model": 4096,
@@ -70,13 +70,13 @@ PRESETS = {
 
 
 def read_configs(folder, variant=None):
-    """The configs of a model folder as PRESETS has them: component -> config, and `dtypes`: component -> no, fp16 or bf16."""
+    """The configs of a model folder in the form of PRESETS: component -> config, and `dtypes`: component -> no, fp16 or bf16."""
     configs = {part: read_json(folder / part / "config.json") for part in PARTS}
     return configs | {"dtypes": {part: stored_precision(folder, part, variant) for part in PARTS}}
 
 
 def on_device(configs, device):
-    """The configs with the dtypes that a device runs T5 and the VAE in: a CPU runs fp16 weights in fp32, as `usable_dtype` has it."""
+    """The configs with the dtypes in which a device runs T5 and the VAE: on a CPU, fp16 weights run in fp32 (`usable_dtype`)."""
     if device != "cpu":
         return configs
     return configs | {"dtypes": {part: "no" if dtype == "fp16" else dtype for part, dtype in configs["dtypes"].items()}}
@@ -87,10 +87,10 @@ def on_device(configs, device):
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of the storages that live, and how many they were at most, in pieces that `mark` cuts.
+    """Counts the bytes of the live storages and their peak, in pieces separated by `mark`.
 
-    attention_extra: whether to add what the flash attention kernels of GPUs keep to themselves in their backward pass, an
-    fp32 gradient of the queries and one number a row.
+    attention_extra: whether to add the workspace of the GPUs' flash attention backward kernels: an fp32 gradient of the queries
+    and one number per row.
     """
 
     def __init__(self, attention_extra=False):
@@ -121,12 +121,12 @@ class Ledger(TorchDispatchMode):
         self.live -= self.sizes.pop(key)[0]
 
     def mark(self, name):
-        """End the piece that is running and begin one of this name. A piece: its name, what it left, its highest point."""
+        """End the current piece and begin one of this name. A piece: its name, the bytes it leaves, its peak."""
         self.pieces.append({"name": self.name, "left": self.live - self.start, "high": self.high - self.start})
         self.name, self.start, self.high = name, self.live, self.live
 
     def height_of(self, work):
-        """How far above its start a call `work()` takes the count, in bytes, and what it returns."""
+        """(peak of a call `work()` above its start, in bytes; its return value)."""
         before, start = self.high, self.live
         self.high = start
         result = work()
@@ -136,9 +136,9 @@ class Ledger(TorchDispatchMode):
 
 @contextlib.contextmanager
 def counting(attention_extra=False):
-    """A Ledger that counts what is made inside, where no tensor has data."""
+    """A Ledger that counts the tensors created inside, none of which has data."""
     enabled, rows = gc.isenabled(), linear.CPU_ROWS
-    gc.disable()  # a cycle that is collected in the middle would be counted as freed there
+    gc.disable()  # collecting a cycle inside would count as a release
     linear.CPU_ROWS = 2**60  # all rows in one piece: the same bytes in fewer calls
     try:
         with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), Ledger(attention_extra) as ledger:
@@ -154,7 +154,7 @@ def counting(attention_extra=False):
 
 
 class HostTensor:
-    """Stands for a weight in host memory, which is not counted; each copy to the device is a new tensor there."""
+    """A stand-in for a weight in host memory, which is not counted; each copy to the device is a new tensor."""
 
     def __init__(self, shape, dtype):
         self.shape, self.dtype, self.device = shape, dtype, torch.device("cpu")
@@ -165,7 +165,7 @@ class HostTensor:
 
 @contextlib.contextmanager
 def without_data(dtype):
-    """Modules are made on the meta device inside, with parameters of this dtype, as from_pretrained makes them."""
+    """Inside, modules are created on the meta device, with parameters of this dtype, like those of from_pretrained."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -176,17 +176,17 @@ def without_data(dtype):
 
 
 def bring_to_device(model, in_host=False):
-    """Replace what a model has on the meta device by tensors of the fake device, which are counted.
+    """Replace a model's meta tensors by fake ones, which are counted.
 
-    in_host: but for the weights that FrozenLinear holds.
+    in_host: except the weights of FrozenLinear, which stay in host memory.
     """
-    brought = {}  # a parameter that two modules share stays one
+    replaced = {}  # a parameter shared by two modules stays shared
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter not in brought:
+            if parameter is not None and parameter not in replaced:
                 fresh = torch.empty(parameter.shape, dtype=parameter.dtype)
-                brought[parameter] = torch.nn.Parameter(fresh, requires_grad=parameter.requires_grad)
-            module._parameters[name] = brought.get(parameter)
+                replaced[parameter] = torch.nn.Parameter(fresh, requires_grad=parameter.requires_grad)
+            module._parameters[name] = replaced.get(parameter)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
@@ -196,7 +196,7 @@ def bring_to_device(model, in_host=False):
 
 
 def define_transformer(configs, args, device, layers):
-    """A transformer of `layers` blocks with its LoRA, or all trained, on the meta device, its frozen layers held as the trainer does."""
+    """A transformer of `layers` blocks, with a LoRA or all trained, on the meta device, with the trainer's frozen layers."""
     config = {name: value for name, value in configs["transformer"].items() if not name.startswith("_")}
     dtype = PRECISIONS[args.mixed_precision]
     everything = args.training_type == "sft"
@@ -209,19 +209,19 @@ def define_transformer(configs, args, device, layers):
     if everything:
         return transformer
     if device == "cpu" or args.offload or args.base_precision != "stored":
-        # On a meta device nothing is replaced where nothing is gained, as on a GPU; on a CPU there is.
-        where = "cpu" if args.base_precision == "stored" else "meta"
-        linear.hold_linears(transformer, args.base_precision, device=torch.device(where))
+        # hold_linears treats the meta device like a GPU, where it does not replace layers in stored precision.
+        target = "cpu" if args.base_precision == "stored" else "meta"
+        linear.hold_linears(transformer, args.base_precision, device=torch.device(target))
     return transformer
 
 
 def prepare_transformer(transformer, args, device):
-    """Bring a transformer to the fake device as the trainer prepares it for `device`, "cuda" or "cpu"."""
+    """Prepare a transformer on the fake device like the trainer for `device`, "cuda" or "cpu"."""
     dtype = PRECISIONS[args.mixed_precision]
     bring_to_device(transformer, in_host=args.offload and device == "cuda")
     keep_position_tables(transformer.patch_embed)
     if dtype != torch.float32:
-        # As accelerate's `prepare` does it.
+        # Like accelerate's `prepare`.
         transformer.forward = ConvertOutputsToFp32(torch.autocast("cpu", dtype)(transformer.forward))
     transformer.train()
 
@@ -232,7 +232,7 @@ def latents_of(configs, frames, height, width):
 
 
 def make_batch(configs, clips, shape):
-    """A batch of clips of latents [F', C, H', W'] without data, as the loader gives it."""
+    """The loader's batch of clips with latents of `shape` [F', C, H', W'], without data."""
     transformer, text_dtype = configs["transformer"], PRECISIONS[configs["dtypes"]["text_encoder"]]
     tokens, width = transformer.get("max_text_seq_length", 226), transformer.get("text_embed_dim", 4096)
     return {
@@ -244,11 +244,11 @@ def make_batch(configs, clips, shape):
     }
 
 
-def step_pieces(configs, args, loss_of, shape, recomputed, keep_attention, device="cuda", layers=None):
-    """The course of a forward and backward pass, as pieces {name, left, high, gradients} in bytes relative to their start.
+def step_pieces(configs, args, compute_loss, shape, recomputed, keep_attention, device="cuda", layers=None):
+    """The memory of a forward and backward pass, as pieces {name, left, high, gradients} in bytes relative to their start.
 
-    recomputed, keep_attention: as `checkpoint_blocks` takes them. layers: run so many blocks (default: all of them).
-    Returns (pieces, bytes at the start: base, adapters, states (of the optimizer), batch; the first three of one block too).
+    recomputed, keep_attention: as in `checkpoint_blocks`. layers: how many blocks to run (default: all). Returns (pieces, bytes
+    at the start: base, adapters, states (of the optimizer), batch; the first three also of one block).
     """
     layers = layers or configs["transformer"].get("num_layers", 30)
     transformer = define_transformer(configs, args, device, layers)
@@ -263,7 +263,7 @@ def step_pieces(configs, args, loss_of, shape, recomputed, keep_attention, devic
         gradients = [0]
         for parameter in parameters:
             if args.gradient_accumulation_steps > 1:
-                parameter.grad = torch.zeros_like(parameter)  # of the batch before; the bytes are counted from the start
+                parameter.grad = torch.zeros_like(parameter)  # of the previous batch, counted from the start
             else:
                 parameter.register_post_accumulate_grad_hook(lambda p: gradients.append(gradients[-1] + p.numel() * p.element_size()))
         in_backward, at_mark = [], []
@@ -273,7 +273,7 @@ def step_pieces(configs, args, loss_of, shape, recomputed, keep_attention, devic
             at_mark.append(gradients[-1])
 
         def before_block(module, inputs, number):
-            if not in_backward:  # a block that is recomputed comes here again
+            if not in_backward:  # recomputing a block calls this again
                 mark(f"forward {number}")
 
         def after_block(module, inputs, outputs, number):
@@ -294,7 +294,7 @@ def step_pieces(configs, args, loss_of, shape, recomputed, keep_attention, devic
         if args.gradient_accumulation_steps > 1:
             start["batch"] -= adapters
         mark("inputs")
-        loss = loss_of(transformer, CogVideoXDDIMScheduler(), batch, rotary, PRECISIONS[args.mixed_precision]).mean()
+        loss = compute_loss(transformer, CogVideoXDDIMScheduler(), batch, rotary, PRECISIONS[args.mixed_precision]).mean()
         in_backward.append(True)
         loss.backward()
         del loss
@@ -311,51 +311,51 @@ def size_of(tensor):
 
 
 def frozen_tensors(module):
-    """What of a block does not train and lies on the device."""
+    """The frozen tensors of a module on the device."""
     for part in module.modules():
         yield from (p for p in [*part.parameters(recurse=False), *part.buffers(recurse=False)] if not p.requires_grad)
         if isinstance(part, linear.FrozenLinear):
             yield from (tensor for tensor in part.held if not isinstance(tensor, HostTensor))
 
 
-def training_course(configs, args, loss_of, shape, recomputed, keep_attention, device="cuda"):
-    """As `step_pieces`, for all blocks, from a run with a few of each kind. Returns (pieces, start)."""
+def training_pieces(configs, args, compute_loss, shape, recomputed, keep_attention, device="cuda"):
+    """`step_pieces` of all blocks, extrapolated from a run with a few of each kind. Returns (pieces, start)."""
     layers = configs["transformer"].get("num_layers", 30)
     kinds = [(0, min(recomputed, layers)), (min(recomputed, RUN_BLOCKS), layers - min(recomputed, layers))]
     run = [min(blocks, RUN_BLOCKS) for _, blocks in kinds]
     times = {first + RUN_BLOCKS - 2: 1 + blocks - RUN_BLOCKS for first, blocks in kinds if blocks > RUN_BLOCKS}
-    pieces, start = step_pieces(configs, args, loss_of, shape, run[0], keep_attention, device, sum(run))
+    pieces, start = step_pieces(configs, args, compute_loss, shape, run[0], keep_attention, device, sum(run))
     for name in ("base", "adapters", "states"):
         start[name] += (layers - sum(run)) * start[f"{name}_of_block"]
-    # autocast keeps its casts of the LoRA until the forward pass ends; only blocks that are not recomputed keep them longer.
+    # autocast keeps its casts of the LoRA until the forward pass ends; blocks that are not recomputed keep them longer.
     casts = 0 if args.mixed_precision == "no" else start["adapters_of_block"] // 2
     next(piece for piece in pieces if piece["name"] == "loss")["left"] -= (kinds[0][1] - run[0]) * casts
-    words = [piece["name"].split() for piece in pieces]
-    repeats = [times.get(int(word[1]), 1) if len(word) == 2 else 1 for word in words]
+    names = [piece["name"].split() for piece in pieces]
+    repeats = [times.get(int(name[1]), 1) if len(name) == 2 else 1 for name in names]
     return [piece for piece, repeat in zip(pieces, repeats, strict=True) for _ in range(repeat)], start
 
 
 def optimizer_bytes(args, parameters):
-    """Bytes of the states that an optimizer keeps for parameters (fp32 tensors, on any device), and of their average."""
+    """Bytes of the optimizer states of parameters (fp32 tensors, on any device), and of their average."""
     name, total = args.optimizer, sum(4 * parameter.numel() for parameter in parameters) if args.ema_decay else 0
     for parameter in parameters:
         numbers = parameter.numel()
-        if name == "prodigy":  # two moments, the first weights, and the sum for the step estimate
+        if name == "prodigy":  # two moments, the initial weights, and the sum for the step estimate
             total += (4 if args.adam_beta1 > 0 else 3) * 4 * numbers
         elif name.endswith("8bit") and numbers >= SMALLEST_8BIT:
-            total += 2 * (numbers + 4 * math.ceil(numbers / 256))  # bytes, and a scale for each block of 256
+            total += 2 * (numbers + 4 * math.ceil(numbers / 256))  # bytes, and one scale per block of 256
         else:
             total += 8 * numbers + (0 if name.endswith("8bit") else 4)  # two moments; torch keeps the step as a tensor
     return total
 
 
-def training_parts(configs, args, loss_of, shape, recomputed, keep_attention, device="cuda"):
-    """The parts of the highest point of a training step, in bytes; their sum is `training`.
+def training_parts(configs, args, compute_loss, shape, recomputed, keep_attention, device="cuda"):
+    """The parts of a training step's peak, in bytes; their sum is `training`.
 
-    base_weights, adapters, optimizer_state, batch: there all the time. gradients, activations, working_set: at the highest
-    point; activations are what the forward pass left for the backward one, working_set what one block needs beside them.
+    base_weights, adapters, optimizer_state, batch: constant. gradients, activations, working_set: at the peak; activations are
+    kept from the forward pass for the backward one, working_set is one block's further memory.
     """
-    pieces, start = training_course(configs, args, loss_of, shape, recomputed, keep_attention, device)
+    pieces, start = training_pieces(configs, args, compute_loss, shape, recomputed, keep_attention, device)
     accumulated = start["adapters"] if args.gradient_accumulation_steps > 1 else 0
     above, gradients, best = accumulated, accumulated, None
     for piece in [*pieces, {"name": "optimizer step", "left": 0, "high": 0, "gradients": 0}]:
@@ -380,13 +380,13 @@ def training_parts(configs, args, loss_of, shape, recomputed, keep_attention, de
     return parts | {"training": sum(parts.values()), "training_peak_at": best["at"]}
 
 
-def block_bytes(configs, args, loss_of, shape, device="cuda"):
-    """What one inner block leaves for the backward pass, in bytes: {"kept", "attention", "full"} by how it is checkpointed."""
-    found = {}
+def block_bytes(configs, args, compute_loss, shape, device="cuda"):
+    """The activations that one inner block keeps for the backward pass, in bytes: {"kept", "attention", "full"}, by checkpointing."""
+    sizes = {}
     for name, recomputed, keep_attention in (("kept", 0, True), ("attention", 3, True), ("full", 3, False)):
-        pieces, _ = step_pieces(configs, args, loss_of, shape, recomputed, keep_attention, device, layers=3)
-        found[name] = next(piece["left"] for piece in pieces if piece["name"] == "forward 1")
-    return found
+        pieces, _ = step_pieces(configs, args, compute_loss, shape, recomputed, keep_attention, device, layers=3)
+        sizes[name] = next(piece["left"] for piece in pieces if piece["name"] == "forward 1")
+    return sizes
 
 
 # -----------------------------------------------------------------------------
@@ -402,7 +402,7 @@ def captions_bytes(configs):
     if dtype == torch.float16:
         for name, module in encoder.named_modules():
             if name.endswith(".wo"):
-                module.to(torch.float32)  # transformers keeps these in fp32 where it loads fp16
+                module.to(torch.float32)  # transformers keeps these in fp32 when it loads fp16
     tokens = configs["transformer"].get("max_text_seq_length", 226)
     with counting() as ledger, torch.no_grad():
         bring_to_device(encoder.requires_grad_(False).eval())
@@ -410,8 +410,8 @@ def captions_bytes(configs):
         return weights, ledger.height_of(lambda: encoder(torch.zeros(CAPTIONS_PER_BATCH, tokens, dtype=torch.int64)))[0]
 
 
-def vae_bytes(configs, what, shape, slicing=True, tiling=True):
-    """(weights, working set) of encoding or decoding one clip with the VAE, in bytes. what: "encode" or "decode".
+def vae_bytes(configs, direction, shape, slicing=True, tiling=True):
+    """(weights, working set) of encoding or decoding one clip with the VAE, in bytes. direction: "encode" or "decode".
 
     shape: (frames, height, width) of the clip.
     """
@@ -422,19 +422,19 @@ def vae_bytes(configs, what, shape, slicing=True, tiling=True):
         vae.enable_slicing()
     if tiling:
         vae.enable_tiling()
-    vae.blend_v = vae.blend_h = lambda before, tile, extent: tile  # works in place, row by row: thousands of calls for no byte
+    vae.blend_v = vae.blend_h = lambda before, tile, extent: tile  # in place, row by row: thousands of calls that allocate nothing
 
     def work(ledger):
         remember_runs(vae.encoder, ledger)
         remember_runs(vae.decoder, ledger)
-        if what == "encode":
+        if direction == "encode":
             return encode_frames(vae, np.zeros((*shape, 3), np.uint8))
         try:
             return decode_latents(vae, torch.empty(latents_of(configs, *shape), device="meta"))
-        except NotImplementedError:  # its last step, to the host, for which there would have to be numbers
+        except NotImplementedError:  # its last step, a copy to the host, needs data
             return None
 
-    # On the meta device alone, which is quicker: a VAE has no attention whose kernel would have to be the right one.
+    # The meta device is enough, and faster: a VAE has no attention, whose kernel depends on the device.
     vae.requires_grad_(False)
     with Ledger() as ledger:
         for tensor in [*vae.parameters(), *vae.buffers()]:
@@ -443,7 +443,7 @@ def vae_bytes(configs, what, shape, slicing=True, tiling=True):
 
 
 def remember_runs(module, ledger):
-    """Run a module once for each shape of its inputs; after that only its result is made, and its highest point noted."""
+    """Run a module once per shape of its inputs; for a repeated shape, only create its result and record its peak."""
     seen, forward = {}, module.forward
 
     def run(*inputs, **settings):
@@ -451,18 +451,18 @@ def remember_runs(module, ledger):
         key = (str(layout), *(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves))
         if key not in seen:
             height, result = ledger.height_of(lambda: forward(*inputs, **settings))
-            made, layout = tree_flatten(result)
-            seen[key] = height, [(tuple(t.shape), t.dtype) for t in made], layout
+            tensors, layout = tree_flatten(result)
+            seen[key] = height, [(tuple(t.shape), t.dtype) for t in tensors], layout
             return result
-        height, made, layout = seen[key]
+        height, outputs, layout = seen[key]
         ledger.high = max(ledger.high, ledger.live + height)
-        return tree_unflatten([torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in made], layout)
+        return tree_unflatten([torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in outputs], layout)
 
     module.forward = run
 
 
 def sampling_bytes(configs, args, shape, device="cuda"):
-    """The working set of one denoising step of validation, in bytes, beside weights and optimizer. shape: (frames, height, width)."""
+    """The working set of one denoising step of validation, in bytes, without weights and optimizer. shape: (frames, height, width)."""
     clips = 2 if args.guidance_scale > 1 else 1
     transformer = define_transformer(configs, args, device, layers=2)
     with counting() as ledger, torch.no_grad():
@@ -488,34 +488,34 @@ def sampling_bytes(configs, args, shape, device="cuda"):
 
 
 def largest_shape(args):
-    """(frames, height, width) of the largest clip that the flags allow."""
+    """(frames, height, width) of the largest clip allowed by the flags."""
     sizes = getattr(args, "bucket_sizes", None) or [(args.height, args.width)]
     frames = max(getattr(args, "bucket_lengths", None) or [args.max_num_frames])
     return (frames, *max(sizes, key=math.prod))
 
 
 def phase_parts(configs, args, device="cuda"):
-    """What the phases before and beside training need, in bytes, without the transformer and the optimizer:
-    captions, clips, sampling, decoding (0 where there are no validation prompts)."""
+    """The peaks of the other phases, in bytes, without the transformer and the optimizer: captions, clips, sampling, decoding
+    (the last two are 0 without validation prompts)."""
     clip = largest_shape(args)
     settings = {"slicing": args.enable_slicing, "tiling": args.enable_tiling}
     shown = (args.validation_frames or clip[0], args.validation_height or clip[1], args.validation_width or clip[2])
     decoded = sum(vae_bytes(configs, "decode", clip, **settings))
-    again = decoded if shown == clip else sum(vae_bytes(configs, "decode", shown, **settings))
+    validation_decoded = decoded if shown == clip else sum(vae_bytes(configs, "decode", shown, **settings))
     return {
         "captions": sum(captions_bytes(configs)),
         "clips_encode": sum(vae_bytes(configs, "encode", clip, **settings)),
-        "clips_decode": decoded,  # the first clips are decoded again to be looked at
+        "clips_decode": decoded,  # the first clips are decoded again for the preview
         "sampling": sampling_bytes(configs, args, shown, device) if args.validation_prompt else 0,
-        "decoding": again if args.validation_prompt else 0,
+        "decoding": validation_decoded if args.validation_prompt else 0,
     }
 
 
 def split_over(parts, configs, args, engine, processes):
-    """What `training_parts` gave, as one of several processes has it. engine: DDP, FSDP2, ZeRO-2 or ZeRO-3. Arithmetic, not a run.
+    """The result of `training_parts` per rank of several. engine: DDP, FSDP2, ZeRO-2 or ZeRO-3. Computed, not measured.
 
-    FSDP2 and ZeRO-3 have two blocks gathered at a time (the next one comes while one works), in the compute dtype, and a
-    block's gradients before they are split. ZeRO-2 has all weights in the compute dtype, and the fp32 ones in parts.
+    FSDP2 and ZeRO-3 gather two blocks at a time (one is prefetched), in the compute dtype, and hold a block's full gradients
+    before sharding them. ZeRO-2 keeps all weights in the compute dtype, and shards the fp32 ones.
     """
     if engine in ("one process", "DDP") or processes == 1:
         return parts
@@ -534,43 +534,43 @@ def split_over(parts, configs, args, engine, processes):
     return parts | {"training": sum(parts[name] for name in names)}
 
 
-def predict(configs, args, loss_of, device="cuda", recomputation=None, phases=None, engine="DDP", processes=1):
-    """The peak of each phase of a run and the parts of training's, a flat dict of bytes (and `training_peak_at`: its place).
+def predict(configs, args, compute_loss, device="cuda", recomputation=None, phases=None, engine="DDP", processes=1):
+    """The peak of each phase of a run and the parts of training's, a flat dict of bytes (and `training_peak_at`, a piece's name).
 
-    configs: from `read_configs` or PRESETS. args: the trainer's flags, with mixed_precision chosen. loss_of: the trainer's
-    velocity_loss. device: "cuda" or "cpu", whose autocast and kept weights differ. recomputation: (blocks, keep_attention),
-    default: of --gradient_checkpointing. phases: from `phase_parts`, if it is known already. engine, processes: as in
-    `split_over`; one that splits weights validates with a copy of the model in the compute dtype.
+    configs: from `read_configs` or PRESETS. args: the trainer's flags, with mixed_precision chosen. compute_loss: the trainer's
+    velocity_loss. device: "cuda" or "cpu", which differ in autocast and frozen layers. recomputation: (blocks, keep_attention),
+    default: from --gradient_checkpointing. phases: a known result of `phase_parts`. engine, processes: as in `split_over`; an
+    engine that shards weights validates with a full copy of the model in the compute dtype.
     """
     layers = configs["transformer"].get("num_layers", 30)
     recomputation = recomputation or blocks_to_recompute(args.gradient_checkpointing, layers)
     shape = latents_of(configs, *largest_shape(args))
-    parts = training_parts(configs, args, loss_of, shape, *recomputation, device)
+    parts = training_parts(configs, args, compute_loss, shape, *recomputation, device)
     phases = phases or phase_parts(configs, args, device)
     weights = parts["base_weights"] + parts["adapters"] * (1 if args.training_type == "lora" or args.mixed_precision == "no" else 0.5)
     parts = split_over(parts, configs, args, engine, processes)
     copy = int(weights) if processes > 1 and engine in ("FSDP2", "ZeRO-3") else 0
     resident = parts["base_weights"] + parts["adapters"] + parts["optimizer_state"] + copy
-    beside = max(phases["sampling"], phases["decoding"])
+    working = max(phases["sampling"], phases["decoding"])
     peaks = {
         "captions": phases["captions"],
         "clips": max(phases["clips_encode"], phases["clips_decode"]),
         "training": parts["training"],
-        "validation": resident + beside if beside else 0,
+        "validation": resident + working if working else 0,
     }
     return parts | peaks | {"run": max(peaks.values())}
 
 
 def table(parts):
-    """The lines of a table of what `predict` gave, in GiB, or in MiB for a run that takes less than one."""
-    unit, word = (2**30, "GiB") if parts["run"] >= 2**30 else (2**20, "MiB")
-    return [f"| part | {word} |", "| --- | ---: |", *(f"| {words} | {parts[name] / unit:.2f} |" for name, words in NAMES.items())]
+    """The result of `predict` as the lines of a table, in GiB, or in MiB below one GiB."""
+    unit, symbol = (2**30, "GiB") if parts["run"] >= 2**30 else (2**20, "MiB")
+    return [f"| part | {symbol} |", "| --- | ---: |", *(f"| {label} | {parts[name] / unit:.2f} |" for name, label in NAMES.items())]
 
 
 def say_predicted(args, folder, accelerator, compute_loss):
-    """Print what the run will need of the device's memory, from configs alone."""
+    """Print the predicted device memory of the run."""
     device = accelerator.device.type
     configs = on_device(read_configs(folder, args.variant), device)
     engines = {"engine": engine_of(accelerator), "processes": accelerator.num_processes}
-    say("\npredicted, with every block recomputed where the flag is auto:")
+    say("\npredicted memory (--gradient_checkpointing auto counts as all):")
     say("\n".join(table(predict(configs, args, compute_loss, device, **engines))))

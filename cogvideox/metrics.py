@@ -1,4 +1,4 @@
-"""The run's numbers: metrics.jsonl always, a plot of them, and trackers where asked for."""
+"""The run's metrics: metrics.jsonl, a plot, and optional trackers."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ from cogvideox.video import gif_bytes, read_video
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line. A resumed run first drops the lines after the step that it resumes from."""
+    """metrics.jsonl: one JSON object per line. A resumed run first drops the lines after its checkpoint's step."""
 
     def __init__(self, path, first_step, enabled):
         self.file, self.path = None, Path(path)
@@ -32,20 +32,20 @@ class MetricsFile:
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, values):
-        """Append one line and hand it to the operating system, so that a killed run has all it logged."""
+        """Append and flush one line, so that a killed run loses none."""
         if not self.file:
             return
         try:
             self.file.write(json.dumps(values) + "\n")
             self.file.flush()
-        except OSError as error:  # a full disk; the numbers of later steps may fit again
-            warn(f"step {values['step']} is missing from metrics.jsonl ({error.strerror})")
+        except OSError as error:  # a full disk; later lines may fit again
+            warn(f"step {values['step']} was not written to metrics.jsonl ({error.strerror})")
 
 
 class Meter:
     """The progress bar and the log: every --logging_steps optimizer steps, at every checkpoint and after the last step.
 
-    A line has the mean loss of all clips since the line before, on all ranks. Every rank calls `offer`.
+    A line has the mean loss of all clips on all ranks since the previous line. Every rank calls `offer`.
     """
 
     def __init__(self, args, trained, plan, first_step):
@@ -55,7 +55,7 @@ class Meter:
         self.since_log = time.perf_counter()
 
     def bar(self, first, last):
-        """The steps from `first` to `last`, counted on a progress bar."""
+        """The steps from `first` to `last`, with a progress bar."""
         self.since_log = time.perf_counter()
         settings = {"initial": first - 1, "unit": "step", "disable": not self.trained.is_main, "dynamic_ncols": True}
         self.progress = progress(range(first, last + 1), "training", total=last, **settings)
@@ -66,7 +66,7 @@ class Meter:
         return last or step % self.args.logging_steps == 0 or step % self.args.checkpointing_steps == 0
 
     def offer(self, step, result, last=False):
-        """Take a step's numbers, and log them if it is time. Reading the loss waits for the GPU, so only then."""
+        """Record a step's numbers, and log them if due. Reading the loss waits for the GPU, so only then."""
         self.losses += result.losses
         self.waited += result.seconds_waited
         if not self.is_due(step, last):
@@ -89,61 +89,61 @@ class Meter:
         self.since_log, self.waited, self.logged_step, self.losses = now, 0.0, step, []
 
     def log(self, line):
-        """Write a line to metrics.jsonl, and its numbers to the trackers."""
+        """Write a line to metrics.jsonl and its numbers to the trackers."""
         self.file.write(line)
         numbers = {name: value for name, value in line.items() if name != "step" and isinstance(value, (int, float))}
         self.trained.accelerator.log(numbers, step=line["step"])
 
     @contextlib.contextmanager
     def paused(self):
-        """Stop the clock of the training steps for the block."""
+        """Exclude the block from the measured time of the training steps."""
         started = time.perf_counter()
         yield
         self.since_log += time.perf_counter() - started
 
 
 class NonFiniteGuard:
-    """Ends the run after --max_skipped_steps steps in a row whose gradient was not finite. Every rank calls `check`.
+    """Aborts after --max_skipped_steps consecutive non-finite gradients. Every rank calls `check`.
 
-    Under DeepSpeed the first one ends it: the step is taken before the norm is known, and cannot be undone.
+    With DeepSpeed the first one aborts: the optimizer steps before the norm is known, and the step cannot be undone.
     """
 
     def __init__(self, args, trained, clip_of, records, checkpointer):
         self.args, self.trained, self.clip_of, self.records, self.checkpointer = args, trained, clip_of, records, checkpointer
         deepspeed = engine.uses_deepspeed(trained.accelerator)
-        self.most, self.fate = (1, "went wrong") if deepspeed else (args.max_skipped_steps, "was skipped")
-        self.in_a_row = 0
+        self.most, self.fate = (1, "was taken with") if deepspeed else (args.max_skipped_steps, "was skipped for")
+        self.consecutive = 0
 
     def check(self, step, result):
-        """Name the clips of a step whose gradient was not finite; after too many in a row, end the run."""
-        self.in_a_row = 0 if result.finite else self.in_a_row + 1
-        if not self.in_a_row:
+        """Warn of a step with a non-finite gradient, with its clips; abort after too many consecutive ones."""
+        self.consecutive = 0 if result.finite else self.consecutive + 1
+        if not self.consecutive:
             return
         for sentence in self.describe(result):
-            warn(f"step {step} {self.fate}, its gradient is not finite: {sentence}")
-        if self.in_a_row < self.most:
+            warn(f"step {step} {self.fate} a non-finite gradient: {sentence}")
+        if self.consecutive < self.most:
             return
         path = self.checkpointer.newest()
         if self.trained.is_main:
-            write_status(self.args.output_dir, BAD_NUMBERS, "gradients not finite", step, path)
+            write_status(self.args.output_dir, BAD_NUMBERS, "non-finite gradients", step, path)
             report.refresh(self.args.output_dir)
-        kept = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
-        row = "step" if self.in_a_row == 1 else "steps in a row"
-        fail(BAD_NUMBERS, f"{self.in_a_row} {row} had no finite gradient (--learning_rate, --mixed_precision); {kept}")
+        newest = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
+        count = "1 step" if self.consecutive == 1 else f"{self.consecutive} consecutive steps"
+        fail(BAD_NUMBERS, f"{count} had a non-finite gradient (check --learning_rate and --mixed_precision); {newest}")
 
     def describe(self, result):
-        """Which clips, at which timesteps, had a loss that is not finite, as sentences from all ranks."""
+        """The clips and timesteps with a non-finite loss, as sentences from all ranks."""
         bad = []
         for loss, positions, timesteps in zip(result.losses, result.positions, result.timesteps, strict=True):
             if not torch.isfinite(loss):
                 for position, timestep in zip(positions.tolist(), timesteps.tolist(), strict=True):
                     clip = printable(self.records[self.clip_of(position)].listed)
                     bad.append(f"{clip} at timestep {timestep} (loss {loss.item()})")
-        return gather_object(bad) or ["every loss was finite, its gradient was not"]
+        return gather_object(bad) or ["every loss was finite, but the gradient norm was not"]
 
 
 def plot_losses(metrics_path, picture_path):
-    """loss.png: training loss (and its running mean), the scores on fixed noise, learning rate and gradient norm over steps."""
+    """Draw loss.png: training loss and its running mean, the scores on fixed noise, learning rate and gradient norm over steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -160,13 +160,13 @@ def plot_losses(metrics_path, picture_path):
         means.append(running)
     axes[0].plot(steps, [line["loss"] for line in trained], color="tab:blue", alpha=0.25, label="training loss, one step")
     axes[0].plot(steps, means, color="tab:blue", alpha=0.6, label="training loss, running mean")
-    for name, words, color in (("train", "trained clips", "tab:red"), ("held_out", "held-out clips", "tab:orange")):
+    for name, clips, color in (("train", "training clips", "tab:red"), ("held_out", "held-out clips", "tab:orange")):
         line = [(one["step"], one[f"eval_{name}_loss"], one[f"eval_{name}_base_loss"]) for one in scored]
         line = [values for values in line if values[1] is not None]
         if line:
             at, losses, base = zip(*line, strict=True)
-            axes[0].plot(at, losses, "o-", color=color, label=f"{words}, fixed noise")
-            axes[0].plot(at, base, "--", color=color, alpha=0.6, label=f"{words}, base model")
+            axes[0].plot(at, losses, "o-", color=color, label=f"{clips}, fixed noise")
+            axes[0].plot(at, base, "--", color=color, alpha=0.6, label=f"{clips}, base model")
     if scored and scored[-1]["best_step"]:
         axes[0].axvline(scored[-1]["best_step"], color="tab:orange", linestyle=":", label="lowest on held-out clips")
     axes[0].set_ylabel("velocity loss")
@@ -177,7 +177,7 @@ def plot_losses(metrics_path, picture_path):
     axes[2].plot(steps, [line["grad_norm"] for line in trained], color="tab:purple")
     axes[2].set_ylabel("gradient norm")
     axes[2].set_xlabel("optimizer step")
-    figure.subplots_adjust(left=0.12, right=0.97, bottom=0.06, top=0.98, hspace=0.08)  # measuring the texts takes longer than drawing
+    figure.subplots_adjust(left=0.12, right=0.97, bottom=0.06, top=0.98, hspace=0.08)  # a tight layout would take longer than the drawing
     picture = io.BytesIO()
     figure.savefig(picture, dpi=100, format="png")
     pyplot.close(figure)
@@ -185,7 +185,7 @@ def plot_losses(metrics_path, picture_path):
 
 
 def start_trackers(args, accelerator, facts):
-    """Start the trackers of --report_to. Returns accelerate's trackers; a hub token never reaches them."""
+    """Start the trackers of --report_to. Returns accelerate's trackers. `facts` must not contain a hub token."""
     if args.report_to != "none":
         accelerator.log_with = filter_trackers([args.report_to], Path(args.output_dir) / args.logging_dir)
         accelerator.project_configuration.set_directories(args.output_dir)
@@ -196,7 +196,7 @@ def start_trackers(args, accelerator, facts):
 
 
 def track_videos(trackers, folder, jobs, prompts, step, fps):
-    """Show a validation's videos in tensorboard (as animated pictures) and wandb. A tracker's failure is only said."""
+    """Log a validation's videos to tensorboard (as GIFs) and wandb. A tracker's failure is a warning."""
     for tracker in trackers:
         try:
             paths = [(job, Path(folder) / job["name"]) for job in jobs]
@@ -210,11 +210,11 @@ def track_videos(trackers, folder, jobs, prompts, step, fps):
                 videos = [wandb.Video(str(path), caption=prompts[job["prompt"]], format="mp4") for job, path in paths]
                 tracker.log({"validation": videos}, step=step)
         except Exception as error:
-            warn(f"{tracker.name} did not take the validation videos ({type(error).__name__}: {error}); they are in {folder}")
+            warn(f"{tracker.name} did not log the validation videos ({type(error).__name__}: {error}); they are in {folder}")
 
 
 def track_gif(writer, tag, frames, step, fps):
-    """Add an animated GIF to tensorboard, as SummaryWriter.add_video does where moviepy is installed."""
+    """Add a GIF to tensorboard, like SummaryWriter.add_video, which needs moviepy."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     image = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=gif_bytes(frames, fps))

@@ -1,4 +1,4 @@
-"""Loading the models of a CogVideoX folder, and how text and video become what the transformer sees."""
+"""Loading the models of a CogVideoX folder, encoding captions and clips, decoding latents, gradient checkpointing."""
 
 import functools
 import importlib
@@ -15,14 +15,14 @@ from cogvideox.folder import stored_dtype, weight_files
 
 
 def usable_dtype(stored, device):
-    """The dtype to run stored weights in: the stored one, but fp32 for fp16 on a CPU, which has no fast fp16."""
+    """The dtype to run stored weights in: the stored one, or fp32 for fp16 weights on a CPU, which has no fast fp16."""
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
 
 
 def load_text_encoder(folder, device, variant=None):
     """The T5 encoder in its stored dtype, frozen. transformers keeps T5's `wo` in fp32 when it loads fp16.
 
-    On a GPU that it does not fit into, accelerate keeps what is too much in host memory and brings each layer when it is used.
+    If it does not fit on the GPU, accelerate keeps the excess in host memory and copies each layer when it is used.
     """
     dtype = usable_dtype(stored_dtype(folder, "text_encoder", variant), device)
     weights = sum(file.stat().st_size for file in weight_files(folder / "text_encoder", variant)[0])
@@ -35,11 +35,11 @@ def load_text_encoder(folder, device, variant=None):
 
 
 def placement(weights, free, gpu):
-    """How to load `weights` bytes with `free` bytes on a GPU: nothing to say, or the arguments that split a model between it and
-    the host. A group of captions takes a sixth of T5's weights beside them (cogvideox.memory)."""
+    """Arguments to load `weights` bytes with `free` bytes on a GPU: {}, or those that split the model between GPU and host. Encoding
+    a group of captions needs a further sixth of T5's weights (cogvideox.memory)."""
     if weights * 7 / 6 < 0.95 * free:
         return {}
-    say("T5 does not fit into the GPU's free memory: a part of it stays in host memory, which is slower")
+    say("T5 does not fit in the GPU's free memory: part of it stays in host memory, which is slower")
     return {"device_map": "auto", "max_memory": {gpu: int(0.95 * free - weights / 6), "cpu": 2**50}}
 
 
@@ -66,19 +66,19 @@ def load_transformer(folder, dtype, variant=None):
 
 
 def keep_position_tables(patch_embed, shapes=8):
-    """Compute the sincos table of a size once: diffusers does it in each forward pass, in float64, for all but the default size.
+    """Cache the sincos table per size: diffusers recomputes it in every forward pass, in float64, except for the default size.
 
-    At 49 x 480 x 640 that is more than half a second of a CPU core. The name of its function is private: without it nothing changes.
+    At 49 x 480 x 640 that takes more than half a second of a CPU core. A no-op if diffusers renames its private function.
     """
     if make := getattr(patch_embed, "_get_positional_embeddings", None):
-        dtype = patch_embed.proj.weight.dtype  # what the table is rounded to when it is added
+        dtype = patch_embed.proj.weight.dtype  # the table is cast to it when it is added
         if hasattr(patch_embed, "pos_embedding"):  # the default size's: 273 MB in float64
             patch_embed.pos_embedding = patch_embed.pos_embedding.to(dtype)
         patch_embed._get_positional_embeddings = functools.lru_cache(shapes)(lambda *args, **kwargs: make(*args, **kwargs).to(dtype))
 
 
 def load_scheduler(folder):
-    """The scheduler that the folder names. Others would drop `snr_shift_scale` without a word and train another noise."""
+    """The scheduler class named in the folder. Another one would silently drop `snr_shift_scale` and change the noise schedule."""
     config = read_json(folder / "scheduler/scheduler_config.json")
     kind = CogVideoXDPMScheduler if config.get("_class_name") == "CogVideoXDPMScheduler" else CogVideoXDDIMScheduler
     return kind.from_pretrained(folder / "scheduler", local_files_only=True)
@@ -90,7 +90,7 @@ def load_scheduler(folder):
 
 @torch.no_grad()
 def encode_captions(tokenizer, text_encoder, captions, max_text_seq_length):
-    """T5 embeddings [B, max_text_seq_length, D], padded and without a mask, as CogVideoXPipeline.encode_prompt makes them."""
+    """T5 embeddings [B, max_text_seq_length, D], padded and without a mask, like CogVideoXPipeline.encode_prompt."""
     ids = tokenizer(
         list(captions), padding="max_length", max_length=max_text_seq_length, truncation=True, add_special_tokens=True, return_tensors="pt"
     ).input_ids
@@ -104,7 +104,7 @@ def encode_frames(vae, frames):
     moments = vae.encode((video.to(torch.float32) / 127.5 - 1).to(vae.dtype)).latent_dist.parameters[0]
     compression = 2 ** (len(vae.config.block_out_channels) - 1)
     if moments.shape[2:] != (frames.shape[1] // compression, frames.shape[2] // compression):
-        # diffusers' tiles overlap by a share of their size, which is whole latents only for tiles of a multiple of 48 pixels.
+        # diffusers' tiles overlap by a fraction of their size, a whole number of latents only for multiples of 48 pixels.
         raise ValueError("the VAE's tiles do not fit this size: use --no-enable_tiling")
     return moments
 
@@ -112,7 +112,7 @@ def encode_frames(vae, frames):
 def sample_latents(moments, scaling_factor, generator):
     """One sample of a posterior, scaled, in fp32: [F', C, H', W'] from moments [2C, F', H', W'].
 
-    As DiagonalGaussianDistribution.sample times the VAE's scaling_factor; the layout is the transformer's.
+    Like DiagonalGaussianDistribution.sample, times the VAE's scaling_factor, in the transformer's layout.
     """
     mean, log_variance = moments.float().chunk(2)
     noise = torch.randn(mean.shape, generator=generator)
@@ -122,18 +122,18 @@ def sample_latents(moments, scaling_factor, generator):
 
 @torch.no_grad()
 def decode_latents(vae, latents):
-    """uint8 frames [F, H, W, 3] of scaled latents [F', C, H', W'], as CogVideoXPipeline.decode_latents makes them."""
+    """uint8 frames [F, H, W, 3] of scaled latents [F', C, H', W'], like CogVideoXPipeline.decode_latents."""
     latents = latents.transpose(0, 1)[None].to(vae.device, vae.dtype) / vae.config.scaling_factor
     video = vae.decode(latents).sample[0].float()  # [3, F, H, W]
-    # diffusers' VAE decodes an even number of latents to 4 frames each, where the first stands for one: drop the surplus.
+    # diffusers' VAE decodes an even number of latents to 4 frames each, although the first encodes one: drop the surplus.
     video = video[:, -((latents.shape[2] - 1) * vae.config.temporal_compression_ratio + 1) :]
     return ((video / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
 def rotary_tables(transformer, device):
-    """A function from a batch to the (cos, sin) tables of a rotary model, made by the pipeline's own function.
+    """A function from a batch to the (cos, sin) tables of a rotary model, computed by the pipeline and cached by shape.
 
-    It returns None for a sincos model (the 2B), whose positions are added inside the transformer. Tables are kept by shape.
+    It returns None for a sincos model (the 2B), which adds its positions inside the transformer.
     """
     if not transformer.config.use_rotary_positional_embeddings:
         return lambda batch: None
@@ -147,18 +147,18 @@ def rotary_tables(transformer, device):
     return lambda batch: tables(batch["latents"].shape[1], *batch["latents"].shape[3:])
 
 
-def blocks_to_recompute(wanted, blocks):
-    """(number of blocks, whether their attention is kept) of a --gradient_checkpointing value; auto begins as all."""
-    if wanted.isdecimal():
-        return min(int(wanted), blocks), True
-    return {"auto": (blocks, False), "all": (blocks, False), "attention": (blocks, True), "none": (0, True)}[wanted]
+def blocks_to_recompute(setting, blocks):
+    """(number of blocks, whether their attention outputs are kept) of a --gradient_checkpointing value; auto starts as all."""
+    if setting.isdecimal():
+        return min(int(setting), blocks), True
+    return {"auto": (blocks, False), "all": (blocks, False), "attention": (blocks, True), "none": (0, True)}[setting]
 
 
 def checkpoint_blocks(transformer, recomputed, keep_attention):
     """Recompute the activations of the first `recomputed` blocks in the backward pass instead of keeping them.
 
-    keep_attention: keep what their attention gave, a fortieth of a block's activations. Attention is quadratic in the
-    tokens: at 49 x 480 x 720 it is six tenths of the forward pass that is otherwise done twice.
+    keep_attention: keep their attention outputs, a fortieth of a block's activations. Attention is quadratic in the tokens: at
+    49 x 480 x 720 it takes six tenths of the forward pass.
     """
     if recomputed == 0:
         transformer.disable_gradient_checkpointing()
@@ -177,23 +177,23 @@ def checkpoint_blocks(transformer, recomputed, keep_attention):
 
 
 def keep_attention_outputs(context, operation, *args, **kwargs):
-    """The policy of selective checkpointing: scaled dot product attention is kept, whatever its backend, all else done again."""
+    """The policy of selective checkpointing: save the output of scaled dot product attention (any backend), recompute all else."""
     is_attention = "_scaled_dot_product" in str(operation)
     return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compile_blocks(transformer, device):
-    """Compile the repeated blocks in place (regional compilation: one block's graph serves them all), where a compiler is found.
+    """Compile the repeated blocks in place (regional compilation: one graph for all blocks), if a compiler is installed.
 
-    Only training steps run compiled; validation and the checks have other shapes and adapters, and would compile again.
+    Only training steps run compiled: validation and the checks have other shapes and adapters, and would recompile.
     """
     try:
         if device.type == "cuda":
             importlib.import_module("triton")
         else:
             importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler()
-    except Exception as error:  # torch's own kinds for a missing compiler
-        warn(f"--compile: no compiler was found ({str(error).splitlines()[0][:100]}); training goes on without it")
+    except Exception as error:  # torch's errors of a missing compiler
+        warn(f"--compile: no compiler found ({str(error).splitlines()[0][:100]}); training without it")
         return
     for block in transformer.transformer_blocks:
         block.compile()

@@ -9,8 +9,8 @@ from diffusers.optimization import get_scheduler
 def make_optimizer(args, parameters, learning_rate):
     """The optimizer of `args` over fp32 parameters.
 
-    Adam adds `adam_weight_decay` to the gradient (L2), AdamW and both 8-bit ones decay the weights directly (bitsandbytes
-    gives Adam8bit the decay of AdamW8bit); Prodigy finds its own step and wants a learning rate near 1.
+    Adam adds `adam_weight_decay` to the gradient (L2); AdamW and both 8-bit optimizers decouple it (bitsandbytes' Adam8bit decays
+    like AdamW8bit). Prodigy estimates its step size and needs a learning rate near 1.
     """
     name = args.optimizer.lower()
     common = {
@@ -36,9 +36,9 @@ def make_optimizer(args, parameters, learning_rate):
 
 
 def make_schedule(args, optimizer, total_steps):
-    """The learning-rate schedule, counted in optimizer steps: the same on any number of processes.
+    """The learning-rate schedule, in optimizer steps, independent of the number of processes.
 
-    It is never handed to accelerate, which would step it once for each process.
+    Do not pass it to accelerate, which would step it once per process.
     """
     return get_scheduler(
         args.lr_scheduler,

@@ -1,7 +1,7 @@
-"""Decoding in guarded processes: a file that hangs, crashes the decoder or never ends costs its time limit, not the run.
+"""Decoding in worker processes: a file that hangs or crashes the decoder costs its timeout, not the run.
 
-`Readers` owns worker processes that take JSON lines and answer with JSON and raw frames; `python -m cogvideox.reader` is such a
-worker. Workers import numpy and a decoder, never torch, and end when their parent does (their input closes).
+`Readers` starts workers (`python -m cogvideox.reader`), which read requests as JSON lines and reply with JSON and raw frames. A
+worker imports numpy and a decoder, not torch, and exits with its parent (its stdin closes).
 """
 
 import contextlib
@@ -26,16 +26,16 @@ COMMAND = [sys.executable, "-m", "cogvideox.reader"]
 
 
 class Readers:
-    """A pool of guarded decoding processes, used as a context manager.
+    """A pool of decoding processes, used as a context manager.
 
-    workers: how many processes. timeout_seconds: how long one file may take. command: what to run (tests replace it).
+    workers: number of processes. timeout_seconds: timeout per file. command: the worker's command line (tests replace it).
     """
 
     def __init__(self, workers=2, timeout_seconds=60.0, command=COMMAND):
         self.timeout_seconds, self.command = timeout_seconds, command
         self.idle = queue.SimpleQueue()
         for _ in range(workers):
-            self.idle.put(None)  # a worker is started by its first file
+            self.idle.put(None)  # a worker starts with its first file
         self.workers = workers
         self.threads = ThreadPoolExecutor(workers)
 
@@ -48,7 +48,7 @@ class Readers:
             stop(self.idle.get())
 
     def read(self, path, framing, want_frames=True, reader="auto"):
-        """Decode one file. Returns (facts, frames); frames is None unless wanted. Raises BadClip with the reason."""
+        """Decode one file. Returns (facts, frames); frames is None without `want_frames`. Raises BadClip with the reason."""
         request = {"path": str(path), "framing": asdict(framing), "want_frames": want_frames, "reader": reader}
         worker = self.idle.get()
         try:
@@ -70,9 +70,9 @@ class Readers:
         return reply["facts"], frames
 
     def read_all(self, requests, want_frames=True):
-        """Decode (path, framing) pairs, ahead of the caller by at most two files a worker.
+        """Decode (path, framing) pairs, at most two files per worker ahead of the caller.
 
-        Yields (facts, frames, reason) in order: reason is None, or why the file cannot be used (the others are None).
+        Yields (facts, frames, reason) in order; reason says why a file cannot be used, and the others are then None.
         """
 
         def attempt(path, framing):
@@ -92,7 +92,7 @@ class Readers:
     def start(self):
         """Start one worker process."""
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        # A session of its own: Ctrl-C is for the trainer, which finishes its work and then closes the pipes.
+        # A separate session: Ctrl-C goes to the trainer only, which finishes its work and then closes the pipes.
         return subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,
@@ -104,7 +104,7 @@ class Readers:
         )
 
     def exchange(self, worker, request):
-        """Send one request and wait for its reply. Raises TimeoutError, or EOFError where the worker is gone."""
+        """Send one request and wait for its reply. Raises TimeoutError, or EOFError if the worker has exited."""
         deadline = time.monotonic() + self.timeout_seconds
         worker.stdin.write(json.dumps(request).encode() + b"\n")
         length = int.from_bytes(read_exactly(worker.stdout, 8, deadline))
@@ -116,7 +116,7 @@ class Readers:
 
 
 def read_exactly(pipe, size, deadline):
-    """`size` bytes of an unbuffered pipe. Raises EOFError at its end, TimeoutError at the deadline."""
+    """Read `size` bytes from an unbuffered pipe. Raises EOFError at its end, TimeoutError at the deadline."""
     received = bytearray(size)
     view, filled = memoryview(received), 0
     with selectors.DefaultSelector() as selector:
@@ -132,7 +132,7 @@ def read_exactly(pipe, size, deadline):
 
 
 def stop(worker):
-    """Kill a worker and everything it started."""
+    """Kill a worker and its child processes."""
     if worker is None:
         return
     with contextlib.suppress(ProcessLookupError):
@@ -143,7 +143,7 @@ def stop(worker):
 
 
 def describe_end(worker):
-    """How a worker that closed its pipe ended, in words."""
+    """How a worker that closed its pipe exited, for a message."""
     try:
         code = worker.wait(timeout=5)
     except subprocess.TimeoutExpired:
@@ -152,8 +152,7 @@ def describe_end(worker):
 
 
 def serve():
-    """Answer requests until the input closes. The reply channel is a private copy of stdout, so that no library's
-    print can damage it."""
+    """Answer requests until stdin closes. Replies go to a private copy of stdout, which no library's print can corrupt."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     for line in sys.stdin.buffer:
@@ -167,7 +166,7 @@ def serve():
             reply = {"ok": True, "facts": facts}
         except BadClip as error:
             reply = {"ok": False, "reason": str(error)}
-        except Exception as error:  # a decoder may raise anything; the file's owner has to hear of it
+        except Exception as error:  # a decoder may raise anything; report it for the file
             reply = {"ok": False, "reason": f"the decoder failed: {type(error).__name__}: {str(error)[:160]}"}
         send_frames = request["want_frames"] and frames is not None
         if send_frames:
@@ -180,7 +179,7 @@ def serve():
 
 
 def decode_workers():
-    """How many decoding processes pay on this machine: decoding is never the slow part, encoding is."""
+    """The number of decoding processes on this machine: at most 4, because encoding is slower than decoding."""
     return max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
 
 

@@ -1,4 +1,4 @@
-"""Before step 1: everything that would otherwise fail after hours, once, on the real configuration, its effect undone."""
+"""The rehearsal before step 1: one step, save and video on the real configuration, with all effects undone."""
 
 import contextlib
 import copy
@@ -24,11 +24,11 @@ from cogvideox.video import read_video, write_video
 
 
 def rehearse(args, trained, result_facts, batch, compute_loss, train_step):
-    """One optimizer step at the largest shape, its result saved and loaded again, an mp4, a card; then all of it undone.
+    """Take one optimizer step at the largest shape, save and reload its result, write an mp4 and a card, then undo all of it.
 
-    result_facts: the metadata of the shipped file. batch: CPU tensors. compute_loss: (model, batch) -> the mean loss. train_step:
-    the script's. With --dry_run a second step is timed, after what only the first one does.
-    Every process calls it. Returns (seconds of an optimizer step, peak GiB, MiB of a checkpoint).
+    result_facts: the metadata of the exported file. batch: CPU tensors. compute_loss: (model, batch) -> the mean loss.
+    train_step: the script's. With --dry_run a second step is timed, without first-step overhead. Every rank calls it. Returns
+    (seconds per optimizer step, peak GiB, MiB per checkpoint).
     """
     accelerator, device = trained.accelerator, trained.device
     fit_to_memory(args, trained, lambda: compute_loss(trained.model, {name: value.to(device) for name, value in batch.items()}))
@@ -54,10 +54,10 @@ def rehearse(args, trained, result_facts, batch, compute_loss, train_step):
 
 @contextlib.contextmanager
 def undone(args, trained):
-    """Steps that are taken in the block leave nothing: weights, optimizer, schedule and scaler are put back. A collective.
+    """Undo the block's steps: restore weights, optimizer, schedule and scaler. A collective.
 
-    In the block a step is one batch, whatever --gradient_accumulation_steps, and its learning rate is at least 1e-4, so that it
-    moves something where a warm-up would start at 0.
+    In the block a step is one batch, regardless of --gradient_accumulation_steps, with a learning rate of at least 1e-4, so that
+    it changes the weights even if a warm-up starts at 0.
     """
     accelerator, parameters, deepspeed = trained.accelerator, trained.parameters, engine.uses_deepspeed(trained.accelerator)
     weights = [engine.read_weight(p).cpu() if deepspeed else p.detach().clone() for p in parameters]
@@ -84,7 +84,7 @@ def undone(args, trained):
 
 
 def checkpoint_mebibytes(args, trained):
-    """About what a checkpoint takes on disk, after a step has given the optimizer its states."""
+    """The approximate size of a checkpoint, once a step has created the optimizer states."""
     numel = sum(getattr(p, "ds_numel", p.numel()) for p in trained.parameters)
     states = engine.inner_optimizer(trained.optimizer).state if not engine.uses_deepspeed(trained.accelerator) else {}
     tensors = [value for state in states.values() for value in state.values() if torch.is_tensor(value)]
@@ -94,9 +94,9 @@ def checkpoint_mebibytes(args, trained):
 
 
 def try_results(args, trained, full_model, state, result_facts):
-    """Write a result, load it again, write and read a video and a card, in a folder that is gone afterwards.
+    """Write and reload a result, write and read a video, write a card, all in a temporary folder.
 
-    state: the weights after a step. Returns what failed as a sentence, or None. Only the main process calls it.
+    state: the weights after a step. Returns the problem as a sentence, or None. Only rank 0 calls it.
     """
     folder = Path(args.output_dir) / ".rehearsal"
     try:
@@ -104,10 +104,10 @@ def try_results(args, trained, full_model, state, result_facts):
         trained.kind.write(folder, trained.export(full_model, state), result_facts)
         _, effect = trained.kind.check_export(folder, full_model)
         if effect == 0:
-            warn("an optimizer step changes no output of the model; check --learning_rate and --target_modules")
+            warn("an optimizer step does not change the model's output; check --learning_rate and --target_modules")
         write_video(folder / "video.mp4", np.zeros((5, 32, 32, 3), np.uint8), args.fps)
         if (frames := len(read_video(folder / "video.mp4"))) != 5:
-            return f"rehearsal in {folder}: a video of 5 frames was read back with {frames}"
+            return f"rehearsal in {folder}: a video of 5 frames was read back with {frames} frames"
         hub.write_model_card(folder, run_facts(public_flags(args), hub.NO_FACTS))
     except (OSError, ValueError, RuntimeError) as error:
         return f"rehearsal in {folder}: {type(error).__name__}: {error}"
@@ -117,13 +117,13 @@ def try_results(args, trained, full_model, state, result_facts):
 
 
 def fit_to_memory(args, trained, loss):
-    """With --gradient_checkpointing auto, recompute no more blocks than the memory asks for. loss: () -> of the largest batch."""
+    """With --gradient_checkpointing auto, recompute as few blocks as fit in memory. loss: () -> the loss of the largest batch."""
     accelerator = trained.accelerator
     if args.gradient_checkpointing != "auto":
         return
     if engine.splits_weights(accelerator) or engine.uses_deepspeed(accelerator):
-        # A block that is run by itself, to be measured, would be gathered and not let go.
-        say("gradient checkpointing: every block is recomputed; this engine is not measured (attention, none or a number: less work)")
+        # Running a block alone, to measure it, would gather it and not release it.
+        say("gradient checkpointing: all blocks are recomputed, because auto does not measure this engine (faster: attention, none or N)")
         return
     with accelerator.no_sync(trained.model):
         fit_checkpointing(accelerator, trained.transformer, lambda: loss().backward())
@@ -131,13 +131,13 @@ def fit_to_memory(args, trained, loss):
         parameter.grad = None
 
 
-@torch.compiler.set_stance("force_eager")  # what is measured here is not to be compiled for it
+@torch.compiler.set_stance("force_eager")  # do not compile for a measurement
 def fit_checkpointing(accelerator, transformer, step):
-    """Recompute no more blocks than the free memory asks for. step: runs a forward and a backward pass at the largest shape.
+    """Recompute as few blocks as fit in the free memory. step: runs a forward and a backward pass at the largest shape.
 
-    The step is run with every block recomputed, which needs the least, and what it leaves free is measured; so is what one
-    block would keep. A share of the room is left alone: memory breaks into pieces, and other programs come and go. Every
-    process calls it, and all do as the one with the least room.
+    Runs the step with every block recomputed, which needs the least memory, and measures the memory left free and the memory
+    that one block would keep. 15 % of the free memory stay unused, for fragmentation and other programs. Every rank calls it,
+    and all use the plan of the rank with the least free memory.
     """
     blocks, inputs = transformer.transformer_blocks, []
     handle = blocks[-1].register_forward_pre_hook(lambda block, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True)
@@ -149,23 +149,23 @@ def fit_checkpointing(accelerator, transformer, step):
     with accelerator.autocast():
         kept, attention = kept_bytes(blocks[-1], *inputs[0])
     inputs.clear()
-    if accelerator.device.type == "cpu":  # what the step itself takes is free again, and was not counted
+    if accelerator.device.type == "cpu":  # the step's own memory is free again, and was not subtracted
         room = room / max(1, accelerator.num_processes) - 2 * kept
     plan = max(gather_object([fewest_recomputed(len(blocks), kept, attention, 0.85 * room)]), key=lambda plan: (plan[0], not plan[1]))
     checkpoint_blocks(transformer, *plan)
     recomputed, keep_attention = plan
-    how = "" if recomputed == 0 else ", their attention kept" if keep_attention else ", their attention too"
+    attention_note = "" if recomputed == 0 else ", except attention" if keep_attention else ", including attention"
     say(
-        f"gradient checkpointing: {recomputed} of {len(blocks)} blocks are recomputed{how} "
+        f"gradient checkpointing: {recomputed} of {len(blocks)} blocks are recomputed{attention_note} "
         f"(a block keeps {kept / 2**20:.0f} MiB; {room / 2**30:.1f} GiB were free)"
     )
 
 
 def fewest_recomputed(blocks, kept, attention, room):
-    """(how many blocks to recompute, whether to keep what their attention gave), the least work that fits.
+    """(how many blocks to recompute, whether to keep their attention outputs): the fastest choice that fits.
 
-    kept, attention: bytes that one block keeps for the backward pass, and that its attention alone gives. room: bytes free
-    while every block is recomputed in full.
+    kept, attention: bytes that one block keeps for the backward pass, and bytes of its attention outputs. room: bytes free while
+    every block is fully recomputed.
     """
     for recomputed in range(blocks + 1):
         if (blocks - recomputed) * kept + recomputed * attention <= room:
@@ -174,7 +174,7 @@ def fewest_recomputed(blocks, kept, attention, room):
 
 
 def kept_bytes(block, args, kwargs):
-    """(bytes that a block keeps for its backward pass, bytes of them that attention gave), by running it once."""
+    """(bytes that a block keeps for its backward pass, bytes of its attention outputs), measured by running it once."""
     tensors, attention = {}, []
 
     def keep(tensor):
@@ -197,7 +197,7 @@ def kept_bytes(block, args, kwargs):
 
 
 def free_bytes(device):
-    """Bytes that are free on a GPU beside the peak since it was reset, or in this machine (or container)."""
+    """Free bytes: on a GPU, beyond the peak since its last reset; on a CPU, of this machine or container."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
@@ -209,16 +209,16 @@ def free_bytes(device):
 
 
 def report(args, seconds, peak, checkpoint_mib, total_steps, device, trained):
-    """What the rehearsal measured, and what it means for the whole run. Returns a problem, or None."""
+    """Print the rehearsal's measurements and the run's needs. Returns a problem, or None."""
     kept = -(-total_steps // args.checkpointing_steps)
     kept = min(kept, args.checkpoints_total_limit + 1) if args.checkpoints_total_limit else kept
     free = shutil.disk_usage(args.output_dir).free / 2**20
     capacity = f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f}" if device.type == "cuda" else ""
     say(
-        f"rehearsal: {seconds:.2f} seconds a step, {total_steps * seconds / 3600:.2f} hours for {total_steps} steps (without validation); "
-        f"peak {peak:.2f}{capacity} GiB; {trained / 1e6:.2f} M parameters trained;\n"
-        f"           {checkpoint_mib:.1f} MiB a checkpoint, {kept * checkpoint_mib:.0f} MiB for {kept} of them, {free:.0f} MiB free"
+        f"rehearsal: {seconds:.2f} seconds per step, {total_steps * seconds / 3600:.2f} hours for {total_steps} steps without validation; "
+        f"peak {peak:.2f}{capacity} GiB; {trained / 1e6:.2f} M trainable parameters;\n"
+        f"           {checkpoint_mib:.1f} MiB per checkpoint, {kept * checkpoint_mib:.0f} MiB for {kept} of them, {free:.0f} MiB free"
     )
     if checkpoint_mib * 1.5 > free:
-        return f"--output_dir {args.output_dir}: a checkpoint takes {checkpoint_mib:.0f} MiB and {free:.0f} MiB are free; name another disk"
+        return f"--output_dir {args.output_dir}: a checkpoint needs {checkpoint_mib:.0f} MiB, but {free:.0f} MiB are free; use another disk"
     return None

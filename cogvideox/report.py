@@ -1,8 +1,8 @@
-"""report.html: the whole run on one page, in one file that needs no server and no network; and run.json, the facts of a run.
+"""report.html: the run on one page, a single file that needs no server and no network; and run.json, the run's facts.
 
-Everything is read from the files of the output folder, whatever of it is there yet, so the page can be written at any
-moment of a run and again years later (python -m tools.report). Nothing heavy is imported: it has to be quick. Each part of
-the page is a function here, which reads and chooses, and the macro of the same name in templates/parts.html.j2.
+The page is built from the files of the output folder, complete or not, so it can be written at any time, also years later
+(python -m tools.report). No heavy imports, so that it is fast. Each part of the page is a function here, which selects the
+content, and the macro of the same name in templates/parts.html.j2.
 """
 
 import base64
@@ -21,12 +21,12 @@ from cogvideox.files import LORA_FILE, read_json, read_json_lines, write_bytes
 from cogvideox.flags import public_flags
 
 NAME = "report.html"
-VIDEO_BUDGET_MIB = 40  # of base64 text, over all videos in the page
-MOST_STEPS, MOST_VIDEOS = 16, 160  # columns, and players: browsers open only so many at once
+VIDEO_BUDGET_MIB = 40  # of base64 text, for all videos of the page
+MOST_STEPS, MOST_VIDEOS = 16, 160  # columns, and players: browsers limit how many are open at once
 SHEET_MIB = 8
 MOST_CLIPS = 200
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
-DERIVED_FLAGS = {"prompts", "bucket_sizes", "bucket_lengths", "hub_token"}  # what repeats another flag, and the secret
+DERIVED_FLAGS = {"prompts", "bucket_sizes", "bucket_lengths", "hub_token"}  # copies of other flags, and the secret
 SETTINGS = {
     "num_frames": "frames",
     "width": "pixels wide",
@@ -37,11 +37,11 @@ SETTINGS = {
 
 
 # -----------------------------------------------------------------------------
-# run.json: what only the trainer knows
+# run.json: facts that only the trainer knows
 
 
 def device_name(device):
-    """A torch device in words: the GPU's name, or the CPU with its threads."""
+    """A torch device's description: the GPU's name, or the CPU with its threads."""
     import torch
 
     if device.type == "cuda":
@@ -50,21 +50,21 @@ def device_name(device):
 
 
 def versions():
-    """{package: version} of Python and of the packages whose version changes what is trained."""
-    found = {"python": platform.python_version()}
+    """{package: version} of Python and of the packages whose version affects training."""
+    packages = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            packages[name] = "not installed"
+    return packages
 
 
 def run_facts(flags, facts, defaults=None):
-    """The content of run.json: what the report and the model card need to know of a run beside its files.
+    """The content of run.json: the facts that the report and the model card need in addition to the run's other files.
 
-    flags, defaults: {name: value}; which flags were given is told by the difference. facts: those that `hub.NO_FACTS` names,
-    for the card, and device, processes, engine and total_steps. Tokens and the name of the home folder are left out.
+    flags, defaults: {name: value}; the report shows which differ. facts: the names of `hub.NO_FACTS`, for the card, and device,
+    processes, engine and total_steps. Tokens and the home folder's path are removed.
     """
     flags = {name: value for name, value in flags.items() if name not in DERIVED_FLAGS}
     defaults = {name: value for name, value in (defaults or {}).items() if name in flags}
@@ -73,16 +73,16 @@ def run_facts(flags, facts, defaults=None):
 
 
 def describe_run(args, accelerator, engine, plan, data, video, num_trained):
-    """The content of run.json while nothing is trained yet, for the report and the model card.
+    """The content of run.json before step 1.
 
-    engine: its name. video: the settings of validation videos.
+    engine: its name. video: the settings of the validation videos.
     """
     base = args.pretrained_model_name_or_path
     is_on_hub = not Path(base).expanduser().exists()
     facts = {"name": Path(args.output_dir).resolve().name, "device": device_name(accelerator.device)}
     facts |= {"processes": accelerator.num_processes, "engine": engine, "clips": len(plan.clips)}
     facts |= {"clips_per_step": plan.clips_per_step, "total_steps": plan.total_steps, "trained_parameters": num_trained}
-    # Of a local folder only the name is told: the card may be published.
+    # Only the name of a local folder: the card may be published.
     facts |= {"base_model": base if is_on_hub else Path(base).name, "is_base_on_hub": is_on_hub}
     facts |= {"example_prompt": args.prompts[0] if args.prompts else data.records[0].caption}
     facts |= {name: video[name] for name in ("num_frames", "height", "width")} | {"steps": 0, "videos": []}
@@ -91,7 +91,7 @@ def describe_run(args, accelerator, engine, plan, data, video, num_trained):
 
 
 def write_run_facts(output_dir, run):
-    """Write `run.json`. Returns what failed as a sentence, or None."""
+    """Write `run.json`. Returns the problem as a sentence, or None."""
     try:
         write_bytes(Path(output_dir) / "run.json", json.dumps(run, indent=1, default=str).encode())
     except (OSError, TypeError, ValueError) as error:
@@ -100,11 +100,11 @@ def write_run_facts(output_dir, run):
 
 
 # -----------------------------------------------------------------------------
-# Reading: every file may be missing, half written or odd
+# Reading: every file may be missing, incomplete or malformed
 
 
 def read_object(path):
-    """A JSON file's object, {} where there is none to be read."""
+    """A JSON file's object, {} if it cannot be read."""
     try:
         content = read_json(path)
     except (OSError, ValueError):
@@ -113,14 +113,14 @@ def read_object(path):
 
 
 def read_run(output_dir):
-    """run.json with all the parts that it should have, empty where they are missing or odd."""
+    """run.json with all its parts; missing or malformed ones are empty."""
     run = read_object(output_dir / "run.json")
     parts = {name: run.get(name) for name in ("flags", "defaults", "facts", "versions")}
     return {"started": number(run.get("started"))} | {n: part if isinstance(part, dict) else {} for n, part in parts.items()}
 
 
 def read_lines(path):
-    """The objects of a metrics.jsonl that have a step, in the order of steps."""
+    """The objects of a metrics.jsonl that have a step, sorted by step."""
     try:
         lines = read_json_lines(path)
     except OSError:
@@ -131,7 +131,7 @@ def read_lines(path):
 
 
 def read_videos(output_dir):
-    """What validation has left. Returns ({step: {file name: path}}, {file name: (prompt, seed)}, settings of the newest)."""
+    """The validation videos: ({step: {file name: path}}, {file name: (prompt, seed)}, settings of the newest step)."""
     steps, labels, settings = {}, {}, {}
     for folder in sorted((output_dir / "validation").glob("step-*")):
         match = re.fullmatch(r"step-(\d+)", folder.name)
@@ -143,25 +143,25 @@ def read_videos(output_dir):
         for job in jobs if isinstance(jobs, list) else []:
             if isinstance(job, dict) and "name" in job:
                 labels[str(job["name"])] = (str(job.get("prompt", "")), job.get("seed"))
-        # A name that begins with a dot is being written.
-        found = {path.name: path for path in folder.glob("*.mp4") if not path.name.startswith(".") and path.stat().st_size}
-        if found:
-            steps[int(match[1])] = found
-    for name in {name for found in steps.values() for name in found}:
+        # A file whose name begins with a dot is still being written.
+        files = {path.name: path for path in folder.glob("*.mp4") if not path.name.startswith(".") and path.stat().st_size}
+        if files:
+            steps[int(match[1])] = files
+    for name in {name for files in steps.values() for name in files}:
         seed = re.search(r"-seed(\d+)\.mp4$", name)
         labels.setdefault(name, (name.removesuffix(".mp4"), int(seed[1]) if seed else None))
     return dict(sorted(steps.items())), labels, settings if isinstance(settings, dict) else {}
 
 
 def choose_videos(steps, budget=VIDEO_BUDGET_MIB * 2**20):
-    """Which videos go into the page: {(step, name)} and the steps shown.
+    """The videos to embed, {(step, name)}, and the steps shown.
 
-    The first and the newest step come before all others, row by row while they fit; then as many of the steps between as
-    fit, whole and evenly spaced.
+    First the videos of the first and the newest step, row by row while they fit; then as many complete, evenly spaced steps in
+    between as fit.
     """
     if not steps:
         return set(), []
-    order, names = list(steps), sorted({name for found in steps.values() for name in found})
+    order, names = list(steps), sorted({name for files in steps.values() for name in files})
     ends, chosen, spent = sorted({order[0], order[-1]}), set(), 0
     for name in names:
         row = [(step, name) for step in ends if name in steps[step]]
@@ -180,13 +180,13 @@ def choose_videos(steps, budget=VIDEO_BUDGET_MIB * 2**20):
 
 
 def base64_bytes(path):
-    """The length of a file in base64."""
+    """A file's size in base64."""
     return (path.stat().st_size + 2) // 3 * 4
 
 
 def data_address(path, kind):
-    """A file as a data: address, "" where it cannot be read."""
-    from markupsafe import Markup  # base64 needs no escaping, and there may be 40 MiB of it
+    """A file as a data: URL, "" if it cannot be read."""
+    from markupsafe import Markup  # base64 needs no escaping, which would be slow for 40 MiB
 
     try:
         return Markup(f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}")
@@ -195,35 +195,35 @@ def data_address(path, kind):
 
 
 # -----------------------------------------------------------------------------
-# The parts of the page: what the macros of the same names show
+# The parts of the page: the content of the macros of the same names
 
 
 def state(output_dir, run, lines):
-    """How far the run is, how it ended, and the verdict on it."""
+    """The run's progress, its end and its verdict."""
     status = read_object(output_dir / "status.json")
     total, logged = number(run["facts"].get("total_steps")), max((line["step"] for line in lines), default=0)
     step = max(logged, number(status.get("step")) or 0)
-    if status and is_of_an_earlier_start(output_dir, status, run, logged):
+    if status and is_from_earlier_start(output_dir, status, run, logged):
         status = {}
     code, reason = status.get("code"), str(status.get("reason", ""))
     if not status:
-        kind, words = "running", "running, or killed without a word, when this page was written"
+        kind, text = "running", "running, or killed, when this page was written"
     elif code == 0:
-        kind, words = "done", "done"
+        kind, text = "done", "done"
     elif isinstance(code, int) and code >= 128:
-        kind, words = "stopped", reason or "stopped"
+        kind, text = "stopped", reason or "stopped"
     else:
-        kind, words = "failed", f"failed: {reason}"
+        kind, text = "failed", f"failed: {reason}"
     seconds = [value for _, value in points_of(lines, "seconds_per_step")][-50:]
-    is_going_on = not status and total and seconds and step < total
+    is_running = not status and total and seconds and step < total
     sentences = status.get("verdict_sentences")
     return {
         "state": kind,
-        "words": words,
+        "text": text,
         "has_ended": bool(status),
         "step": int(step),
         "total": int(total or 0),
-        "left": duration(statistics.median(seconds) * (total - step)) if is_going_on else "",
+        "left": duration(statistics.median(seconds) * (total - step)) if is_running else "",
         "verdict": status.get("verdict"),
         "sentences": [sentences] if isinstance(sentences, str) else sentences if isinstance(sentences, list) else [],
         "written": time.strftime("%Y-%m-%d %H:%M"),
@@ -231,8 +231,8 @@ def state(output_dir, run, lines):
     }
 
 
-def is_of_an_earlier_start(output_dir, status, run, logged):
-    """Whether status.json tells of the end of an earlier start, and the run has been resumed since."""
+def is_from_earlier_start(output_dir, status, run, logged):
+    """Whether status.json is from before the run was resumed."""
     try:
         is_older = run["started"] is not None and (output_dir / "status.json").stat().st_mtime < run["started"]
     except OSError:
@@ -241,7 +241,7 @@ def is_of_an_earlier_start(output_dir, status, run, logged):
 
 
 def duration(seconds):
-    """A time in words."""
+    """A duration with its unit."""
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}"
@@ -249,38 +249,38 @@ def duration(seconds):
 
 
 def videos(output_dir):
-    """A row for each prompt and seed, a column for each step that fits, the first one (the base model) before all."""
+    """One row per prompt and seed, one column per step that fits, the first step (the base model) in front."""
     steps, labels, settings = read_videos(output_dir)
     chosen, shown = choose_videos(steps)
     sizes = [f"{settings[name]} {unit}" for name, unit in SETTINGS.items() if name in settings]
     notes = [", ".join(sizes) + "."] if sizes else []
-    notes.append("Every row has one prompt and one seed.")
+    notes.append("Each row has one prompt and one seed.")
     if len(shown) < len(steps):
-        notes.append(f"{len(shown)} of {len(steps)} steps are here, so that the page stays small; all are in validation/.")
+        notes.append(f"{len(shown)} of {len(steps)} steps are shown, to keep the page small; all are in validation/.")
     rows = []
     for name in sorted({name for step in shown for name in steps[step]}):
         cells = [video_cell(step, steps[step].get(name), (step, name) in chosen) for step in shown]
         rows.append({"prompt": labels[name][0], "seed": labels[name][1], "cells": cells})
     if linked := sum(bool(cell["link"]) for row in rows for cell in row["cells"]):
-        notes.append(f"{linked} videos did not fit into {VIDEO_BUDGET_MIB} MiB and are links to the files beside this page.")
+        notes.append(f"{linked} videos did not fit in {VIDEO_BUDGET_MIB} MiB and are links to the files beside this page.")
     return {"steps": shown, "rows": rows, "notes": notes}
 
 
 def video_cell(step, path, is_chosen):
-    """One video: in the page, or a link to its file."""
+    """One video, embedded or as a link to its file."""
     link = f"validation/{path.parent.name}/{path.name}" if path and not is_chosen else ""
     source = data_address(path, "video/mp4") if path and is_chosen else ""
     return {"step": step, "source": source, "link": link, "absent": "cannot be read" if path else "none"}
 
 
 def curves(lines):
-    """The curves of training and of the evaluations."""
+    """The curves of training and of evaluations."""
     frame = {name: getattr(charts, name.upper()) for name in ("width", "height", "left", "right", "top", "bottom")}
     return {"charts": charts.charts_of(lines) if lines else [], "frame": frame, "newest": charts.newest_numbers(lines)}
 
 
 def data(output_dir):
-    """What the VAE keeps of a few clips, and dataset.json: the clips, and the remarks on them."""
+    """The VAE reconstructions of a few clips, and dataset.json: clips and remarks."""
     sheet = output_dir / "encoded/contact_sheet.png"
     is_small = sheet.exists() and sheet.stat().st_size <= SHEET_MIB * 2**20
     dataset = hub.without_secrets(read_object(output_dir / "dataset.json"))
@@ -296,7 +296,7 @@ def data(output_dir):
 
 
 def use(output_dir, run):
-    """The snippet of the model card, which is the same from the first step on."""
+    """The model card's snippet, which does not change during the run."""
     if "base_model" not in run["facts"]:
         return {"snippet": ""}
     result = LORA_FILE if run["flags"].get("training_type") == "lora" else "transformer"
@@ -305,7 +305,7 @@ def use(output_dir, run):
 
 
 def settings(run):
-    """The flags, those that differ from their defaults first, and what the run ran on."""
+    """The flags, first those that differ from their defaults, and the run's device and versions."""
     flags, defaults, started = run["flags"], run["defaults"], run["started"]
     known = {name.replace("_", " "): value for name, value in run["facts"].items() if name not in SHOWN_ELSEWHERE}
     known |= {"started": time.strftime("%Y-%m-%d %H:%M", time.localtime(started))} if started is not None else {}
@@ -322,7 +322,7 @@ SHOWN_ELSEWHERE = {"name", "videos", "example_prompt", "is_base_on_hub", "steps"
 
 
 def flag_text(value):
-    """A flag's value as one would read it."""
+    """A flag's value as text."""
     if value is None or isinstance(value, bool):
         return {None: "not given", True: "yes", False: "no"}[value]
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -333,7 +333,7 @@ def flag_text(value):
 
 
 def page(output_dir):
-    """The whole page as text. output_dir: a Path."""
+    """The page as HTML text. output_dir: a Path."""
     from markupsafe import Markup
 
     run, lines, macros = read_run(output_dir), read_lines(output_dir / "metrics.jsonl"), hub.template("parts.html.j2").module
@@ -350,7 +350,7 @@ def page(output_dir):
         content, problem = "", ""
         try:
             content = getattr(macros, part.__name__)(part(*arguments))
-        except Exception as error:  # a file of another kind than expected costs its part, not the page
+        except Exception as error:  # a malformed file costs its part, not the page
             problem = f"{type(error).__name__}: {error}"
         sections.append((heading, content, problem))
     style, script = ((hub.TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
@@ -364,20 +364,20 @@ def page(output_dir):
 
 
 def write_report(output_dir):
-    """Write `report.html` from the files of a run's output folder. Returns what failed as a sentence, or None; never raises."""
+    """Write `report.html` from the files of a run's output folder. Returns the problem as a sentence, or None; never raises."""
     try:
         output_dir = Path(output_dir).resolve()
-        for leftover in output_dir.glob(f".{NAME}.*.partial"):  # of a run that was killed while it wrote
+        for leftover in output_dir.glob(f".{NAME}.*.partial"):  # left by a run that was killed while writing
             if time.time() - leftover.stat().st_mtime > 600:
                 leftover.unlink(missing_ok=True)
         write_bytes(output_dir / NAME, page(output_dir).encode(errors="replace"))
-    except Exception as error:  # no page is worth the run
-        return f"{NAME} was not written ({type(error).__name__}: {error}); python -m tools.report writes it again"
+    except Exception as error:  # a report must not end the run
+        return f"{NAME} was not written ({type(error).__name__}: {error}); python -m tools.report rewrites it"
     return None
 
 
 def refresh(output_dir):
-    """Write the report of a run that goes on; a failure is only told."""
+    """Rewrite the report; a failure is a warning."""
     from cogvideox.console import warn
 
     if problem := write_report(output_dir):

@@ -1,7 +1,7 @@
-"""Is it learning? Clips that are never trained on, scored again and again at the same noise and timesteps; and a verdict.
+"""Is it learning? The loss of training clips and held-out clips on fixed noise and timesteps, and a verdict.
 
-The training loss is mostly noise: every step draws other clips, other noise and other timesteps. Here all three are the
-same every time, so two scores of a run differ only by what was learned in between.
+The training loss is mostly noise: every step draws other clips, noise and timesteps. Here all three are fixed, so two scores of
+a run differ only by the training in between.
 """
 
 import hashlib
@@ -19,20 +19,20 @@ from cogvideox.lora import lora_modules
 from cogvideox.validation import undisturbed
 from dataset import TrainingClips
 
-BANDS = 4  # timesteps are the middles of so many equal parts of the schedule
-SMALL = 0.01  # a change of the loss by less than this share of the base's counts as no change
-LEAST_CAPTIONS = 4  # fewer say nothing
-CLEAR_GAP = 0.02  # a caption that changes the loss by this share counts, however few clips say so
+BANDS = 4  # the schedule is split into 4 equal bands, each scored at its middle timestep
+SMALL = 0.01  # a smaller relative change of the loss, against the base model's, counts as no change
+LEAST_CAPTIONS = 4  # fewer captions give no meaningful gap
+CLEAR_GAP = 0.02  # a relative caption gap above this counts even if its standard error is larger
 
 
 def spread(clips, most):
-    """At most `most` of some clips, evenly spaced."""
+    """At most `most` of the clips, evenly spaced."""
     count = min(most, len(clips))
     return [clips[i * len(clips) // count] for i in range(count)]
 
 
 class WithCaptionOf:
-    """Encodings in which every clip has the caption of one clip."""
+    """Encodings in which every clip has the caption of a given clip."""
 
     def __init__(self, encodings, clip):
         self.encodings, self.clip, self.moments = encodings, clip, encodings.moments
@@ -45,14 +45,14 @@ def score(accelerator, transformer, losses, encodings, sets, captions, seed, sca
     """The mean loss of each set of clips in each band of timesteps, {"train": [...], "held_out": [...] or None}, and "gap".
 
     losses: batch -> loss of each clip. sets: {"train": clips, "held_out": clips}. captions: clip -> its caption. gap: with
-    `with_gap`, `caption_gap` of the held-out clips (without any: the trained ones), in the noisier bands, where a caption
-    says what the picture does not; None if there are too few. Every process scores its share; a collective.
+    `with_gap`, `caption_gap` of the held-out clips (of the training clips if there are none) in the noisier bands, where the
+    model depends on the caption; None if there are too few captions. Every rank scores its share; a collective.
     """
     jobs = [(name, clip, clip, band) for name, clips in sets.items() for clip in clips for band in range(BANDS)]
-    shown = list({captions[clip]: clip for clip in sets["held_out"] or sets["train"]}.values())  # one of each caption
-    crossed = shown if with_gap and len(shown) >= LEAST_CAPTIONS else []
+    distinct = list({captions[clip]: clip for clip in sets["held_out"] or sets["train"]}.values())  # one clip per caption
+    crossed = distinct if with_gap and len(distinct) >= LEAST_CAPTIONS else []
     jobs += [("crossed", clip, other, band) for clip in crossed for other in crossed for band in range(BANDS // 2, BANDS)]
-    found = torch.zeros(len(jobs), device=accelerator.device)
+    results = torch.zeros(len(jobs), device=accelerator.device)
     with undisturbed(transformer):
         mine = range(accelerator.process_index, len(jobs), accelerator.num_processes)
         for number in progress(mine, "scoring", unit="clip", leave=False, delay=3, disable=not accelerator.is_main_process):
@@ -60,21 +60,21 @@ def score(accelerator, transformer, losses, encodings, sets, captions, seed, sca
             source = TrainingClips(WithCaptionOf(encodings, other), None, f"{seed}/fixed/{band}", scaling_factor, num_train_timesteps)
             item = source.item(clip, position=clip) | {"timestep": torch.tensor(middle_of(band, num_train_timesteps))}
             batch = {name: value.to(accelerator.device) for name, value in default_collate([item]).items()}
-            found[number] = losses(batch)[0]
-    found = accelerator.reduce(found, "sum").double().cpu()  # each was zero on all processes but one
+            results[number] = losses(batch)[0]
+    results = accelerator.reduce(results, "sum").double().cpu()  # each is zero on all ranks but one
     scores, first = {}, 0
     for name, clips in sets.items():
-        scores[name] = found[first : first + len(clips) * BANDS].view(-1, BANDS).mean(0).tolist() if clips else None
+        scores[name] = results[first : first + len(clips) * BANDS].view(-1, BANDS).mean(0).tolist() if clips else None
         first += len(clips) * BANDS
-    scores["gap"] = caption_gap(found[first:].view(len(crossed), len(crossed), -1).mean(2)) if crossed else None
+    scores["gap"] = caption_gap(results[first:].view(len(crossed), len(crossed), -1).mean(2)) if crossed else None
     return scores
 
 
 def caption_gap(losses):
-    """How much swapping captions raises the loss, and its standard error, as shares of the loss with the clips' own captions.
+    """(relative increase of the loss when captions are swapped, its standard error), relative to the loss with own captions.
 
     losses: [clip, caption], own captions on the diagonal. Some clips are harder and some captions fit all clips better; both
-    are taken out (the interactions of a two-way layout), so what is left is whether a caption belongs to its clip.
+    effects are removed (the interactions of a two-way layout), so the rest measures whether a caption belongs to its clip.
     """
     count, own = len(losses), losses.diagonal().mean()
     interactions = losses - losses.mean(0, keepdim=True) - losses.mean(1, keepdim=True) + losses.mean()
@@ -83,14 +83,14 @@ def caption_gap(losses):
 
 
 def middle_of(band, num_train_timesteps):
-    """The timestep that stands for a band."""
+    """The middle timestep of a band."""
     return int((band + 0.5) / BANDS * num_train_timesteps)
 
 
 def base_score(transformer, score_of):
-    """The score of the base model: with the LoRA switched off, or of all weights as they are now. score_of: transformer -> `score`.
+    """The base model's score: with the LoRA disabled, or with the current weights of full fine-tuning. score_of: transformer -> `score`.
 
-    To be called before a step or a checkpoint changes a weight. A collective.
+    Call it before a step or a checkpoint changes a weight. A collective.
     """
     if not lora_modules(transformer):
         return score_of(transformer)
@@ -108,7 +108,7 @@ def base_score(transformer, score_of):
 def update_share(transformer):
     """The relative size of the update, ‖ΔW‖ / ‖W‖ with ΔW = (alpha / rank) B A: Frobenius norms over all layers.
 
-    |B A|^2 = sum of (B^T B) * (A A^T), which are rank x rank. None where there is no LoRA, or W is not held as numbers.
+    |B A|^2 = sum of (B^T B) * (A A^T), which are rank x rank. None without a LoRA, or if W is packed (nf4).
     """
     added = whole = 0.0
     for _, layer in lora_modules(transformer):
@@ -122,9 +122,9 @@ def update_share(transformer):
 
 
 def line_of(step, scores, base, clips, share, earlier, num_train_timesteps):
-    """The line of metrics.jsonl for one evaluation. scores, base: of the trained model and of the base. clips: which were scored.
+    """The line of metrics.jsonl for one evaluation. scores, base: of the trained and the base model. clips: the scored clips.
 
-    earlier: the lines before it, for the best step so far (never step 0).
+    earlier: the previous lines, for the best step so far (never step 0).
     """
 
     def mean(values):
@@ -145,18 +145,18 @@ def line_of(step, scores, base, clips, share, earlier, num_train_timesteps):
 
 
 def evaluations(lines, clips=None):
-    """The evaluations among the lines of metrics.jsonl. clips: only those of the same clips, which can be compared."""
+    """The evaluations among the lines of metrics.jsonl. clips: only evaluations of these clips, which are comparable."""
     return [line for line in lines if "eval_train_loss" in line and clips in (None, line.get("eval_clips"))]
 
 
 def best_of(lines):
-    """The evaluation with the lowest held-out loss, not counting step 0; None if there is none."""
+    """The evaluation with the lowest held-out loss, excluding step 0, or None."""
     held_out = [line for line in evaluations(lines) if line["step"] > 0 and line["eval_held_out_loss"] is not None]
     return min(held_out, key=lambda line: line["eval_held_out_loss"], default=None)
 
 
 def base_of(lines):
-    """The base model's score as evaluations have it, as `score` gives it; None without any. For a run that is resumed."""
+    """The base model's score from earlier evaluations, in the form of `score`, or None. For a resumed run."""
     if not lines:
         return None
     bands, gap = lines[0]["eval_bands"], lines[0].get("eval_caption_base_gap")
@@ -165,19 +165,19 @@ def base_of(lines):
 
 
 def sentence_of(line):
-    """One evaluation in words."""
+    """One evaluation as a sentence."""
     parts = []
-    for words, name in (("trained clips", "train"), ("held-out clips", "held_out")):
+    for label, name in (("training clips", "train"), ("held-out clips", "held_out")):
         loss, base = line[f"eval_{name}_loss"], line[f"eval_{name}_base_loss"]
         if loss is not None:
-            parts.append(f"{words} {loss:.5f} (base {base:.5f}, {percent(loss / base - 1)})")
+            parts.append(f"{label} {loss:.5f} (base {base:.5f}, {percent(loss / base - 1)})")
     if line["update_share"] is not None:
         parts.append(f"the update is {100 * line['update_share']:.2g} % of the weights")
     return f"step {line['step']}: loss on fixed noise: {'; '.join(parts)}"
 
 
 def percent(share):
-    """A change in percent, with its sign."""
+    """A relative change in percent, with its sign."""
     return f"{100 * share:+.1f} %"
 
 
@@ -186,10 +186,10 @@ def percent(share):
 
 
 class Scorer:
-    """Scores the same clips on the same noise at every checkpoint, with every validation, and every --eval_steps.
+    """Scores fixed clips on fixed noise at every checkpoint, with every validation, and every --eval_steps.
 
-    Make it before a checkpoint is loaded: it scores the base model, unless a resumed run finds that score in its metrics.
-    clip_losses: (model, batch) -> the loss of each clip. Every rank calls every method, and scores its share.
+    Create it before a checkpoint is loaded: it scores the base model, unless a resumed run finds that score in metrics.jsonl.
+    clip_losses: (model, batch) -> the loss of each clip. Every rank calls every method and scores its share.
     """
 
     def __init__(self, args, trained, clip_losses, encodings, data, scaling_factor, num_train_timesteps):
@@ -199,7 +199,7 @@ class Scorer:
         self.sets = {"train": spread(data.trained, args.eval_clips), "held_out": spread(data.held_out, args.eval_clips)}
         contents = "".join(data.clips[clip]["sha256"] for clips in self.sets.values() for clip in clips)
         self.clips = {name: len(clips) for name, clips in self.sets.items()}
-        self.clips["sha256"] = hashlib.sha256(contents.encode()).hexdigest()[:12]  # only scores of the same clips compare
+        self.clips["sha256"] = hashlib.sha256(contents.encode()).hexdigest()[:12]  # only scores of the same clips are comparable
         self.lines, self.watched = [], None
         self.base = base_of(self.earlier_lines()) if args.resume_from_checkpoint else None
         if args.eval_clips and not self.base:
@@ -212,11 +212,11 @@ class Scorer:
         return broadcast_object_list([lines])[0]
 
     def begin(self, meter, checkpointer, validator):
-        """Watch a run from here on, after its checkpoint was loaded and metrics.jsonl cut to it."""
+        """Start scoring, after the checkpoint is loaded and metrics.jsonl is truncated to its step."""
         self.watched, self.lines = (meter, checkpointer, validator), self.earlier_lines()
 
     def score(self, transformer, with_gap=True):
-        """As the function `score`, of this run's clips."""
+        """The function `score` on this run's clips."""
 
         def losses(batch):
             return self.clip_losses(transformer, batch)
@@ -226,7 +226,7 @@ class Scorer:
         )  # fmt: skip
 
     def verdict(self, ran_all):
-        """As the function `verdict`, of this run's scores."""
+        """The function `verdict` on this run's scores."""
         return verdict(self.lines, self.trained.schedule.base_lrs[0], ran_all)
 
     def is_due(self, step, last=False):
@@ -234,18 +234,18 @@ class Scorer:
         if not self.args.eval_clips:
             return False
         _, checkpointer, validator = self.watched
-        by_itself = self.args.eval_steps and step % self.args.eval_steps == 0
-        return bool(by_itself) or checkpointer.is_due(step, last) or validator.is_due(step, last)
+        by_steps = self.args.eval_steps and step % self.args.eval_steps == 0
+        return bool(by_steps) or checkpointer.is_due(step, last) or validator.is_due(step, last)
 
     def offer(self, step, last=False):
-        """Score if it is due, log it, and keep what has the lowest held-out loss so far in best/."""
+        """Score and log if due, and export the weights with the lowest held-out loss so far to best/."""
         if not self.is_due(step, last):
             return
         meter, checkpointer, _ = self.watched
-        untouched = step == 0 and not self.args.init_lora  # a LoRA begins as nothing
+        untrained = step == 0 and not self.args.init_lora  # a new LoRA has no effect
         with timed(f"score step {step}"), self.trained.averaged(), self.trained.full_model() as full_model:
             share = update_share(full_model)
-            now = self.base if untouched else self.score(full_model, with_gap=last)
+            now = self.base if untrained else self.score(full_model, with_gap=last)
         free(self.trained.device)
         line = line_of(step, now, self.base, self.clips, share, self.lines, self.num_train_timesteps)
         self.lines.append(line)
@@ -266,76 +266,76 @@ LOOK_ONLY, UNKNOWN = "learning the look, not the captions", "not measured"
 
 
 def verdict(lines, learning_rate, ran_all=True):
-    """What the evaluations of a run say: (a word, sentences). lines: those of metrics.jsonl.
+    """The verdict on a run: (a word, sentences). lines: of metrics.jsonl.
 
-    The rules, with changes as shares of the base model's loss on the same clips; less than `SMALL` = 1 % is no change:
-    - getting worse: the loss on the trained clips ended above the base's.
-    - nothing happening: neither loss has moved.
-    - memorising: the loss on the trained clips fell, and on held-out clips it either fell by less than a tenth of that, or
-      rose again from its lowest by more than 1 % and a quarter of what it had gained, while that on the trained clips went on.
-    - learning: else. If swapping captions does not raise the loss: the look was learned, not the captions.
+    The rules, with changes relative to the base model's loss on the same clips; less than `SMALL` = 1 % is no change:
+    - getting worse: the loss on training clips ended above the base model's.
+    - nothing happening: neither loss changed.
+    - memorising: the loss on training clips fell, and the held-out loss either fell by less than a tenth of that, or rose from its
+      minimum by more than 1 % and more than a quarter of its gain, while the loss on training clips kept falling.
+    - learning: otherwise. If swapping captions does not raise the loss: the look was learned, not the captions.
     ran_all: whether the run reached its last step.
     """
-    found = evaluations(lines)
-    if len(found) < 2:
-        return UNKNOWN, ["Nothing was scored after the first step (--eval_clips, --checkpointing_steps, --eval_steps)."]
-    last, held_out = found[-1], found[-1]["eval_held_out_loss"] is not None
+    scored = evaluations(lines)
+    if len(scored) < 2:
+        return UNKNOWN, ["There are no scores after the first step (--eval_clips, --checkpointing_steps, --eval_steps)."]
+    last, held_out = scored[-1], scored[-1]["eval_held_out_loss"] is not None
     base = last["eval_train_base_loss"]
     train_change = last["eval_train_loss"] / base - 1
-    sentences = [f"After step {last['step']} the loss on trained clips is {percent(train_change)} against the base model's."]
+    sentences = [f"After step {last['step']} the loss on training clips is {percent(train_change)} against the base model's."]
     change = train_change
     if held_out:
         held_out_base = last["eval_held_out_base_loss"]
         change = last["eval_held_out_loss"] / held_out_base - 1
-        sentences.append(f"On clips that were never trained on it is {percent(change)}.")
+        sentences.append(f"On held-out clips it is {percent(change)}.")
     if train_change > SMALL:
-        sentences.append(f"The LoRA does harm: try a lower --learning_rate (it was {learning_rate:g}).")
+        sentences.append(f"Training makes the model worse: try a lower --learning_rate (it was {learning_rate:g}).")
         return WORSE, sentences
     if abs(train_change) <= SMALL and abs(change) <= SMALL:
         return NOTHING, [*sentences, why_nothing(last, learning_rate)]
     if not held_out:
-        sentences.append("Without held-out clips memorising cannot be told from learning: --eval_share 0.1 holds some out.")
+        sentences.append("Without held-out clips, memorising looks like learning: --eval_share 0.1 holds some out.")
         return with_captions(last, sentences)
-    best = best_of(found)
+    best = best_of(scored)
     gained, lost = held_out_base - best["eval_held_out_loss"], last["eval_held_out_loss"] - best["eval_held_out_loss"]
     turned = lost > max(SMALL * held_out_base, gained / 4) and last["eval_train_loss"] < best["eval_train_loss"]
     if change > 0.1 * train_change or turned:
-        where = f"from step {best['step']} on" if turned else "from the start"
-        sentences.append(f"It learns these clips by heart {where}: what it learns of them does not help with others.")
-        sentences.append(f"The lowest loss on held-out clips was at step {best['step']}: use best/.")
+        since = f"from step {best['step']} on" if turned else "from the start"
+        sentences.append(f"The model memorises the training clips {since}: the held-out clips do not gain from it.")
+        sentences.append(f"The held-out loss was lowest at step {best['step']}: use best/.")
         sentences.append("More clips, a lower rank or fewer steps help.")
         return MEMORISING, sentences
     if best["step"] != last["step"]:
-        sentences.append(f"The lowest loss on held-out clips was at step {best['step']}: best/ has that LoRA.")
+        sentences.append(f"The held-out loss was lowest at step {best['step']}: best/ has those weights.")
     elif ran_all:
-        sentences.append("It was still falling at the end: more steps may help.")
+        sentences.append("It was still decreasing at the end: more steps may help.")
     return with_captions(last, sentences)
 
 
 def with_captions(last, sentences):
-    """The verdict on a run that learns, after a look at whether the captions still count."""
+    """The verdict on a run that learns: with or without the captions."""
     if last.get("eval_caption_gap") is None:
         return LEARNING, sentences
     (gap, error), (base_gap, _) = last["eval_caption_gap"], last["eval_caption_base_gap"]
-    numbers = f"{percent(gap)}, give or take {100 * error:.1f} (base model: {percent(base_gap)})"
+    numbers = f"{percent(gap)} ± {100 * error:.1f} (base model: {percent(base_gap)})"
     if gap > error or gap > CLEAR_GAP:
-        sentences.append(f"Captions count: with another clip's the loss is {numbers}.")
+        sentences.append(f"The model uses the captions: with another clip's caption the loss is {numbers}.")
         return LEARNING, sentences
     sentences.append(
         f"Swapping captions does not raise the loss: with another clip's caption it is {numbers}. "
-        "Check that each caption belongs to its clip, and says what is in it."
+        "Check that each caption describes its clip."
     )
     return LOOK_ONLY, sentences
 
 
 def why_nothing(last, learning_rate):
-    """The likely cause of a loss that does not move."""
+    """The likely cause of a loss that does not change."""
     share = last["update_share"]
     if learning_rate == 0 or share == 0:
-        return f"The LoRA has not changed at all: the learning rate is {learning_rate:g}; raise --learning_rate."
+        return f"The LoRA has not changed: the learning rate is {learning_rate:g}; raise --learning_rate."
     if share is not None and share < 1e-3:
         return (
-            f"The LoRA changes the weights by {100 * share:.1g} % only: raise --learning_rate (it was {learning_rate:g}) or "
+            f"The LoRA changes the weights by only {100 * share:.1g} %: raise --learning_rate (it was {learning_rate:g}) or "
             "--lora_alpha, or train for more steps."
         )
-    return "The weights have moved but no loss has: the clips may be nothing new to the model, or too unlike; look at the videos."
+    return "The weights changed but the loss did not: the clips may show nothing new to the model, or differ too much; inspect the videos."

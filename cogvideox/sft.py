@@ -1,6 +1,6 @@
-"""Full fine-tuning: every weight of the transformer is trained in fp32, and one ordinary diffusers folder comes out.
+"""Full fine-tuning: trains every weight of the transformer in fp32 and exports an ordinary diffusers folder.
 
-The module has what lora.py has for a LoRA: the trained weights, how they are shipped, and a check of what was shipped.
+Same interface as lora.py: the trained weights, their export, and a check of the export.
 """
 
 import json
@@ -21,37 +21,37 @@ FILES = ["transformer/config.json", "transformer/diffusion_pytorch_model.safeten
 
 
 def build(args, folder, dtype):
-    """The transformer of a model folder as training starts with it: every weight trainable and in fp32; on the CPU.
+    """The transformer before training: every weight trainable and in fp32; on the CPU.
 
-    fp32 whatever is computed in: near 0.05 a bf16 weight cannot move by less than 2e-4, more than a usual step.
+    fp32 with every compute dtype: near 0.05 a bf16 weight cannot change by less than 2e-4, more than a usual step.
     """
     return load_transformer(folder, torch.float32, args.variant).requires_grad_(True)
 
 
 def facts(args, transformer):
-    """What `write` has to know of the model: its config as JSON."""
+    """The facts for `write`: the model's config as JSON."""
     return {"config": transformer.to_json_string()}
 
 
 def live_state(transformer, keep=True):
-    """The trained weights, name -> fp32 CPU tensor; {} where `keep` is false. A collective."""
+    """The trained weights, name -> fp32 CPU tensor; {} if `keep` is false. A collective."""
     return trained_state(transformer, keep)
 
 
 def load_live(transformer, state):
-    """Put weights back that `live_state` gave. ValueError if any is missing, unknown or of another shape."""
+    """Restore the weights that `live_state` returned. ValueError if any is missing, unknown or of another shape."""
     write_trained(dict(trained_weights(transformer)), state, "weights do not fit this model")
 
 
 def export(transformer, live, stored_dtype):
-    """The weights as they are shipped: in the dtype that the base model is stored in."""
+    """The exported weights, in the base model's stored dtype."""
     return {name: tensor.to(stored_dtype) for name, tensor in live.items()}
 
 
 def write(folder, exported, facts):
-    """Write what `export` gave as a `transformer` folder that diffusers loads. facts: `config`, the model's as JSON, and strings.
+    """Write the weights of `export` as a `transformer` folder for diffusers. facts: the model's `config` as JSON, and other strings.
 
-    ValueError, and nothing written, if a weight is not finite (in fp16 that is above 65504 too).
+    ValueError, and no file, if a weight is not finite (in fp16, also if it is above 65504).
     """
     check_finite(exported, "weights")
     folder, facts = Path(folder) / RESULT, dict(facts)
@@ -61,7 +61,7 @@ def write(folder, exported, facts):
 
 
 def publish(checkpoint, output_dir):
-    """Put a checkpoint's transformer beside it. By links where the file system has them: it is several GB."""
+    """Link (or copy) a checkpoint's transformer, several GB, to the output folder."""
     new, final = Path(output_dir) / f".{RESULT}.partial", Path(output_dir) / RESULT
     shutil.rmtree(new, ignore_errors=True)
     try:
@@ -73,7 +73,7 @@ def publish(checkpoint, output_dir):
 
 
 def link_or_copy(source, target):
-    """A second name for a file, or a copy of it."""
+    """Hard-link a file, or copy it if the file system has no links."""
     try:
         Path(target).hardlink_to(source)
     except OSError:
@@ -81,15 +81,15 @@ def link_or_copy(source, target):
 
 
 def export_tolerance(transformer):
-    """The largest error that `check_export` may find: the rounding to a dtype with eight bits of precision."""
+    """The tolerance of `check_export`'s error: the rounding of a dtype with eight bits of precision."""
     return 2**-7
 
 
 @torch.no_grad()
 def check_export(folder, transformer):
-    """Load the written folder with diffusers and compare it with the live model. Returns (largest relative error, largest weight).
+    """Load the exported folder with diffusers and compare it with the live model. Returns (largest relative error, largest weight).
 
-    The error is relative to each weight's size, so what is to be expected of it is half a unit in the last place of the dtype.
+    The expected error is half a unit in the last place of the stored dtype.
     """
     loaded = CogVideoXTransformer3DModel.from_pretrained(Path(folder) / RESULT, local_files_only=True)
     state, error, size = loaded.state_dict(), 0.0, 0.0

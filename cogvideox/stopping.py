@@ -1,8 +1,8 @@
-"""Ending early without losing work: signals, the launcher's death, out of memory, the status file.
+"""Stopping early without losing work: signals, the launcher's death, out of memory, the status file.
 
-The first SIGTERM, SIGINT or SIGUSR1 (Slurm's warning) is only noted; the run finishes the step or the clip at hand, all
-processes agree, a checkpoint is written, and the exit code is 128 + the signal's number. A second one ends it at once.
-torch is imported where it is needed: `end_with_launcher` runs before the flags are read.
+The first SIGTERM, SIGINT or SIGUSR1 (Slurm's warning) sets a flag: the run finishes the current step or clip, all ranks stop
+together, a checkpoint is written, and the exit code is 128 + the signal's number. A second signal kills the process at once.
+torch is imported inside functions, because `end_with_launcher` runs before the flags are parsed.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ received = {"signal": 0, "time": 0.0, "output_dir": None}
 
 
 def end_with_launcher():
-    """Let the launcher's death end this process too, and a signal end it at once, until the run listens for signals.
+    """End this process when its launcher dies, and at once on a signal, until `listen` is called.
 
-    A launcher that is killed would leave its processes behind, each in a session of its own, with the GPU and the folder
-    still taken. A run that was started from a shell has to survive the shell and is left alone.
+    A killed launcher would leave its processes behind, each in its own session, still holding the GPU and the folder. A run
+    started from a shell must survive the shell, and is not changed.
     """
-    # Python would raise KeyboardInterrupt, and not before a wait in C (for the other processes, half an hour) is over.
+    # Python raises KeyboardInterrupt only after a wait in C returns: half an hour, if it waits for other ranks.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         with contextlib.suppress(OSError, AttributeError, TypeError):  # Linux only
@@ -35,9 +35,9 @@ def end_with_launcher():
 
 
 def listen(output_dir=None):
-    """Note signals from now on instead of dying of them. Before there is something to lose, they end the process at once.
+    """From now on, record signals instead of dying from them.
 
-    output_dir: where `status.json` goes if a run is stopped before its training.
+    output_dir: the folder of `status.json` if the run is stopped before training.
     """
     received["output_dir"] = output_dir
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # Windows has no SIGUSR1
@@ -46,24 +46,24 @@ def listen(output_dir=None):
 
 
 def note(number, frame):
-    """The handler. It only writes down which signal came; the run asks `stop_requested` where it is safe to end."""
+    """The handler, which only records the signal; the run checks `stop_requested` at safe points."""
     now = time.monotonic()
     if received["signal"] and now - received["time"] > ECHO_SECONDS:
         os._exit(128 + number)
     if not received["signal"]:
         received.update(signal=number, time=now)
-        text = f"\n{signal.Signals(number).name}: finishing the step or the clip at hand, then saving (again to end at once)\n"
+        text = f"\n{signal.Signals(number).name}: finishing the current step or clip, then saving (send it again to stop at once)\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())
 
 
 def stop_requested():
-    """The number of the signal that came to this process, 0 if none did."""
+    """The number of the signal that this process received, or 0."""
     return received["signal"]
 
 
 def stop_requested_anywhere(device):
-    """The number of a signal that came to any process, the same on all; 0 if none did. Every process calls it."""
+    """The number of a signal that any rank received, or 0; the same on all ranks. Every rank calls it."""
     import torch
     import torch.distributed as distributed
 
@@ -74,7 +74,7 @@ def stop_requested_anywhere(device):
 
 
 def exit_if_requested():
-    """End this process if a signal came, at a place where nothing that is not on disk would be lost."""
+    """End this process if it received a signal. Call it where all work is on disk."""
     if number := stop_requested():
         if received["output_dir"] and rank() == 0:
             write_status(received["output_dir"], 128 + number, f"stopped by {signal.Signals(number).name} before training", None)
@@ -82,32 +82,32 @@ def exit_if_requested():
 
 
 def write_status(output_dir, code, reason, step, checkpoint=None, **more):
-    """`status.json`: how the run ended, for the program that started it. Both launchers turn every exit code into 1.
+    """Write `status.json`: how the run ended, because both launchers turn every failure's exit code into 1.
 
     more: further values.
     """
     content = {"code": code, "reason": reason, "step": step, "checkpoint": str(checkpoint) if checkpoint else None} | more
-    with contextlib.suppress(OSError):  # a full disk; the message on the terminal says the same
+    with contextlib.suppress(OSError):  # a full disk; the terminal shows the same message
         write_durably(Path(output_dir) / "status.json", json.dumps(content, indent=1).encode())
 
 
-OUT_OF_MEMORY = """out of memory ({where}). In the order of what they save:
-  --gradient_checkpointing all        activations of one block instead of all {blocks}
-  --base_precision int8               half of the frozen weights; nf4 a quarter; --offload all but what one layer needs
-  --train_batch_size 1                and --gradient_accumulation_steps for the same clips a step
+OUT_OF_MEMORY = """out of memory ({where}). Flags that save memory, the largest saving first:
+  --gradient_checkpointing all        keeps the activations of one block instead of all {blocks}
+  --base_precision int8               halves the frozen weights; nf4 quarters them; --offload keeps one layer on the GPU
+  --train_batch_size 1                with --gradient_accumulation_steps for the same clips per step
   --max_num_frames, --height, --width activations grow with frames x height x width, attention with its square
-  --use_8bit_adam                     a quarter of the optimizer's state
-  --rank                              LoRA, gradients and optimizer state are proportional to it
+  --use_8bit_adam                     quarters the optimizer states
+  --rank                              LoRA, gradients and optimizer states are proportional to it
 Peak so far: {peak:.2f} GiB. {gpus}"""
 MORE_GPUS = {
     True: "More GPUs shard the weights further; each still holds the activations of its own clips.",
-    False: "Every process needs this much: with this engine more GPUs do not help (configs/fsdp2.yaml shards the weights).",
+    False: "With this engine every GPU needs this much, so more GPUs do not help (configs/fsdp2.yaml shards the weights).",
 }
 
 
 @contextlib.contextmanager
 def explained_memory(where, blocks, peak, sharded=False):
-    """Turn an out-of-memory error into flags that would help. peak: () -> GiB. sharded: whether the engine shards the weights."""
+    """On an out-of-memory error, print flags that would help. peak: () -> GiB. sharded: whether the engine shards the weights."""
     import torch
     from accelerate.utils.memory import should_reduce_batch_size
 
@@ -116,6 +116,6 @@ def explained_memory(where, blocks, peak, sharded=False):
     except (RuntimeError, MemoryError) as error:
         if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or should_reduce_batch_size(error)):
             raise
-        words = OUT_OF_MEMORY.format(where=where, blocks=blocks, peak=peak(), gpus=MORE_GPUS[sharded])
-        print(f"\nERROR[1]: {words}", file=sys.stderr, flush=True)
+        advice = OUT_OF_MEMORY.format(where=where, blocks=blocks, peak=peak(), gpus=MORE_GPUS[sharded])
+        print(f"\nERROR[1]: {advice}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error

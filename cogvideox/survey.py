@@ -1,7 +1,7 @@
-"""Open and decode every clip once, before any model loads, and say what will be trained on.
+"""Decode every clip once, before any model loads, and report on the dataset.
 
-The result of decoding a file is remembered beside the encodings, under the hash of its content and the framing, so that
-ten thousand clips are decoded for this once, not at every start.
+The result of decoding a file is cached beside the encodings, under the hash of its content and the framing, so that ten thousand
+clips are checked once, not at every start.
 """
 
 import functools
@@ -24,7 +24,7 @@ from dataset import list_clips, list_eval_clips
 
 @dataclass
 class Data:
-    """The checked clips: records and facts side by side, tokens of each caption, and what is wrong (sentences).
+    """The checked clips: parallel lists of records, facts and caption tokens; and the problems as sentences.
 
     held_out: the numbers of the clips that are scored and never trained on; trained: the others.
     """
@@ -42,21 +42,20 @@ class Data:
         return [number for number in range(len(self.records)) if number not in held_out]
 
     def most_common_shape(self):
-        """(frames, height, width) of most of the trained clips."""
+        """(frames, height, width) of most training clips."""
         shapes = Counter((clip["frames"], clip["height"], clip["width"]) for clip in (self.clips[i] for i in self.trained))
         return shapes.most_common(1)[0][0]
 
 
 def check_data(args, facts, tokenizer, readers, accelerator, barrier):
-    """List and decode every clip, print the report, and return the Data. Of the output folder only dataset.json and the
-    text made from it, dataset_report.txt, are written."""
+    """List and decode every clip, print the report, and return the Data. Writes dataset.json and dataset_report.txt."""
     records, problems, layout = list_clips(args)
     others, more_problems = list_eval_clips(args)
     of_data, records, problems = len(records), records + others, problems + more_problems
     framing, cache = framing_of(args, facts), Path(args.encoding_cache_dir)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     mine = survey_clips(records[rank::world_size], framing, args.seed, cache, readers, show_progress=rank == 0)
-    barrier()  # one process may have had slower files than another
+    barrier()  # one rank may have slower files than another
     numbered = gather_object(list(zip(range(rank, len(records), world_size), mine, strict=True)))
     clips = [clip for _, clip in sorted(numbered, key=lambda pair: pair[0])]
     tokens = count_tokens(tokenizer, [r.caption for r in records]) if tokenizer and records else [0] * len(records)
@@ -64,17 +63,19 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     skipped = args.bad_videos == "skip" and len(bad) <= args.max_bad_share * len(records) and len(bad) < len(records)
     problems += [] if skipped else bad
     if bad and args.bad_videos == "skip" and not skipped:
-        problems.append(f"--bad_videos skip: {len(bad)} of {len(records)} clips are bad, more than --max_bad_share {args.max_bad_share:g}")
-    kept = [i for i, clip in enumerate(clips) if "reason" not in clip]
-    own = [i for i in kept if i < of_data]
-    drawn = {own[i] for i in choose_held_out(len(own), args.eval_share, args.seed)} | {i for i in kept if i >= of_data}
-    held_out = [place for place, i in enumerate(kept) if i in drawn]
+        problems.append(
+            f"--bad_videos skip: {len(bad)} of {len(records)} clips are unusable, more than --max_bad_share {args.max_bad_share:g}"
+        )
+    usable = [i for i, clip in enumerate(clips) if "reason" not in clip]
+    own = [i for i in usable if i < of_data]
+    drawn = {own[i] for i in choose_held_out(len(own), args.eval_share, args.seed)} | {i for i in usable if i >= of_data}
+    held_out = [number for number, i in enumerate(usable) if i in drawn]
     if own and drawn.issuperset(own):
-        problems.append(f"--eval_share {args.eval_share:g}: of {len(own)} clips none would be left to train on; give a smaller share, or 0")
+        problems.append(f"--eval_share {args.eval_share:g}: leaves none of {len(own)} clips for training; give a smaller share, or 0")
     if args.train_batch_size > 1 and not args.bucket and shapes_differ([clip for i, clip in enumerate(clips) if i not in drawn]):
         problems.append(
-            f"--train_batch_size {args.train_batch_size}: the clips differ in length, and a batch has one shape; "
-            "use --train_batch_size 1, --bucket, or a --max_num_frames that all reach"
+            f"--train_batch_size {args.train_batch_size}: the clips differ in length, but a batch needs one shape; "
+            "use --train_batch_size 1, --bucket, or a --max_num_frames that every clip reaches"
         )
     dataset = describe(records, clips, tokens, facts.max_text_seq_length, framing, drawn)
     dataset = {"source": args.dataset_name or args.instance_data_root, "layout": layout} | dataset | {"problems": problems}
@@ -91,11 +92,11 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     if records:
         for record in records[:3]:
             say(f"  {printable(record.listed)}: {record.caption[:100]!r}")
-    return Data([records[i] for i in kept], [clips[i] for i in kept], [tokens[i] for i in kept], problems, framing, held_out)
+    return Data([records[i] for i in usable], [clips[i] for i in usable], [tokens[i] for i in usable], problems, framing, held_out)
 
 
 def framing_of(args, facts):
-    """The Framing that the data flags and the model ask for."""
+    """The Framing of the data flags and the model."""
     return Framing(
         fps=args.fps,
         max_num_frames=max(args.bucket_lengths, default=args.max_num_frames),
@@ -110,14 +111,14 @@ def framing_of(args, facts):
 
 
 def survey_key(content, framing):
-    """The name under which it is remembered what decoding a file showed: by its content, the framing, and who decodes."""
+    """The cache key of a file's decoding result: from its content, the framing, and whether decord is installed."""
     return key_of(ENCODING_VERSION, content, asdict(framing), importlib.util.find_spec("decord") is not None)
 
 
 def survey_clips(records, framing, seed, cache, readers, show_progress=True):
-    """Decode every record. Returns one facts dict a record, with `sha256`, and `reason` where it cannot be used.
+    """Decode every record. Returns one facts dict per record, with `sha256`, and `reason` if it is unusable.
 
-    Nothing but hashes of files is remembered here; `remember_survey` stores what the good ones showed.
+    Caches only the hashes of files; `remember_survey` stores the results of usable clips.
     """
     facts, pending = [None] * len(records), []
     for number, record in enumerate(records):
@@ -143,22 +144,22 @@ def survey_clips(records, framing, seed, cache, readers, show_progress=True):
 
 
 def remember_survey(facts, cache):
-    """Store what decoding showed, for the next start."""
+    """Cache the decoding results of usable clips for the next start."""
     for clip in facts:
         path = cache / "surveys" / f"{clip['survey']}.json"
         if "reason" not in clip and not path.exists():
             write_bytes(path, json.dumps(clip).encode())
 
 
-# What is not shown of a clip: where its pixels come from, and what it is called in the cache.
+# Facts of a clip that the report omits: the frames, the crop, and its cache key.
 INNER_FACTS = {"indices", "box", "note", "survey", "path"}
 
 
 def describe(records, facts, tokens, limit, framing, held_out=()):
-    """The content of dataset.json, from which the text report and the page are made: {clips, totals, remarks}, JSON-ready.
+    """The content of dataset.json, the source of the text report and the page: {clips, totals, remarks}, JSON-ready.
 
-    facts: one dict a record, as `survey_clips` gives them. tokens: of each caption, which is cut at `limit`. held_out: the
-    numbers of the records that are scored and never trained on.
+    facts: one dict per record, from `survey_clips`. tokens: of each caption, which is truncated at `limit`. held_out: the numbers
+    of the records that are scored and never trained on.
     """
     clips = []
     for number, (record, clip, count) in enumerate(zip(records, facts, tokens, strict=True)):
@@ -183,7 +184,7 @@ def describe(records, facts, tokens, limit, framing, held_out=()):
 
 
 def table_lines(dataset):
-    """The clips of `describe` as a table of one line a clip, with notes below it."""
+    """The clips of `describe` as a table of one line per clip, with its notes below."""
     yield f"{'clip':<28} {'source':>20} {'reader':>7} {'frames':>6} {'seconds':>7} {'used':>5} {'cut':>5} {'size':>9} {'tokens':>6}"
     for clip in dataset["clips"]:
         name = printable(clip["path"])[-28:]
@@ -201,13 +202,13 @@ def table_lines(dataset):
 
 
 def report_text(dataset):
-    """dataset_report.txt: what dataset.json says, for reading in a terminal."""
+    """The content of dataset_report.txt: dataset.json as text."""
     problems = [f"ERROR: {problem}" for problem in dataset["problems"]]
     return "\n".join([*table_lines(dataset), "", *dataset["remarks"], *problems]) + "\n"
 
 
 def remarks(clips, usable, totals, limit, framing):
-    """What a user would want to know of the data before hours are spent on it, each a sentence. clips: as `describe` has them."""
+    """Warnings and facts about the data, as sentences. clips: from `describe`."""
     if not usable:
         return
     buckets = ", ".join(f"{count} of {bucket}" for bucket, count in totals["buckets"].items())
@@ -219,19 +220,19 @@ def remarks(clips, usable, totals, limit, framing):
             "use less than 90 % of their clip (--max_num_frames, --fps); the caption should match what is left",
         ),
         (lambda c: c["frames"] < framing.max_num_frames, f"are shorter than --max_num_frames {framing.max_num_frames}"),
-        (lambda c: c["repeated_frames"] > 0, f"have fewer frames a second than --fps {framing.fps:g}: some frames repeat"),
-        (lambda c: c["cropped_percent"] > 5, "lose more than 5 % of the picture to the crop (--video_reshape_mode, --height, --width)"),
+        (lambda c: c["repeated_frames"] > 0, f"have fewer frames per second than --fps {framing.fps:g}: some frames repeat"),
+        (lambda c: c["cropped_percent"] > 5, "lose more than 5 % of the picture to cropping (--video_reshape_mode, --height, --width)"),
         (lambda c: c["stretch_percent"] > 5, "are stretched by more than 5 % (--video_reshape_mode none)"),
         (
             lambda c: c["source_height"] * c["source_width"] < c["height"] * c["width"] * 0.8,
-            "are enlarged: the source is smaller than the training size",
+            "are upscaled: the source is smaller than the training size",
         ),
     ]
-    for test, words in checks:
+    for test, finding in checks:
         if hits := [clip for clip in usable if test(clip)]:
-            yield f"{len(hits)} of {len(usable)} clips {words}: {some(hits)}"
+            yield f"{len(hits)} of {len(usable)} clips {finding}: {some(hits)}"
     if cut := [clip for clip in clips if clip["is_caption_cut"]]:
-        yield f"{len(cut)} captions are longer than {limit} tokens and will be cut there: {some(cut)}"
+        yield f"{len(cut)} captions are longer than {limit} tokens and will be truncated: {some(cut)}"
     contents = Counter(clip["sha256"] for clip in usable)
     if copies := [clip for clip in usable if contents[clip["sha256"]] > 1]:
         yield f"{len(copies)} clips have the same content as another: {some(copies)}"
@@ -242,20 +243,20 @@ def remarks(clips, usable, totals, limit, framing):
         yield f"{len(held_out)} clips are held out: scored, and never trained on: {some(held_out, most=len(held_out))}"
         trained = {clip["sha256"] for clip in usable if clip["split"] == "trained"}
         if copies := sum(clip["sha256"] in trained for clip in held_out):
-            yield f"{copies} of the held-out clips have the same content as a trained one: their score cannot tell memorising"
+            yield f"{copies} of the held-out clips have the same content as a training clip: their score does not detect memorising"
 
 
 def some(clips, most=4):
-    """A few names of many."""
+    """The first names of a list of clips."""
     names = [printable(clip["path"]) for clip in clips[:most]]
     return ", ".join(names) + (f" and {len(clips) - most} more" if len(clips) > most else "")
 
 
 def printable(text):
-    """Text without characters that would move a terminal's cursor."""
+    """The text with unprintable characters, such as terminal control codes, replaced by "?"."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def shapes_differ(facts):
-    """Whether the clips do not all have one shape, so that they cannot share a batch."""
+    """Whether the clips have several shapes, so that they cannot share a batch."""
     return len({(clip["frames"], clip["height"], clip["width"]) for clip in facts if "reason" not in clip}) > 1

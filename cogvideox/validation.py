@@ -1,4 +1,4 @@
-"""Videos from the live LoRA, made without leaving a trace in training."""
+"""Validation videos from the live model, without side effects on training."""
 
 import contextlib
 import copy
@@ -23,7 +23,7 @@ from cogvideox.video import contact_sheet, read_video, write_video
 
 @contextlib.contextmanager
 def undisturbed(transformer):
-    """Evaluation mode, and every random state and mode put back afterwards, whatever happens inside. Nothing is compiled."""
+    """Evaluation mode without compilation; restores the mode and all random states afterwards, also after an error."""
     was_training = transformer.training
     transformer.eval()
     try:
@@ -34,14 +34,14 @@ def undisturbed(transformer):
 
 
 def video_jobs(prompts, videos_per_prompt, seed):
-    """What one validation makes: one job a video. A job's seed and file name do not depend on who makes it."""
+    """The jobs of one validation, one per video. A job's seed and file name do not depend on the rank."""
     jobs = []
     for number, prompt in enumerate(prompts):
-        words = re.sub(r"[^A-Za-z0-9]+", "-", prompt)[:40].strip("-")
-        # The hash keeps prompts apart that begin alike, and prompts of signs only.
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", prompt)[:40].strip("-")
+        # The hash distinguishes prompts with the same beginning, and prompts without letters.
         mark = hashlib.sha256(prompt.encode()).hexdigest()[:6]
         for video in range(videos_per_prompt):
-            jobs.append({"prompt": number, "seed": seed + video, "name": f"{number:02d}-{words}-{mark}-seed{seed + video}.mp4"})
+            jobs.append({"prompt": number, "seed": seed + video, "name": f"{number:02d}-{slug}-{mark}-seed{seed + video}.mp4"})
     return jobs
 
 
@@ -61,17 +61,17 @@ def sample_latents(transformer, scheduler, prompt, negative_prompt, seed, device
 
 
 def stop_sampling_if_requested(pipeline, step, timestep, tensors):
-    """Leave a video unfinished when a signal asks the run to stop; the loop then saves."""
+    """Abort a video when a signal requests a stop; the loop then saves."""
     if stop_requested():
-        raise InterruptedError("a signal asked the run to stop")
+        raise InterruptedError("a signal requested a stop")
     return tensors
 
 
 def validate(folder, jobs, rank, world_size, transformer, scheduler, embeddings, load_vae, device, fps, settings):
-    """Make this process's share of the videos and write them as mp4. Returns its failures as sentences.
+    """Generate this rank's share of the videos and write them as mp4. Returns failures as sentences.
 
-    embeddings: (prompt embeddings, negative embedding), encoded before training. The VAE is loaded for the decoding
-    alone, after all latents are there; the transformer stays where it is meanwhile.
+    embeddings: (prompt embeddings, negative embedding), encoded before training. The VAE is loaded only for decoding, after all
+    latents are sampled; the transformer stays on its device.
     """
     folder, failures, latents = Path(folder), [], []
     prompts, negative = embeddings
@@ -94,14 +94,14 @@ def validate(folder, jobs, rank, world_size, transformer, scheduler, embeddings,
 
 
 def failure(job, error):
-    """A failed video in one sentence, with the line of code it failed at."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    reason = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
-    return f"validation video {job['name']} failed and training goes on: {reason}"
+    """A sentence for a failed video, with the failing line of code."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    reason = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+    return f"validation video {job['name']} failed, training continues: {reason}"
 
 
 def write_sheet(folder, first_folder, jobs, prompts, step, settings):
-    """`contact_sheet.png` (each video below the one of step 0 with the same seed) and `videos.json` of one validation."""
+    """Write `contact_sheet.png` (each video below that of step 0 with the same seed) and `videos.json` of one validation."""
     folder, first_folder = Path(folder), Path(first_folder)
     rows = []
     for job in jobs:
@@ -118,7 +118,7 @@ def write_sheet(folder, first_folder, jobs, prompts, step, settings):
 
 
 def is_due(step, clips_per_step, num_clips, args):
-    """Whether to validate after this step: every N steps, or at the first step that completes an N-th epoch."""
+    """Whether to validate after this step: every N steps, or at the first step that completes every N-th epoch."""
     if args.validation_steps:
         return step % args.validation_steps == 0
     if not args.validation_epochs:
@@ -132,10 +132,10 @@ def is_due(step, clips_per_step, num_clips, args):
 
 
 class Validator:
-    """Makes the validation videos before the first step, when they are due, and after the last step.
+    """Generates the validation videos before the first step, when they are due, and after the last step.
 
-    prompts: (embedding of each prompt, negative embedding). load_vae: () -> the VAE. clip_shape: (frames, height, width) of
-    the videos unless the flags say otherwise. plan: order.Plan. Every rank calls every method, and makes its share.
+    prompts: (embedding of each prompt, negative embedding). load_vae: () -> the VAE. clip_shape: default (frames, height, width)
+    of the videos. plan: order.Plan. Every rank calls every method and generates its share.
     """
 
     def __init__(self, args, trained, scheduler, prompts, load_vae, clip_shape, plan):
@@ -154,27 +154,27 @@ class Validator:
         }
 
     def folder_of(self, step):
-        """Where the videos of a step are."""
+        """The folder of a step's videos."""
         return self.folder / f"step-{step:06d}"
 
     def is_due(self, step, last=False):
-        """Whether videos are made after this step (0: before the first one)."""
+        """Whether videos are due after this step (0: before the first one)."""
         if not self.jobs:
             return False
         return step == 0 or last or is_due(step, self.plan.clips_per_step, self.plan.epoch_clips, self.args)
 
     def offer(self, step, last=False):
-        """Make the videos if they are due."""
+        """Generate the videos if due."""
         if self.is_due(step, last):
             self.make(step)
 
     def make_missing(self, step):
-        """Make the videos of a run's last step where a kill left it without them."""
+        """Generate the last step's videos if a kill prevented it."""
         if self.jobs and not (self.folder_of(step) / "contact_sheet.png").exists():
             self.make(step)
 
     def make(self, step):
-        """Make the videos with the weights as they are now, and show them on the contact sheet, in the trackers and the report."""
+        """Generate the videos with the current weights, and add them to a contact sheet, the trackers and the report."""
         trained, folder = self.trained, self.folder_of(step)
         rank, world_size = trained.accelerator.process_index, trained.accelerator.num_processes
         with timed(f"make the videos of step {step}"), trained.averaged(), trained.full_model() as full_model:
@@ -185,18 +185,18 @@ class Validator:
         for sentence in failures:
             print(f"warning: {sentence}", file=sys.stderr, flush=True)
         free(trained.device)
-        trained.barrier()  # one rank may have more videos to make than another
+        trained.barrier()  # one rank may have more videos than another
         if not trained.is_main:
             return
         if folder.exists():
             try:
                 write_sheet(folder, self.folder_of(0), self.jobs, self.args.prompts, step, self.settings)
-            except Exception as error:  # Pillow and the video reader raise many kinds; no picture is worth the run
-                warn(f"no contact sheet of step {step} ({type(error).__name__}: {error})")
+            except Exception as error:  # Pillow and the video reader raise many kinds of errors; none must end the run
+                warn(f"the contact sheet of step {step} was not written ({type(error).__name__}: {error})")
             metrics.track_videos(trained.accelerator.trackers, folder, self.jobs, self.args.prompts, step, self.args.fps)
         report.refresh(self.args.output_dir)
 
     def videos_of(self, step):
-        """[(prompt, path inside the output folder)] of the videos that a step has left."""
+        """[(prompt, path inside the output folder)] of a step's videos."""
         paths = [(self.args.prompts[job["prompt"]], self.folder_of(step) / job["name"]) for job in self.jobs]
         return [(prompt, path.relative_to(self.folder.parent).as_posix()) for prompt, path in paths if path.exists()]

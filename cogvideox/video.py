@@ -1,4 +1,4 @@
-"""Writing videos and pictures of them."""
+"""Writing and reading videos, and contact sheets of them."""
 
 import io
 from pathlib import Path
@@ -11,7 +11,7 @@ from cogvideox.files import write_bytes
 
 
 def write_video(path, frames, fps):
-    """Write uint8 frames [F, H, W, 3] as an H.264 mp4 that every player opens; whole or not at all."""
+    """Write uint8 frames [F, H, W, 3] as an H.264 mp4 for any player, atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial.mp4")
@@ -28,7 +28,7 @@ def read_video(path):
 
 
 def gif_bytes(frames, fps):
-    """An animated GIF, for trackers that show pictures only."""
+    """An animated GIF, for trackers that show only images."""
     pictures = [Image.fromarray(frame) for frame in frames]
     buffer = io.BytesIO()
     pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0)
@@ -36,7 +36,7 @@ def gif_bytes(frames, fps):
 
 
 def film_strip(frames, columns=5, widest=240):
-    """`columns` frames, evenly spaced in time from the first to the last, side by side, each at most `widest` pixels wide."""
+    """`columns` frames side by side, evenly spaced from the first to the last, each at most `widest` pixels wide."""
     chosen = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
     height, width = frames.shape[1:3]
     size = (min(width, widest), max(1, round(height * min(width, widest) / width)))
@@ -46,7 +46,7 @@ def film_strip(frames, columns=5, widest=240):
 def contact_sheet(path, rows, title=""):
     """A PNG of labelled film strips. rows: [(label, frames or None)]; a row without frames is a heading."""
     gap, text_height = 4, 18
-    # A single frame is a strip already.
+    # A single frame is already a strip.
     strips = [(label, frames if frames is None else frames[0] if len(frames) == 1 else film_strip(frames)) for label, frames in rows]
     width = max([strip.shape[1] for _, strip in strips if strip is not None] + [480]) + 2 * gap
     height = sum(text_height + (strip.shape[0] + gap if strip is not None else 0) for _, strip in strips) + text_height + gap

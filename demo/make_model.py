@@ -1,7 +1,7 @@
 """Write a tiny random CogVideoX folder in the real layout: `python -m demo.make_model demo/tiny_model`.
 
-The real tokenizer, a T5 encoder, the causal video VAE with its true 4 x 8 x 8 compression, a transformer and the 2B's
-scheduler, all seeded. It teaches nothing about video; it runs every line that the real weights would run, on a CPU.
+The real tokenizer, a T5 encoder, the causal video VAE with the real 4 x 8 x 8 compression, a transformer and the 2B's scheduler,
+all seeded. It cannot generate video, but it runs the same code as the real weights, on a CPU.
 """
 
 import argparse
@@ -16,7 +16,7 @@ TOKENIZER = Path(__file__).resolve().parent / "tokenizer"
 
 
 def make_model(folder, seed=0, dtype=torch.float32, text_width=32, vae_channels=16, layers=2, heads=2, head_width=32, **transformer):
-    """Build and save the folder; returns its path. `transformer` overrides the transformer's config (rope, patches)."""
+    """Create and save the folder; returns its path. `transformer` overrides the transformer's config (rope, patches)."""
     folder = Path(folder)
     torch.manual_seed(seed)
     text_encoder = T5EncoderModel(
@@ -68,9 +68,9 @@ def make_scheduler():
 
 @torch.no_grad()
 def imitate_trained_moments(vae):
-    """Give a random VAE the moments of a trained one: latents of unit variance after scaling, and a small posterior.
+    """Give a random VAE the moments of a trained one: latents of unit variance after scaling, and a small posterior variance.
 
-    Left alone, log-variances near 0 would make every latent pure noise, which no transformer can predict.
+    With the random log-variances near 0, every latent would be pure noise, which no transformer can predict.
     """
     channels = vae.config.latent_channels
     vae.encoder.conv_out.conv.bias[channels:] = -8.0

@@ -1,4 +1,4 @@
-"""How far the demo's LoRA took the colour out, and the demo in one picture: `python -m demo.measure demo/output`."""
+"""Measure how much colour the demo's LoRA removes, and draw the demo's picture: `python -m demo.measure demo/output`."""
 
 import argparse
 import json
@@ -12,13 +12,13 @@ from demo.picture import write_picture
 
 
 def saturation(frames):
-    """Mean saturation of uint8 frames [..., 3], from 0 (grey) to 1: HSV's, (max - min) / max, each pixel weighted by its brightness."""
+    """Mean HSV saturation of uint8 frames [..., 3], from 0 (grey) to 1: (max - min) / max, weighted by brightness."""
     frames = np.asarray(frames, np.float64)
     return float((frames.max(-1) - frames.min(-1)).sum() / max(frames.max(-1).sum(), 1))
 
 
 def validation_pairs(output_dir):
-    """(path at step 0, path at the last step) of each validation video that a run has at both."""
+    """(path at step 0, path at the last step) of each validation video that exists at both."""
     steps = sorted(path for path in (Path(output_dir) / "validation").glob("step-*") if any(path.glob("*.mp4")))
     if len(steps) < 2:
         return []
@@ -26,14 +26,14 @@ def validation_pairs(output_dir):
 
 
 def measure(output_dir):
-    """(name, saturation at step 0, saturation at the last step) of each validation video that a run has at both."""
+    """(name, saturation at step 0, saturation at the last step) of each validation video that exists at both."""
     return [(last.stem, saturation(read_video(first)), saturation(read_video(last))) for first, last in validation_pairs(output_dir)]
 
 
 def main(output_dir, old_film_dir):
     rows = measure(output_dir)
     if not rows:
-        sys.exit(f"{output_dir}: has no validation videos of two steps; run make demo first")
+        sys.exit(f"{output_dir}: no validation videos of two steps; run make demo first")
     print("\nsaturation of the validation videos (0 is grey)   before   after")
     for name, before, after in rows:
         print(f"  {name[:46]:46}  {before:6.3f}  {after:6.3f}   {100 * (after / before - 1):+.0f} %")
@@ -45,7 +45,7 @@ def main(output_dir, old_film_dir):
 
 
 def videos_of(output_dir):
-    """(prompt, frames at step 0, frames at the last step, the last step) of each validation video that a run has at both."""
+    """(prompt, frames at step 0, frames at the last step, the last step) of each validation video that exists at both."""
     videos = []
     for first, last in validation_pairs(output_dir):
         listed = json.loads((last.parent / "videos.json").read_text(encoding="utf-8"))["videos"]
@@ -57,6 +57,6 @@ def videos_of(output_dir):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output_dir", nargs="?", default="demo/output")
-    parser.add_argument("old_film_dir", nargs="?", default="demo/old_film", help="the clips that it was trained on")
+    parser.add_argument("old_film_dir", nargs="?", default="demo/old_film", help="the training clips")
     options = parser.parse_args()
     main(options.output_dir, options.old_film_dir)

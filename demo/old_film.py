@@ -1,7 +1,7 @@
 """Render the demo's clips as an old black-and-white film: `python -m demo.old_film demo/old_film`.
 
-Grey, grainy, flickering, dark at the corners, shaking in the gate, with scratches: a look that a LoRA can learn from a few
-clips and that anyone sees, as in the guide's Steamboat Willie. Everything is a function of the clip's number.
+Grey, grainy, flickering, vignetted, shaky and scratched: a visible style that a LoRA can learn from a few clips, like the guide's
+Steamboat Willie. All randomness is seeded by the clip's number.
 """
 
 import argparse
@@ -19,7 +19,7 @@ CHANGES = "The clips here are a further change of those: black-and-white, with g
 
 
 def old_film(frames, seed):
-    """uint8 frames [F, H, W, 3] as an old film would show them."""
+    """uint8 frames [F, H, W, 3] in the style of an old film."""
     random = np.random.default_rng(seed)
     count, height, width = frames.shape[:3]
     grey = frames.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)  # luma, ITU-R BT.601
@@ -28,20 +28,20 @@ def old_film(frames, seed):
     vignette = 1 - 0.45 * np.clip(x**2 + y**2 - 0.35, 0, None)
     flicker = 1 + 0.07 * random.standard_normal(count)
     scratch = random.integers(0, width, 3)
-    made = np.empty_like(grey)
+    styled = np.empty_like(grey)
     for number in range(count):
         frame = np.roll(grey[number], tuple(random.integers(-1, 2, 2)), (0, 1))
-        coarse = random.standard_normal((height // 2, width // 2)).astype(np.float32)  # grain of two pixels, which survives scaling
+        coarse = random.standard_normal((height // 2, width // 2)).astype(np.float32)  # grain of two pixels survives scaling
         grain = np.asarray(Image.fromarray(coarse).resize((width, height), Image.BILINEAR))
         frame = (frame * vignette + 16 * grain) * flicker[number]
         if random.random() < 0.4:
             frame[:, random.choice(scratch)] += 70
-        made[number] = frame
-    return np.repeat(made.clip(0, 255).astype(np.uint8)[..., None], 3, axis=3)
+        styled[number] = frame
+    return np.repeat(styled.clip(0, 255).astype(np.uint8)[..., None], 3, axis=3)
 
 
 def write_dataset(folder):
-    """The data folder of the demo's LoRA: the clips of demo/dataset in old film, and their captions without its trigger word."""
+    """Write the data folder of the demo's LoRA: the clips of demo/dataset as old film, and their captions without the trigger word."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -14,9 +14,9 @@ INK, FAINT = "#1f2328", "#656d76"
 
 
 def write_picture(path, old_film_dir, videos):
-    """Write the picture of a run as a PNG, about 900 pixels wide.
+    """Write a run's picture as a PNG, about 900 pixels wide.
 
-    old_film_dir: the data folder that was trained on. videos: [(prompt, base frames, LoRA frames, the LoRA's step)], uint8 [F, H, W, 3].
+    old_film_dir: the training data folder. videos: [(prompt, base frames, LoRA frames, the LoRA's step)], uint8 [F, H, W, 3].
     """
     size = videos[0][1].shape[1:3]
     rows = [
@@ -51,7 +51,7 @@ def spread(frames):
 
 
 def training_frames(old_film_dir, size):
-    """The last frame of COLUMNS clips from all over the data folder, at the (height, width) they are trained at."""
+    """The last frames of COLUMNS clips, spread over the data folder, at the training (height, width)."""
     names = (Path(old_film_dir) / "videos.txt").read_text(encoding="utf-8").splitlines()
     chosen = [names[i] for i in np.linspace(0, len(names) - 1, COLUMNS).round().astype(int)]
     frames = [Image.fromarray(read_video(Path(old_film_dir) / name)[-1]) for name in chosen]
@@ -59,7 +59,7 @@ def training_frames(old_film_dir, size):
 
 
 def shortened(text, font, width):
-    """The text, cut after a word and with an ellipsis where it is longer than `width` pixels."""
+    """The text, truncated after a word with an ellipsis if it is wider than `width` pixels."""
     words = text.split()
     while font.getlength(" ".join(words)) > width - font.getlength(" ..."):
         words.pop()

@@ -1,8 +1,8 @@
 """Train the demo's base model on Big Buck Bunny: `python -m demo.train_base bbb.mp4 --work_dir base`.
 
-Three stages, each seeded, a few CPU hours in all: the film to small frames, a causal video VAE, and a text-to-video
-transformer with its T5 encoder. The frames of the demo's 38 clips are held out (`demo/film_shots.txt` has the rest, with
-a caption a shot). Curves, reconstructions and samples are written beside the weights. A stage that is done is not done again.
+Three seeded stages, a few CPU hours in total: resize the film's frames, train a causal video VAE, and train a text-to-video
+transformer with its T5 encoder. The frames of the demo's 38 clips are held out (`demo/film_shots.txt` has the rest, with one
+caption per shot). Curves, reconstructions and samples are written beside the weights. Completed stages are skipped.
 
 The film is resources/bbb.mp4 in moviepy_10_minutes.zip in the sdist of moviepy 2.2.1 on PyPI:
 `pip download --no-deps --no-binary moviepy moviepy==2.2.1`.
@@ -41,13 +41,13 @@ DEMO_PROMPTS = (
 
 
 def read_shots():
-    """The (first frame, end frame, caption) of each stretch of the film that is trained on; none holds a frame of the demo's clips."""
+    """The (first frame, end frame, caption) of each training shot of the film; no shot contains a frame of the demo's clips."""
     lines = [line.split("\t") for line in SHOTS.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     return [(int(first), int(end), caption) for first, end, caption in lines]
 
 
 def film_frames(film, work_dir, height, width):
-    """All frames of the film as one uint8 array [N, height, width, 3], kept on disk."""
+    """All frames of the film as one memory-mapped uint8 array [N, height, width, 3]."""
     path = work_dir / f"film-{height}x{width}.raw"
     if not path.exists():
         partial = path.with_suffix(".partial")
@@ -59,7 +59,7 @@ def film_frames(film, work_dir, height, width):
 
 
 def random_of(*key):
-    """A generator that depends on the seed and the step alone."""
+    """A generator that depends only on the seed and the step."""
     return np.random.default_rng(list(key))
 
 
@@ -73,14 +73,14 @@ def stack(clips):
 
 
 def make_vae():
-    """A narrow AutoencoderKLCogVideoX: the true 4 x 8 x 8 compression and 16 latent channels."""
+    """A narrow AutoencoderKLCogVideoX with the real 4 x 8 x 8 compression and 16 latent channels."""
     vae = AutoencoderKLCogVideoX(block_out_channels=(16, 32, 64, 64), layers_per_block=1, norm_num_groups=8)
-    vae.encoder.conv_out.conv.bias.data[vae.config.latent_channels :] = -6.0  # log-variances: unit noise would hide all there is to learn
+    vae.encoder.conv_out.conv.bias.data[vae.config.latent_channels :] = -6.0  # log-variances: unit noise would drown the signal
     return vae
 
 
 def vae_batch(films, shots, seed, step, clips, frames, height, width):
-    """[clips, 3, frames, height, width]: crops of both sizes of the film, at a third, a half or all of its rate, half of them mirrored."""
+    """[clips, 3, frames, height, width]: crops of both film sizes, at a third, a half or all of its frame rate, randomly mirrored."""
     rng = random_of(seed, 1, step)
     chosen = []
     weights = np.array([end - first for first, end, _ in shots], float)
@@ -96,20 +96,20 @@ def vae_batch(films, shots, seed, step, clips, frames, height, width):
 
 
 def reconstruction_loss(vae, video, generator):
-    """L1 on pixels, on their differences to the neighbours, and on coarser copies; and a small KL term. Returns (loss, pixels' L1)."""
+    """L1 on pixels, on spatial gradients and on downsampled copies, plus a small KL term. Returns (loss, pixel L1)."""
     posterior = vae.encode(video).latent_dist
-    made = vae.decode(posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)).sample
-    made = made[:, :, -video.shape[2] :]  # an even number of latents is decoded to three frames too many, at the front
-    pixels = l1_loss(made, video)
-    edges = sum(l1_loss(made.diff(dim=dim), video.diff(dim=dim)) for dim in (3, 4))
-    coarse = sum(l1_loss(avg_pool3d(made, (1, size, size)), avg_pool3d(video, (1, size, size))) for size in (4, 8))
+    reconstructed = vae.decode(posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator)).sample
+    reconstructed = reconstructed[:, :, -video.shape[2] :]  # an even number of latents decodes to three extra frames, at the front
+    pixels = l1_loss(reconstructed, video)
+    edges = sum(l1_loss(reconstructed.diff(dim=dim), video.diff(dim=dim)) for dim in (3, 4))
+    coarse = sum(l1_loss(avg_pool3d(reconstructed, (1, size, size)), avg_pool3d(video, (1, size, size))) for size in (4, 8))
     return pixels + edges + 0.5 * coarse + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel(), pixels.item()
 
 
 class Muon:
-    """Momentum whose update of each weight, as a matrix, is made orthogonal (Jordan et al. 2024, "Muon"; five Newton-Schulz steps).
+    """Momentum with orthogonalized matrix updates (Jordan et al. 2024, "Muon"; five Newton-Schulz steps).
 
-    torch's own takes matrices only, not the kernels of convolutions. Beside Adam it needs a third of the steps here.
+    torch's Muon takes only matrices, not convolution kernels. Here it needs a third of Adam's steps.
     """
 
     def __init__(self, parameters, momentum=0.95):
@@ -132,9 +132,9 @@ class Muon:
 
 
 def train_vae(films, shots, work_dir, steps, seed, learning_rate=2e-3, muon_learning_rate=0.02):
-    """Train the VAE: three quarters of the steps on crops of single frames, which differ most from each other, the rest on clips.
+    """Train the VAE: three quarters of the steps on crops of single frames, which are the most diverse, the rest on clips.
 
-    Returns it with its scaling factor, 1 / standard deviation of the latents; its curve and reconstructions are in work_dir.
+    Returns it with its scaling factor, 1 / standard deviation of the latents. Writes the curve and reconstructions to work_dir.
     """
     torch.manual_seed(seed)
     vae, curve, first_clips = make_vae(), [], steps * 3 // 4
@@ -143,7 +143,7 @@ def train_vae(films, shots, work_dir, steps, seed, learning_rate=2e-3, muon_lear
     optimizer, muon = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0), Muon(matrices)
     bar = progress(range(steps), "VAE", unit="step")
     for step in bar:
-        # 17 frames are encoded in two pieces.
+        # The VAE encodes 17 frames in two chunks.
         shape = (16, 1, 48, 48) if step < first_clips else (2, 17 if step % 8 == 7 else 9, 64, 96)
         video = vae_batch(films, shots, seed, step, *shape)
         loss, pixels = reconstruction_loss(vae, video, torch.Generator().manual_seed(step))
@@ -166,19 +166,19 @@ def train_vae(films, shots, work_dir, steps, seed, learning_rate=2e-3, muon_lear
 
 @torch.no_grad()
 def encode(vae, video):
-    """Mean latents [B, 16, F', H', W'], not scaled."""
+    """Mean latents [B, 16, F', H', W'], unscaled."""
     return vae.encode(video).latent_dist.mean
 
 
 @torch.no_grad()
 def show_reconstructions(vae, films, shots, path, title):
-    """A sheet: shots of the film above what the VAE makes of them, at both sizes."""
+    """Write a contact sheet: shots of the film above their VAE reconstructions, at both sizes."""
     rows = []
     for film, picked in ((films[0], shots[5::28]), (films[1], shots[12::60])):
         for first, _, caption in picked:
             clip = film[first : first + 17]
-            made = vae.decode(encode(vae, stack([clip]))).sample[0].clamp(-1, 1).permute(1, 2, 3, 0)
-            rows += [(caption, np.asarray(clip)), ("", ((made + 1) * 127.5).round().byte().numpy())]
+            reconstructed = vae.decode(encode(vae, stack([clip]))).sample[0].clamp(-1, 1).permute(1, 2, 3, 0)
+            rows += [(caption, np.asarray(clip)), ("", ((reconstructed + 1) * 127.5).round().byte().numpy())]
     contact_sheet(path, rows, title)
 
 
@@ -187,13 +187,13 @@ def show_reconstructions(vae, films, shots, path, title):
 
 
 def make_text_encoder():
-    """A small T5 encoder with the vocabulary of the real tokenizer. It is trained with the transformer, on the captions' words alone."""
+    """A small T5 encoder with the real tokenizer's vocabulary, trained together with the transformer on the captions only."""
     config = T5Config(vocab_size=32128, d_model=48, d_kv=16, d_ff=128, num_heads=3, num_layers=2, feed_forward_proj="gated-gelu")
     return T5EncoderModel(config)
 
 
 def make_transformer():
-    """A small transformer of the 2B's kind: sincos positions, patches of 2 x 2 latents."""
+    """A small transformer like the 2B's: sincos positions, patches of 2 x 2 latents."""
     return CogVideoXTransformer3DModel(
         num_attention_heads=3,
         attention_head_dim=64,
@@ -207,7 +207,7 @@ def make_transformer():
 
 
 def see_text(transformer, tokens):
-    """Make the transformer take so many text tokens. Text has no positions: only the table's rows of zeros change."""
+    """Set the transformer's number of text tokens. Text has no positions: only the zero rows of the table change."""
     embed = transformer.patch_embed
     embed.max_text_seq_length = tokens
     embed.pos_embedding = embed._get_positional_embeddings(embed.sample_height, embed.sample_width, embed.sample_frames)
@@ -215,7 +215,7 @@ def see_text(transformer, tokens):
 
 
 def windows(shots, frames, strides, every):
-    """(shot, first frame, stride) of clips that cover the shots, one every so many film frames, each at the largest stride that fits."""
+    """(shot, first frame, stride) of clips that cover the shots, one every `every` film frames, each at the largest stride that fits."""
     chosen = []
     for number, (first, end, _) in enumerate(shots):
         fitting = [stride for stride in strides if (frames - 1) * stride < end - first]
@@ -227,7 +227,7 @@ def windows(shots, frames, strides, every):
 
 @torch.no_grad()
 def encode_windows(vae, film, chosen, frames, path):
-    """Latents [N, 2, F', 16, H', W'] (mean and deviation, scaled) of each window, kept on disk in fp16."""
+    """Latents [N, 2, F', 16, H', W'] (mean and standard deviation, scaled) of each window, stored on disk in fp16."""
     if not path.exists():
         encoded = []
         for start in progress(range(0, len(chosen), 4), f"encoding {path.stem}", unit="batch"):
@@ -242,9 +242,9 @@ def encode_windows(vae, film, chosen, frames, path):
 def train_transformer(sets, captions, token_ids, work_dir, steps, seed, make_samples, learning_rate=2e-3, muon_learning_rate=0.02, batch=8):
     """Train transformer and T5 together on the velocity loss. Returns the averaged (transformer, text encoder).
 
-    sets: (latents, shot of each clip, share of the steps) for each size. Seven of eight steps see clips of the first size and
-    32 text tokens, as many as the longest caption needs; the rest all sizes and the 226 that the pipeline pads to: padding
-    carries nothing and makes a step three times as long.
+    sets: (latents, shot of each clip, share of the steps) for each size. Seven of eight steps use clips of the first size and 32
+    text tokens, enough for the longest caption; the rest use all sizes and the pipeline's padded 226 tokens, which make a step
+    three times as long.
     """
     torch.manual_seed(seed)
     scheduler, text_encoder, transformer = make_scheduler(), make_text_encoder(), make_transformer()
@@ -300,7 +300,7 @@ def train_transformer(sets, captions, token_ids, work_dir, steps, seed, make_sam
 
 
 def sample(folder_parts, prompts, seed=0, steps=20, guidance=4.0):
-    """One 17 x 64 x 96 video [F, H, W, 3] of each prompt, by the stock pipeline."""
+    """One 17 x 64 x 96 video [F, H, W, 3] per prompt, from the stock pipeline."""
     pipeline = CogVideoXPipeline(**folder_parts)
     pipeline.set_progress_bar_config(disable=True)
     videos = []
@@ -322,14 +322,14 @@ def sample(folder_parts, prompts, seed=0, steps=20, guidance=4.0):
 
 
 def write_folder(parts, folder):
-    """The pipeline folder in fp16, with the real tokenizer's own four files."""
+    """Write the pipeline folder in fp16, with the real tokenizer's four files."""
     CogVideoXPipeline(**parts).to(torch.float16).save_pretrained(folder)
     shutil.rmtree(folder / "tokenizer")
     shutil.copytree(TOKENIZER, folder / "tokenizer")
 
 
 def plot(curves, path):
-    """Running means of the losses, one plot a model. curves: name -> values, one a step."""
+    """Plot running means of the losses, one plot per model. curves: name -> values per step."""
     import matplotlib
 
     matplotlib.use("Agg")

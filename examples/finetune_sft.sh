@@ -16,7 +16,7 @@ SFT_ARGS=(
   --learning_rate 1e-5                   # a tenth of a LoRA's
   --lr_scheduler cosine
   --lr_warmup_steps 100                  # optimizer steps
-  --ema_decay 0                          # 0.999 ships an average of the weights (not with DeepSpeed)
+  --ema_decay 0                          # 0.999 exports an EMA of the weights (unsupported with DeepSpeed)
   --checkpoints_total_limit 2            # each holds all weights and the optimizer state
 )
 

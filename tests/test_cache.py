@@ -312,7 +312,7 @@ def test_bad_clips_can_be_skipped_up_to_a_share(train, clips, capsys):
         train(data=clips)
     with pytest.raises(SystemExit):
         train(data=clips, bad_videos="skip")  # one of six is more than a tenth
-    assert "1 of 6 clips are bad, more than --max_bad_share 0.1" in capsys.readouterr().err
+    assert "1 of 6 clips are unusable, more than --max_bad_share 0.1" in capsys.readouterr().err
     folder = train(data=clips, bad_videos="skip", max_bad_share=0.2)
     assert "warning: skipped videos.txt:3: videos/05.mp4: empty file" in capsys.readouterr().err
     for name in ("prompts.txt", "videos.txt"):

@@ -282,43 +282,43 @@ def test_what_the_user_sets_wins_with_a_note(ask):
     assert code == 0
     assert machines(flags)[:3] == ("2", "0", "6")
     assert "are used, not WORLD_SIZE=5" in messages
-    assert "note: MASTER_ADDR=localhost reaches this machine only" in ask(**OWN | {"MASTER_ADDR": "localhost"})[1]
+    assert "note: MASTER_ADDR=localhost is this machine itself" in ask(**OWN | {"MASTER_ADDR": "localhost"})[1]
 
 
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [
-        ({"NNODES": "two"}, "NNODES=two has to be a whole number from 1 to 99999: set NNODES"),
-        ({"NNODES": "0"}, "NNODES=0 has to be a whole number from 1"),
-        ({"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE=0 has to be a whole number from 1 to 1024: set GPUS_PER_NODE"),
-        ({"GPUS_PER_NODE": "8,8"}, "GPUS_PER_NODE=8,8 has to be a whole number"),
-        ({"NODE_RANK": "-1"}, "NODE_RANK=-1 has to be a whole number from 0 to 0: NNODES is 1 (default); set NODE_RANK"),
-        (OWN | {"NODE_RANK": "2"}, "NODE_RANK=2 has to be a whole number from 0 to 1: NNODES is 2 (NNODES)"),
-        (OWN | {"MASTER_PORT": "70000"}, "MASTER_PORT=70000 has to be a whole number from 1 to 65535: set MASTER_PORT"),
-        (OWN | {"MASTER_ADDR": ""}, "MASTER_ADDR has to be set, as NNODES=2: the address of the first machine"),
-        (OWN | {"NODE_RANK": ""}, "NODE_RANK has to be set, as NNODES=2: give each machine its own, from 0 to 1"),
+        ({"NNODES": "two"}, "NNODES=two must be a whole number from 1 to 99999: set NNODES"),
+        ({"NNODES": "0"}, "NNODES=0 must be a whole number from 1"),
+        ({"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE=0 must be a whole number from 1 to 1024: set GPUS_PER_NODE"),
+        ({"GPUS_PER_NODE": "8,8"}, "GPUS_PER_NODE=8,8 must be a whole number"),
+        ({"NODE_RANK": "-1"}, "NODE_RANK=-1 must be a whole number from 0 to 0: NNODES is 1 (default); set NODE_RANK"),
+        (OWN | {"NODE_RANK": "2"}, "NODE_RANK=2 must be a whole number from 0 to 1: NNODES is 2 (NNODES)"),
+        (OWN | {"MASTER_PORT": "70000"}, "MASTER_PORT=70000 must be a whole number from 1 to 65535: set MASTER_PORT"),
+        (OWN | {"MASTER_ADDR": ""}, "MASTER_ADDR must be set, because NNODES=2: the address at which"),
+        (OWN | {"NODE_RANK": ""}, "NODE_RANK must be set, because NNODES=2: give each machine its own, from 0 to 1"),
         (
             {"WORLD_SIZE": "8", "MASTER_ADDR": "m"},
-            "NODE_RANK has to be set, as WORLD_SIZE=8: give each machine its own, from 0 to 7, or set",
+            "NODE_RANK must be set, because WORLD_SIZE=8: give each machine its own, from 0 to 7, or set",
         ),
-        (POD | {"MASTER_ADDR": ""}, "MASTER_ADDR has to be set, as WORLD_SIZE=2"),
-        (POD | {"RANK": "2"}, "RANK=2 has to be a whole number from 0 to 1: NNODES is 2 (WORLD_SIZE); set NODE_RANK"),
-        (KUBEFLOW | {"PET_NNODES": "1:4"}, "PET_NNODES=1:4 has to be a whole number from 1 to 99999: set NNODES"),
-        (KUBEFLOW | {"WORLD_SIZE": "7"}, "WORLD_SIZE=7 has to be 2, the machines (PET_NNODES), or 8, with 4 processes on each"),
-        ({"WORLD_SIZE": "7", "LOCAL_WORLD_SIZE": "4"}, "WORLD_SIZE=7 has to be a multiple of LOCAL_WORLD_SIZE=4: set NNODES"),
+        (POD | {"MASTER_ADDR": ""}, "MASTER_ADDR must be set, because WORLD_SIZE=2"),
+        (POD | {"RANK": "2"}, "RANK=2 must be a whole number from 0 to 1: NNODES is 2 (WORLD_SIZE); set NODE_RANK"),
+        (KUBEFLOW | {"PET_NNODES": "1:4"}, "PET_NNODES=1:4 must be a whole number from 1 to 99999: set NNODES"),
+        (KUBEFLOW | {"WORLD_SIZE": "7"}, "WORLD_SIZE=7 must be 2, the machines (PET_NNODES), or 8, with 4 processes on each"),
+        ({"WORLD_SIZE": "7", "LOCAL_WORLD_SIZE": "4"}, "WORLD_SIZE=7 must be a multiple of LOCAL_WORLD_SIZE=4: set NNODES"),
         (
             KUBEFLOW | {"RANK": "0", "WORLD_SIZE": "2"},
-            "RANK=0 and PET_NODE_RANK=1 have to be the same: unset the wrong one, or set NODE_RANK",
+            "RANK=0 and PET_NODE_RANK=1 must be equal: unset the wrong one, or set NODE_RANK",
         ),
-        (STEP | {"PET_NNODES": "2"}, "PET_NNODES=2 and SLURM_STEP_NUM_NODES=4 have to be the same"),
-        (STEP | {"SLURM_NODEID": "4"}, "SLURM_NODEID=4 has to be a whole number from 0 to 3"),
-        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "8(x4)"}, "SLURM_STEP_TASKS_PER_NODE=8(x4) has to be 1: this script starts the processes"),
-        (OLD_STEP | {"SLURM_TASKS_PER_NODE": "2(x2)"}, "SLURM_TASKS_PER_NODE=2(x2) has to be 1"),
-        (OLD_STEP | {"SLURM_NTASKS_PER_NODE": "4"}, "SLURM_NTASKS_PER_NODE=4 has to be 1: this script starts the processes"),
-        (STEP | {"SLURM_LOCALID": "3"}, "SLURM_LOCALID=3 has to be 0: this script starts the processes"),
-        (STEP | {"SLURM_STEP_ID": ""}, "SLURM_STEP_NUM_NODES=4 has to be 1 where srun did not start this script"),
-        (POD | {"LOCAL_RANK": "1"}, "LOCAL_RANK=1 has to be 0: this script starts the processes"),
-        ({"LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, "LOCAL_RANK=0 with TORCHELASTIC_RUN_ID has to be unset: torchrun or"),
+        (STEP | {"PET_NNODES": "2"}, "PET_NNODES=2 and SLURM_STEP_NUM_NODES=4 must be equal"),
+        (STEP | {"SLURM_NODEID": "4"}, "SLURM_NODEID=4 must be a whole number from 0 to 3"),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "8(x4)"}, "SLURM_STEP_TASKS_PER_NODE=8(x4) must be 1: this script starts the processes"),
+        (OLD_STEP | {"SLURM_TASKS_PER_NODE": "2(x2)"}, "SLURM_TASKS_PER_NODE=2(x2) must be 1"),
+        (OLD_STEP | {"SLURM_NTASKS_PER_NODE": "4"}, "SLURM_NTASKS_PER_NODE=4 must be 1: this script starts the processes"),
+        (STEP | {"SLURM_LOCALID": "3"}, "SLURM_LOCALID=3 must be 0: this script starts the processes"),
+        (STEP | {"SLURM_STEP_ID": ""}, "SLURM_STEP_NUM_NODES=4 must be 1 if srun did not start this script"),
+        (POD | {"LOCAL_RANK": "1"}, "LOCAL_RANK=1 must be 0: this script starts the processes"),
+        ({"LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "none"}, "LOCAL_RANK=0 with TORCHELASTIC_RUN_ID must be unset: torchrun or"),
     ],
 )
 def test_what_does_not_add_up_is_refused_in_one_sentence(ask, variables, sentence):

@@ -165,7 +165,7 @@ def test_captions_of_other_clips_are_told_from_the_own_ones(old_clips, tmp_path)
     flags = *NO_VIDEOS, "--max_train_steps", 60, "--eval_steps", 30
     status, _ = run_demo(turned, tmp_path / "wrong", "--encoding_cache_dir", old_clips.parent / "cache/cogvideox-encodings", *flags)
     assert status["verdict"] == "learning the look, not the captions"
-    assert "Check that each caption belongs to its clip" in " ".join(status["verdict_sentences"])
+    assert "Check that each caption describes its clip" in " ".join(status["verdict_sentences"])
     status, _ = run_demo(old_clips, tmp_path / "right", *flags)
     assert status["verdict"] == "learning"
 

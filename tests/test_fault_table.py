@@ -239,7 +239,7 @@ def test_strange_captions_are_trained_on_and_escaped_in_the_log(clips, train, ca
     assert r"'\x1b[31mred\x1b[2J \x07 bell'" in told
     assert not set("\x1b\x07\0") & set(told)
     assert not set("\x1b\x07\0") & set((folder / "dataset_report.txt").read_text())
-    assert "1 captions are longer than 226 tokens and will be cut there: videos/05.mp4" in told
+    assert "1 captions are longer than 226 tokens and will be truncated: videos/05.mp4" in told
     assert all(torch.isfinite(tensor).all() for tensor in lora_of(folder).values())
     captions[1] = "another"
     (clips / "prompts.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
@@ -289,7 +289,7 @@ def test_numbers_in_the_cache_that_are_not_finite_are_named_and_train_nothing(tr
     folder = train(cache=cache, max_train_steps=6)
     told = capsys.readouterr().err
     assert told.count("was skipped") == 1  # six clips, six steps
-    assert re.search(r"step \d was skipped, its gradient is not finite: videos/0\d\.mp4 at timestep", told)
+    assert re.search(r"step \d was skipped for a non-finite gradient: videos/0\d\.mp4 at timestep", told)
     assert all(torch.isfinite(tensor).all() for tensor in lora_of(folder).values())
     assert not same(lora_of(clean), lora_of(folder))
 
@@ -428,13 +428,13 @@ def test_a_disk_with_no_room_for_a_checkpoint_is_told_before_the_first_step(trai
     with monkeypatch.context() as patch:
         patch.setattr(rehearsal.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1000))
         ended(4, train)
-    assert "a checkpoint takes" in capsys.readouterr().err
+    assert "a checkpoint needs" in capsys.readouterr().err
     small_disk = request.getfixturevalue("small_disk")  # from here on with a real one, where that is allowed
     with open(small_disk / "ballast", "wb") as file:
         file.write(bytes((3 << 20) - (400 << 10)))
     ended(4, train, output=small_disk / "out", rank=64)
     told = capsys.readouterr().err
-    assert "a checkpoint takes" in told
+    assert "a checkpoint needs" in told
     assert not (small_disk / "out/metrics.jsonl").exists()
     (small_disk / "ballast").unlink()
     assert len(lora_of(train(output=small_disk / "out", rank=64))) == 16
@@ -721,7 +721,7 @@ def test_more_processes_than_clips_train_each_clip_with_noise_of_its_own(forked,
     line = words(tiny_model, data, tmp_path / "two", tmp_path / "cache", max_train_steps=3, eval_clips=2, **STEADY_ADAM)
     codes, output = forked.run(line, processes=2)
     assert codes == [0, 0], output[-2000:]
-    assert "1 clips; 1 a batch x 2 processes" in output
+    assert "1 clips; 1 per batch x 2 processes" in output
     flags = {"data": data, "cache": tmp_path / "cache", "max_train_steps": 3} | STEADY_ADAM
     assert worst_difference(lora_of(tmp_path / "two"), lora_of(train(train_batch_size=2, **flags))) < STEADY_BOUND
     assert worst_difference(lora_of(tmp_path / "two"), lora_of(train(**flags))) > 1e-4  # the same noise on both would be this
@@ -744,7 +744,7 @@ if rank == 1:
     runs = forked.start(words(tiny_model, six_clips, output, encodings), 2, blind, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)
     told = [run.communicate(timeout=120)[0] for run in runs]
     assert [run.returncode for run in runs] == [4, 4], told
-    assert f"--output_dir {output}: has to lie on a file system that all machines share; process 1 on" in told[0]
+    assert f"--output_dir {output}: must be on a file system that all machines share; process 1 on" in told[0]
     assert "--encoding_cache_dir" not in told[0]
     assert not (output / "metrics.jsonl").exists()
     assert list(output.glob(".shared-*")) == []

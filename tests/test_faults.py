@@ -210,7 +210,7 @@ def test_too_many_in_a_row_end_the_run_and_keep_the_last_good_checkpoint(train, 
     with pytest.raises(SystemExit) as stop:
         train(output=tmp_path / "out", max_train_steps=50, checkpointing_steps=3, max_skipped_steps=2)
     assert stop.value.code == 5
-    assert "2 steps in a row" in capsys.readouterr().err
+    assert "2 consecutive steps" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
     assert json.loads((tmp_path / "out/status.json").read_text())["code"] == 5
     assert all(torch.isfinite(t).all() for t in lora_of(tmp_path / "out").values())
@@ -285,11 +285,11 @@ def test_a_dry_run_tells_time_memory_and_disk_and_trains_nothing(train, capsys):
     folder = train(dry_run=True, max_train_steps=1000, checkpointing_steps=100)
     told = capsys.readouterr().err
     for word in (
-        "seconds a step",
+        "seconds per step",
         "hours for 1000 steps",
         "peak",
-        "parameters trained",
-        "MiB a checkpoint",
+        "trainable parameters",
+        "MiB per checkpoint",
         "for 10 of them",
         "| TRAINING |",
         "nothing was trained",

@@ -109,7 +109,7 @@ def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, capsys):
         meter.offer(step, step_result(1.0))
     assert [line["step"] for line in read_json_lines(meter.file.path)] == [3]
     told = capsys.readouterr().err
-    assert "step 2 is missing from metrics.jsonl (No space left on device)" in told
+    assert "step 2 was not written to metrics.jsonl (No space left on device)" in told
     assert "step 3 is missing" not in told
 
 
@@ -146,7 +146,7 @@ def ended_after(guard, outcomes):
     ("flags", "outcomes", "step"),
     [
         ({"max_skipped_steps": 3}, [True] * 5, None),
-        ({"max_skipped_steps": 3}, [False, False, False, True], 3),  # N steps in a row
+        ({"max_skipped_steps": 3}, [False, False, False, True], 3),  # N consecutive steps
         ({"max_skipped_steps": 3}, [False, False, True, False, False], None),  # a good one in between counts from the start again
         ({"max_skipped_steps": 1}, [True, False], 2),
         ({"max_skipped_steps": 3, "engine": DistributedType.DEEPSPEED}, [True, False], 2),  # the step cannot be undone there
@@ -160,11 +160,11 @@ def test_when_gradients_that_are_not_finite_end_the_run(flags, outcomes, step, t
 def test_the_clips_whose_loss_was_not_finite_are_named(tmp_path, capsys):
     guard_of(tmp_path).check(7, step_result(1.0, math.nan, math.inf, finite=False))
     told = capsys.readouterr().err
-    assert "step 7 was skipped, its gradient is not finite: videos/1.mp4 at timestep 101 (loss nan)" in told
+    assert "step 7 was skipped for a non-finite gradient: videos/1.mp4 at timestep 101 (loss nan)" in told
     assert "videos/2.mp4 at timestep 102 (loss inf)" in told
     assert "videos/0.mp4" not in told
     guard_of(tmp_path).check(8, step_result(1.0, finite=False))
-    assert "step 8 was skipped, its gradient is not finite: every loss was finite" in capsys.readouterr().err
+    assert "step 8 was skipped for a non-finite gradient: every loss was finite" in capsys.readouterr().err
     guard_of(tmp_path).check(9, step_result(1.0))
     assert capsys.readouterr().err == ""
 
@@ -175,4 +175,7 @@ def test_the_end_names_the_last_good_checkpoint(checkpoint, tmp_path, capsys):
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["code"], status["step"], status["checkpoint"]) == (5, 2, checkpoint)
     kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-    assert f"ERROR[5]: 2 steps in a row had no finite gradient (--learning_rate, --mixed_precision); {kept}" in capsys.readouterr().err
+    assert (
+        f"ERROR[5]: 2 consecutive steps had a non-finite gradient (check --learning_rate and --mixed_precision); {kept}"
+        in capsys.readouterr().err
+    )

@@ -260,7 +260,7 @@ def test_blocks_are_compiled_only_where_there_is_a_compiler(tiny_model, monkeypa
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none_found)
     model.compile_blocks(transformer, torch.device("cpu"))
-    assert "no compiler was found (no g++" in capsys.readouterr().err
+    assert "no compiler found (no g++" in capsys.readouterr().err
     assert not any(block._compiled_call_impl for block in transformer.transformer_blocks)
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "g++")
     model.compile_blocks(transformer, torch.device("cpu"))
@@ -292,8 +292,8 @@ def test_what_a_block_keeps_is_measured(tiny_model):
     ("room", "words"),
     [
         (1e12, "0 of 2 blocks"),
-        (370, "1 of 2 blocks are recomputed, their attention kept"),
-        (0, "2 of 2 blocks are recomputed, their attention too"),
+        (370, "1 of 2 blocks are recomputed, except attention"),
+        (0, "2 of 2 blocks are recomputed, including attention"),
     ],
 )
 def test_auto_takes_what_fits_and_trains_the_same_bits(train, plain_run, monkeypatch, capsys, room, words):

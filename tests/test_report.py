@@ -132,17 +132,17 @@ def test_an_empty_folder_gives_a_page_that_says_what_is_missing(tmp_path, whole_
     empty = tmp_path / "empty"
     empty.mkdir()
     said = [
-        "no validation videos yet",
-        "no metrics.jsonl",
+        "No validation videos yet",
+        "metrics.jsonl has no steps yet",
         "no dataset.json",
-        "The snippet is made from run.json",
+        "There is no snippet: run.json",
         "no run.json: flags",
-        "no verdict yet",
+        "No verdict yet",
     ]
     page, full = page_of(empty), page_of(whole_run)
     assert [words for words in said if words not in page] == []
     assert [words for words in said if words in full] == []
-    assert "could not be made" not in page + full
+    assert "could not be rendered" not in page + full
     assert "running" in visible(page)
     assert [path.name for path in empty.iterdir()] == ["report.html"]
 
@@ -185,14 +185,14 @@ def test_files_that_are_cut_odd_or_being_written_cost_nothing_else(whole_run):
     (whole_run / "validation/step-000004/videos.json").write_text("{")
     (whole_run / "validation/step-000004/01-x-seed42.mp4").write_bytes(b"")
     page = page_of(whole_run)
-    assert "could not be made" not in page
+    assert "could not be rendered" not in page
     assert "1 non-finite values are omitted" in page
     assert page.count("data:video/mp4;base64,") == 5
     assert "data:image/png" in page
     (whole_run / "status.json").write_text('{"code": 0, "step": 3, "verdict": "fine", "verdict_sentences": 7}')
     write_metrics(whole_run, [training_line(1), {"step": 2, "eval_train_loss": 1.0, "eval_bands": 7}])
     page = page_of(whole_run)
-    assert page.count("could not be made (TypeError") == 1  # the curves alone
+    assert page.count("could not be rendered (TypeError") == 1  # the curves alone
     assert "data:video/mp4" in page
 
 
@@ -215,7 +215,7 @@ def test_how_the_run_ended_is_told_and_a_resumed_one_runs_again(tmp_path, code, 
     assert words not in page
     assert 'class="running"' in page
     assert "step 10 of 100" in page
-    assert "About 3.0 minutes of training left" in page
+    assert "About 3.0 minutes of training remaining" in page
 
 
 @pytest.mark.slow
@@ -256,12 +256,12 @@ def test_what_does_not_fit_is_said_and_linked(tmp_path, monkeypatch):
     for step in range(20):
         write_validation(tmp_path, step, ["one", "two"], content=bytes(3000))
     page = page_of(tmp_path)
-    assert f"{report.MOST_STEPS} of 20 steps are here" in page
+    assert f"{report.MOST_STEPS} of 20 steps are shown" in page
     assert "href=" not in page
     whole = report.choose_videos
     monkeypatch.setattr(report, "choose_videos", lambda steps: whole(steps, budget=4000 * 3))
     page = page_of(tmp_path)
-    assert "2 of 20 steps are here" in page
+    assert "2 of 20 steps are shown" in page
     assert "2 videos did not fit" in page
     links = re.findall('href="([^"]+)"', page)
     assert links == ["validation/step-000000/01-x-seed42.mp4", "validation/step-000019/01-x-seed42.mp4"]
@@ -305,9 +305,9 @@ def test_run_json_holds_neither_tokens_nor_the_home_folder(tmp_path, monkeypatch
 def test_run_json_alone_is_a_report(tmp_path):
     write_run(tmp_path, total_steps=100)
     text = html.unescape(visible(page_of(tmp_path)))
-    for words in ("step 0 of 100", "--rank", hub.snippet(run_of()), "Start prompts with <code>TOK</code>", "first checkpoint brings it"):
+    for words in ("step 0 of 100", "--rank", hub.snippet(run_of()), "Start prompts with <code>TOK</code>", "first checkpoint writes it"):
         assert words in text, words
-    assert "could not be made" not in text
+    assert "could not be rendered" not in text
 
 
 def test_the_report_shows_the_snippet_of_the_model_card(whole_run):

@@ -134,12 +134,12 @@ def test_a_video_that_fails_costs_that_video_and_not_the_run(tmp_path, pipeline,
     assert (validator.folder_of(0) / good["name"]).exists()
     assert (validator.folder_of(0) / "contact_sheet.png").exists()
     told = capsys.readouterr().err
-    assert f"validation video {bad['name']} failed and training goes on: RuntimeError: out of memory" in told
+    assert f"validation video {bad['name']} failed, training continues: RuntimeError: out of memory" in told
     assert good["name"] not in told
     pipeline.fails = (42, 43)
     validator.offer(1, last=True)  # nothing at all is made
     assert not validator.folder_of(1).exists()
-    assert capsys.readouterr().err.count("failed and training goes on") == 2
+    assert capsys.readouterr().err.count("failed, training continues") == 2
 
 
 def test_a_contact_sheet_that_fails_is_told_and_the_report_is_written_all_the_same(tmp_path, pipeline, monkeypatch, capsys):
@@ -148,7 +148,7 @@ def test_a_contact_sheet_that_fails_is_told_and_the_report_is_written_all_the_sa
 
     monkeypatch.setattr(validation, "contact_sheet", full)
     watcher(tmp_path).offer(0)
-    assert "no contact sheet of step 0 (OSError: [Errno 28] No space left on device)" in capsys.readouterr().err
+    assert "the contact sheet of step 0 was not written (OSError: [Errno 28] No space left on device)" in capsys.readouterr().err
     assert (tmp_path / report.NAME).exists()
 
 

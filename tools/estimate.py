@@ -67,17 +67,17 @@ def parse(words):
     return options, args, configs
 
 
-def chosen_recomputation(memory, configs, args, loss_of, room, device, phases):
+def chosen_recomputation(memory, configs, args, compute_loss, room, device, phases):
     """The least recomputation whose predicted peak is within `room` bytes, and its prediction: (plan, prediction)."""
     from cogvideox import rehearsal
 
     layers = configs["transformer"].get("num_layers", 30)
     shape = memory.latents_of(configs, *memory.largest_shape(args))
-    predict = functools.partial(memory.predict, configs, args, loss_of, device, phases=phases)
+    predict = functools.partial(memory.predict, configs, args, compute_loss, device, phases=phases)
     none = predict(recomputation=(0, True))
     if none["training"] <= room:
         return (0, True), none
-    blocks = memory.block_bytes(configs, args, loss_of, shape, device)
+    blocks = memory.block_bytes(configs, args, compute_loss, shape, device)
     plan, _ = rehearsal.fewest_recomputed(layers, blocks["kept"], blocks["attention"], room - none["training"] + layers * blocks["kept"])
     for recomputed in range(plan, layers + 1):  # the estimate by blocks is a block off at most
         found = predict(recomputation=(recomputed, True))
@@ -94,17 +94,17 @@ def spell_recomputation(plan, layers):
     return f"{recomputed} of {layers}" + ("" if keep_attention else ", attention too")
 
 
-def print_parts(memory, options, args, configs, loss_of):
+def print_parts(memory, options, args, configs, compute_loss):
     """The parts of one set of flags. Returns them."""
     phases = memory.phase_parts(configs, args, options.device)
     layers = configs["transformer"].get("num_layers", 30)
     if options.card and args.gradient_checkpointing == "auto":
-        plan, parts = chosen_recomputation(memory, configs, args, loss_of, usable(options.card), options.device, phases)
+        plan, parts = chosen_recomputation(memory, configs, args, compute_loss, usable(options.card), options.device, phases)
     else:
         plan = memory.blocks_to_recompute(args.gradient_checkpointing, layers)
-        parts = memory.predict(configs, args, loss_of, options.device, plan, phases, options.engine, options.processes)
+        parts = memory.predict(configs, args, compute_loss, options.device, plan, phases, options.engine, options.processes)
     clip = memory.largest_shape(args)
-    blocks = memory.block_bytes(configs, args, loss_of, memory.latents_of(configs, *clip), options.device)
+    blocks = memory.block_bytes(configs, args, compute_loss, memory.latents_of(configs, *clip), options.device)
     model, size = options.model or options.preset, "x".join(map(str, clip))
     what = f"rank {args.rank}" if args.training_type == "lora" else "full fine-tuning"
     spread = f"; each of {options.processes} processes under {options.engine}" if options.processes > 1 else ""
@@ -120,7 +120,7 @@ def print_parts(memory, options, args, configs, loss_of):
     return parts | {f"block_{name}": size for name, size in blocks.items()}
 
 
-def print_presets(memory, options, args, configs, loss_of):
+def print_presets(memory, options, args, configs, compute_loss):
     """For each card the first of SAVINGS that fits it. Returns the rows."""
     layers, rows = configs["transformer"].get("num_layers", 30), []
     args.validation_prompt = args.validation_prompt or "x"  # a run that validates needs more
@@ -129,7 +129,7 @@ def print_presets(memory, options, args, configs, loss_of):
         for saving in SAVINGS:
             changed = argparse.Namespace(**vars(args) | saving)
             room = usable(card)
-            plan, parts = chosen_recomputation(memory, configs, changed, loss_of, room, options.device, phases)
+            plan, parts = chosen_recomputation(memory, configs, changed, compute_loss, room, options.device, phases)
             if max(parts["training"], parts["validation"], parts["clips"]) <= room:
                 break
         flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in saving.items())

@@ -4,7 +4,7 @@ const cells = [...document.querySelectorAll("video[data-step]")];
 for (const video of cells) {
   const bytes = Uint8Array.from(atob(video.getAttribute("src").split(",")[1]), c => c.charCodeAt(0));
   video.src = URL.createObjectURL(new Blob([bytes], {type: "video/mp4"}));
-  // Controls would cover a small picture; they come with the pointer, a touch or the tabulator.
+  // Controls would cover a small video: show them on hover or focus.
   video.controls = false;
   video.tabIndex = 0;
   video.onmouseenter = video.onfocus = () => { video.controls = true; };
@@ -46,7 +46,7 @@ if ($("copy")) {
   $("copy").hidden = false;
   $("copy").onclick = () => {
     getSelection().selectAllChildren($("snippet"));
-    document.execCommand("copy");  // the newer way is not there for files
+    document.execCommand("copy");  // the newer API is not available on file: pages
     $("copy").textContent = "Copied";
   };
 }
