@@ -1,6 +1,6 @@
 """A corpus of odd files, made with ffmpeg: each is decoded as ffmpeg decodes it, frame by frame, or named as bad.
 
-    python -m pytest tests/test_odd_files.py
+    python -m pytest tests/test_decode.py
 
 The corpus is made once; a file that the ffmpeg at hand has no encoder for is skipped.
 """
