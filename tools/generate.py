@@ -39,6 +39,7 @@ GRID_WIDTH, GRID_HEIGHT, LABEL_HEIGHT = 1920, 2160, 18  # pixels; larger videos 
 def build_parser():
     """All flags."""
     parser = flags.new_parser(__doc__)
+    parser.prog = "python -m tools.generate"
     flag = flags.flag_group(parser, "videos")
     flag("--pretrained_model_name_or_path", None, "folder or hub id of the base model, such as THUDM/CogVideoX-2b", required=True)
     flag("--lora", None, "folder of a run, its best/, a checkpoint-N/, or the .safetensors file")

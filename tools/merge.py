@@ -122,6 +122,7 @@ def check(base, target, lora, scale, bar):
 def parse(words):
     """(flags, model folder, LoRA file, its layers, weights of the base). Ends with exit code 2 and all problems."""
     parser = flags.new_parser(__doc__)
+    parser.prog = "python -m tools.merge"
     flag = flags.flag_group(parser, "merge")
     flag("--pretrained_model_name_or_path", None, "folder or hub id of the model that the LoRA was trained on", required=True)
     flag("--lora", None, "folder of a run, its best/, a checkpoint-N/, or the .safetensors file", required=True)
