@@ -25,12 +25,12 @@ demo/old_film/videos.txt: demo/old_film.py $(VENV)/installed
 demo/tiny_model/model_index.json: demo/make_model.py $(VENV)/installed
 	$(BIN)/python -m demo.make_model demo/tiny_model
 
-# The shipped script, with the demo's paths and a size for a CPU.
+# The shipped script, with the demo's paths and a size for a CPU. The cosine keeps more of the base model's content.
 demo: demo/old_film/videos.txt
 	PATH="$(CURDIR)/$(BIN):$$PATH" MODEL_PATH=demo/model DATASET_PATH=demo/old_film OUTPUT_PATH=demo/output CACHE_PATH=demo/cache \
 	bash finetune_single_gpu.sh --id_token OLDFILM --height 64 --width 96 --max_num_frames 17 --mixed_precision no \
-	  --gradient_checkpointing none --rank 64 --lora_alpha 64 --max_train_steps 300 --learning_rate 1e-3 --train_batch_size 2 \
-	  --checkpointing_steps 100 --checkpoints_total_limit 2 --logging_steps 5 --eval_share 0.2 --eval_clips 8 --eval_steps 50 \
+	  --gradient_checkpointing none --rank 64 --lora_alpha 64 --max_train_steps 300 --learning_rate 1e-3 --lr_scheduler cosine \
+	  --train_batch_size 2 --checkpointing_steps 100 --checkpoints_total_limit 2 --logging_steps 5 --eval_share 0.2 --eval_clips 8 --eval_steps 50 \
 	  --validation_prompt "$(DEMO_PROMPTS)" --validation_steps 100 --num_inference_steps 20 --guidance_scale 4 \
 	  --overwrite_output_dir $(DEMO_FLAGS)
 	$(BIN)/python -m demo.measure demo/output

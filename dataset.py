@@ -1,7 +1,7 @@
-"""The clips that are listed, and what a training step needs of one.
+"""Listing the clips of a data folder, and the torch Dataset that training reads.
 
-`list_clips` pairs captions with files and never shifts a pair: whatever is wrong is returned as a list of sentences, one a
-line, so that a user sees all of it at once. `TrainingClips` is the torch Dataset of the run's positions.
+`list_clips` pairs captions with files and never shifts a pair: it returns all problems at once, one sentence per faulty line.
+`TrainingClips` is the torch Dataset over the run's positions.
 """
 
 import csv
@@ -24,7 +24,7 @@ from cogvideox.order import sampled_timestep, seeded_generator
 
 @dataclass(frozen=True)
 class Record:
-    """One line of the data: where it stands (for messages), the file as listed, the file on disk, its caption, and why
+    """One clip of the data: its place in the lists (for messages), the file as listed, the file on disk, its caption, and why
     the file cannot be opened (None: it can)."""
 
     where: str
@@ -35,13 +35,13 @@ class Record:
 
 
 # -----------------------------------------------------------------------------
-# Records: which file goes with which caption
+# Records: (file, caption) pairs
 
 
 def list_clips(args, root=None):
     """The records of the folder `root` or, without it, of --instance_data_root or --dataset_name, the id token before each caption.
 
-    Returns (records, problems, what the layout is called).
+    Returns (records, problems, layout), see `read_records`.
     """
     if args.dataset_name and not root:
         records, problems, layout = read_hub_dataset(args)
@@ -54,24 +54,24 @@ def list_clips(args, root=None):
 
 
 def list_eval_clips(args):
-    """The records of --eval_data_root, and what is wrong with it, each named as the second folder's."""
+    """(records, problems) of --eval_data_root, each with the flag's name in front."""
     if not args.eval_data_root:
         return [], []
     records, problems, _ = list_clips(args, args.eval_data_root)
     if not records and not problems:
-        problems = ["holds no clips"]
+        problems = ["contains no clips"]
     records = [replace(record, where=f"--eval_data_root {record.where}") for record in records]
     return records, [f"--eval_data_root: {problem}" for problem in problems]
 
 
 def read_hub_dataset(args):
-    """Records of a dataset loaded with the datasets package. Videos may be file names, or bytes, which are unpacked once."""
+    """Records of a dataset loaded with the datasets package. Videos are file names, or bytes, which are written to disk once."""
     import datasets
 
     columns = args.caption_column or "text", args.video_column or "video"
     try:
         rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, split="train")
-    except Exception as error:  # the package raises many kinds; the user needs one sentence
+    except Exception as error:  # the package raises many kinds of errors
         return [], [f"--dataset_name {args.dataset_name}: cannot be loaded ({str(error).splitlines()[0]})"], "datasets"
     missing = [name for name in columns if name not in rows.column_names]
     if missing:
@@ -105,12 +105,12 @@ def read_hub_dataset(args):
 def read_records(root, caption_column=None, video_column=None, allow_external_paths=False):
     """Read the (file, caption) pairs of a data folder or table.
 
-    Four layouts are told apart by what is there: `prompts.txt` + `videos.txt` (or the names given), a table
-    (`metadata.csv|jsonl|parquet`, or `root` itself such a file) with one column each, `videos/` + `labels/NAME.txt` (the
-    layout of the SAT trainer), and clips with a `NAME.txt` beside each.
+    Four layouts are detected: `prompts.txt` + `videos.txt` (or the names given), a table (`metadata.csv|jsonl|parquet`, or such
+    a file as `root`) with one column each, `videos/` + `labels/NAME.txt` (the layout of the SAT trainer), and clips with a
+    `NAME.txt` beside each.
 
-    Returns (records, problems, layout): problems of the lists, each a sentence (those of a file stand in its record);
-    `layout` is a word for the log.
+    Returns (records, problems, layout): problems of the lists as sentences (a file's own problem is in its record), and the
+    layout's name for the log.
     """
     root = Path(root).expanduser()
     if root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
@@ -176,7 +176,7 @@ def read_lines(root, name, problems):
         number = error.object[: error.start].count(b"\n") + 1
         problems.append(f"{name}:{number}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8")
         return []
-    # Only line feeds separate entries: a caption may hold the exotic separators that str.splitlines would cut at.
+    # Split at line feeds only: str.splitlines also cuts at rare separators that a caption may contain.
     lines = [line.strip() for line in text.split("\n")]
     while lines and not lines[-1]:
         lines.pop()
@@ -235,12 +235,12 @@ def table_rows(path):
 
 
 def has_labels(root):
-    """Whether `root` holds clips with a text file each (in `labels/`, or beside the clip)."""
+    """Whether `root` contains clips with a text file each (in `labels/`, or beside the clip)."""
     return (root / "labels").is_dir() or any(p.with_suffix(".txt").is_file() for p in media_files(root))
 
 
 def media_files(root):
-    """Clips and pictures in `root/videos`, or in `root` where there is no such folder, sorted by name."""
+    """Clips and images in `root/videos`, or in `root` if there is no such folder, sorted by name."""
     folder = root / "videos" if (root / "videos").is_dir() else root
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES)
 
@@ -255,17 +255,17 @@ def read_label_files(root):
         try:
             caption = " ".join(text.read_text(encoding="utf-8-sig").split())
         except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"{listed}: its caption {text.relative_to(root)} cannot be read ({type(error).__name__})")
+            problems.append(f"{listed}: the caption {text.relative_to(root)} cannot be read ({type(error).__name__})")
             continue
         if caption:
             pairs.append((listed, listed, caption))
         else:
-            problems.append(f"{listed}: its caption {text.relative_to(root)} is empty")
+            problems.append(f"{listed}: the caption {text.relative_to(root)} is empty")
     return pairs, problems
 
 
 def locate(root, listed, allow_external_paths):
-    """Find a listed file below `root`. Returns (path, None), or (path, what is wrong with it)."""
+    """Find a listed file below `root`. Returns (path, None), or (path, the reason why it cannot be used)."""
     if "\0" in listed or "://" in listed:
         return listed, "not a file name"
     path = Path(listed).expanduser()
@@ -275,12 +275,12 @@ def locate(root, listed, allow_external_paths):
         resolved = path.resolve(strict=True)
         status = resolved.stat()
     except FileNotFoundError:
-        return path, "no such file" + (" (a link to nothing)" if path.is_symlink() else "")
+        return path, "no such file" + (" (a broken link)" if path.is_symlink() else "")
     except (OSError, RuntimeError) as error:
         return path, f"cannot be opened ({error})"
-    # An absolute path was written on purpose; a relative one that leaves the folder by `..` or a link may not have been.
+    # An absolute path is deliberate; a relative one that leaves the folder by `..` or a link may be a mistake.
     if inside and not allow_external_paths and not resolved.is_relative_to(root.resolve()):
-        return path, f"leaves the data folder (it is {resolved}); allow it with --allow_external_paths"
+        return path, f"outside the data folder ({resolved}); allow it with --allow_external_paths"
     if not stat.S_ISREG(status.st_mode):
         return path, "not a regular file"
     if status.st_size == 0:
@@ -291,14 +291,14 @@ def locate(root, listed, allow_external_paths):
 
 
 # -----------------------------------------------------------------------------
-# What a step trains
+# The torch Dataset
 
 
 class TrainingClips(Dataset):
-    """What the loss needs of a position, as CPU tensors: latents, noise, timestep and prompt embedding.
+    """The inputs of the loss at each position, as CPU tensors: latents, noise, timestep and prompt embedding.
 
     encodings: has `moments(clip, flipped)` [2C, F', H', W'] and `prompt(clip or None)` [T, D]; None is the empty caption.
-    clip_of: position -> clip, as `clip_at` tells it. timestep_sampling: as in `sampled_timestep`.
+    clip_of: position -> clip, as `clip_at`. timestep_sampling: as in `sampled_timestep`.
     """
 
     def __init__(
@@ -321,10 +321,10 @@ class TrainingClips(Dataset):
         return self.item(self.clip_of(position), position)
 
     def item(self, clip, position):
-        """What a given clip would be at a given position."""
+        """The item of a given clip at a given position."""
         generator = seeded_generator(self.seed, "noise", position)
         timestep = sampled_timestep(self.timestep_sampling, self.seed, position, self.num_train_timesteps, generator)
-        # Drawn whether used or not, so that turning one option on does not change the noise of the others.
+        # Always drawn, so that enabling one option does not change the noise of the others.
         drop, flip = torch.rand(2, generator=generator).tolist()
         moments = self.encodings.moments(clip, flipped=self.random_flip and flip < 0.5)
         latents = sample_latents(moments, self.scaling_factor, generator)

@@ -6,12 +6,11 @@ By hand:                python train_cogvideox_lora.py --pretrained_model_name_o
                             --instance_data_root ~/disney --output_dir my-lora
 The same line works under `accelerate launch` and `torchrun`.
 
-Several engines:        CONFIG_PATH=configs/fsdp2.yaml bash finetune_multi_gpus_1.sh --training_type sft --learning_rate 1e-5
+Sharded over GPUs:      CONFIG_PATH=configs/fsdp2.yaml bash finetune_multi_gpus_1.sh --training_type sft --learning_rate 1e-5
 
-What comes out, in --output_dir: pytorch_lora_weights.safetensors (weight 1.0 is the trained strength in every loader) or,
-of full fine-tuning, transformer/ (an ordinary diffusers folder), and beside it
-README.md (the model card), report.html (the run on a page), metrics.jsonl, loss.png, dataset_report.txt, best/ (the lowest
-held-out loss), validation/step-*/, checkpoint-*/.
+Outputs in --output_dir: pytorch_lora_weights.safetensors (any loader applies the trained strength at weight 1.0) or, after full
+fine-tuning, transformer/ (an ordinary diffusers folder); README.md (the model card), report.html (the run on one page),
+metrics.jsonl, loss.png, dataset_report.txt, best/ (the lowest held-out loss), validation/step-*/, checkpoint-*/.
 """
 
 import functools
@@ -28,29 +27,29 @@ from cogvideox import flags
 from cogvideox.stopping import end_with_launcher
 
 # -----------------------------------------------------------------------------
-# Flags. Nothing heavy is imported before them, so that a wrong one is told in a second.
+# Flags. They are parsed before torch is imported, so that a wrong flag is rejected within a second.
 
 OPTIMIZER_NAMES = ("adamw", "adam", "prodigy", "adamw8bit", "adam8bit")
 SCHEDULE_NAMES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 PRECISION_NAMES, BASE_PRECISIONS = ("no", "fp16", "bf16"), ("stored", "fp8", "int8", "nf4")
 TIMESTEP_SAMPLINGS = ("uniform", "spread", "logit_normal")
-CHECKPOINTING_HELP = "recompute activations of: as few blocks as fit (auto), none, all, all but their attention (attention), N blocks"
+CHECKPOINTING_HELP = "recompute activations: auto (of as few blocks as fit), none, all, attention (all but attention outputs), N blocks"
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 LEARNING_RATES = {"lora": 5e-4, "sft": 1e-5}  # docs/quality.md
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def build_parser():
-    """All flags, those that a first run needs at the top. free: a resumed run may give another value."""
+    """The parser of all flags, those of a first run on top. free: a resumed run may change the value."""
     parser = flags.new_parser(__doc__)
 
     flag = flags.flag_group(parser, "model and output")
     flag("--pretrained_model_name_or_path", None, "folder or hub id, such as THUDM/CogVideoX-2b", required=True, free=True)
     flag("--output_dir", "cogvideox-lora", "where everything is written", free=True)
-    flag("--overwrite_output_dir", False, "remove an earlier run's files there first", free=True)
+    flag("--overwrite_output_dir", False, "delete an earlier run's files in --output_dir first", free=True)
     flag("--resume_from_checkpoint", None, "a checkpoint folder, or latest", free=True)
-    flag("--dry_run", False, "rehearse a step, a save and a video, print time, memory and disk for the run, and end", free=True)
-    flag("--cache_dir", None, "where downloaded models and datasets are stored (default: the hub client's own place)", free=True)
+    flag("--dry_run", False, "rehearse a step, a save and a video, print the run's time, memory and disk needs, and exit", free=True)
+    flag("--cache_dir", None, "folder of downloaded models and datasets (default: the hub client's cache)", free=True)
     flag("--revision", None, "branch, tag or commit of a hub model", free=True)
     flag("--variant", None, "file variant of the weights, such as fp16", free=True)
 
@@ -60,93 +59,93 @@ def build_parser():
     flag("--num_train_epochs", 10, "passes over the clips, unless --max_train_steps is given", at_least=1, free=True)
     flag("--max_train_steps", None, "optimizer steps (default: from --num_train_epochs)", type=int, at_least=1, free=True)
     flag("--learning_rate", None, "peak learning rate (default: 5e-4; sft: 1e-5; Prodigy: 1; the guide: 1e-4)", type=float, at_least=0)
-    flag("--train_batch_size", 1, "clips in a batch, per process", at_least=1, free=True)
-    flag("--gradient_accumulation_steps", 1, "batches summed into one optimizer step", at_least=1, free=True)
+    flag("--train_batch_size", 1, "clips per batch and process", at_least=1, free=True)
+    flag("--gradient_accumulation_steps", 1, "batches per optimizer step", at_least=1, free=True)
     flag("--mixed_precision", None, "compute precision; trained weights are fp32 (default: as stored)", choices=PRECISION_NAMES)
-    flag("--seed", 42, "seed of everything random", at_least=0)
+    flag("--seed", 42, "random seed", at_least=0)
     flag("--training_type", "lora", "lora, or sft: all weights of the transformer, in fp32", choices=("lora", "sft"))
 
     flag = flags.flag_group(parser, "LoRA")
     flag("--rank", 128, "rank of the LoRA matrices; 64 or above for new concepts", at_least=1)
     flag("--lora_alpha", None, "the LoRA is scaled by alpha / rank (default: equal to --rank)", type=float, above=0)
     flag("--lora_dropout", 0.0, "dropout on the LoRA's input", at_least=0, below=1)
-    flag("--target_modules", DEFAULT_TARGETS, "linear layers that get a LoRA, by the end of their name", nargs="+", type=str)
+    flag("--target_modules", DEFAULT_TARGETS, "linear layers that get a LoRA, by name suffix", nargs="+", type=str)
     flag("--init_lora", None, "start from this LoRA file or folder, of the same rank and targets", free=True)
 
     flag = flags.flag_group(parser, "validation")
-    flag("--validation_prompt", None, "prompts to make videos of, joined by the separator (default: no videos)", free=True)
-    flag("--validation_prompt_separator", ":::", "what separates prompts", free=True)
-    flag("--validation_epochs", 50, "make videos every N epochs, at the start and at the end (0: the latter only)", at_least=0, free=True)
-    flag("--validation_steps", 0, "make videos every N optimizer steps (0: by epochs)", at_least=0, free=True)
-    flag("--num_validation_videos", 1, "videos a prompt, with seeds --seed, --seed + 1, ...", at_least=1, free=True)
+    flag("--validation_prompt", None, "validation prompts, joined by the separator (default: no videos)", free=True)
+    flag("--validation_prompt_separator", ":::", "separator between prompts", free=True)
+    flag("--validation_epochs", 50, "make videos every N epochs, and at the start and end (0: only those)", at_least=0, free=True)
+    flag("--validation_steps", 0, "make videos every N optimizer steps instead (0: off)", at_least=0, free=True)
+    flag("--num_validation_videos", 1, "videos per prompt, with seeds --seed, --seed + 1, ...", at_least=1, free=True)
     flag("--num_inference_steps", 50, "denoising steps", at_least=1, free=True)
     flag("--guidance_scale", 6.0, "classifier-free guidance; 1: off", at_least=0, free=True)
-    flag("--use_dynamic_cfg", False, "guidance that grows over the denoising steps", free=True)
-    flag("--negative_prompt", "", "what the videos should not show", free=True)
+    flag("--use_dynamic_cfg", False, "increase the guidance over the denoising steps", free=True)
+    flag("--negative_prompt", "", "negative prompt of the videos", free=True)
     flag("--validation_height", None, "pixels (default: --height)", type=int, at_least=1, free=True)
     flag("--validation_width", None, "pixels (default: --width)", type=int, at_least=1, free=True)
-    flag("--validation_frames", None, "frames (default: as most of the trained clips)", type=int, at_least=1, free=True)
-    flag("--eval_clips", 4, "N trained and N held-out clips are scored at every checkpoint (0: off)", at_least=0, free=True)
-    flag("--eval_steps", 0, "score them every N optimizer steps too (0: at checkpoints and with videos)", at_least=0, free=True)
+    flag("--validation_frames", None, "frames (default: the most common length of the training clips)", type=int, at_least=1, free=True)
+    flag("--eval_clips", 4, "score N training and N held-out clips at every checkpoint (0: off)", at_least=0, free=True)
+    flag("--eval_steps", 0, "also score them every N optimizer steps (0: only at checkpoints and with videos)", at_least=0, free=True)
 
     flag = flags.flag_group(parser, "memory and speed")
     flag("--gradient_checkpointing", "auto", CHECKPOINTING_HELP, nargs="?", const="all", free=True)
-    flag("--base_precision", "stored", "how frozen weights are held: as stored, or in fp8, int8 or nf4", choices=BASE_PRECISIONS)
-    flag("--offload", False, "keep the frozen weights of the blocks in host memory and copy each for its product", free=True)
+    flag("--base_precision", "stored", "precision of the frozen weights: as stored, fp8, int8 or nf4", choices=BASE_PRECISIONS)
+    flag("--offload", False, "keep the blocks' frozen weights in host memory and copy each to the GPU on use", free=True)
     flag("--compile", False, "compile the transformer's blocks with torch.compile; the first step takes minutes", free=True)
-    flag("--allow_tf32", False, "TF32 products on Ampere and later GPUs", free=True)
+    flag("--allow_tf32", False, "use TF32 matmuls on Ampere and later GPUs", free=True)
 
     flag = flags.flag_group(parser, "checkpoints and logs")
     flag("--checkpointing_steps", 500, "checkpoint every N optimizer steps, and at the end", at_least=1, free=True)
     flag("--checkpoints_total_limit", None, "keep the newest N checkpoints (default: all)", type=int, at_least=1, free=True)
     flag("--logging_steps", 1, "log every N optimizer steps; reading the loss waits for the GPU", at_least=1, free=True)
-    flag("--report_to", "tensorboard", "tracker, beside metrics.jsonl", choices=TRACKERS, free=True)
+    flag("--report_to", "tensorboard", "tracker, in addition to metrics.jsonl", choices=TRACKERS, free=True)
     flag("--tracker_name", "cogvideox-lora", "project name in the tracker", free=True)
     flag("--logging_dir", "logs", "the trackers' folder, inside --output_dir", free=True)
-    flag("--verbose", False, "show details, the libraries' messages and those of every process", free=True)
+    flag("--verbose", False, "show debug messages, including those of the libraries and of every rank", free=True)
     flag("--push_to_hub", False, "upload the LoRA, its card and videos at the end (a new repository is private)", free=True)
     flag("--hub_model_id", None, "repository name (default: the name of --output_dir)", free=True)
-    flag("--hub_token", None, "hub token; better in the environment as HF_TOKEN, where no process list shows it", free=True)
+    flag("--hub_token", None, "hub token; prefer the variable HF_TOKEN, which process lists do not show", free=True)
 
     flag = flags.flag_group(parser, "optimizer and learning rate")
-    flag("--optimizer", "adamw", "AdamW, Adam, Prodigy, AdamW8bit or Adam8bit, in any case", type=str.lower, choices=OPTIMIZER_NAMES)
+    flag("--optimizer", "adamw", "AdamW, Adam, Prodigy, AdamW8bit or Adam8bit, case-insensitive", type=str.lower, choices=OPTIMIZER_NAMES)
     flag("--use_8bit_adam", False, "the same as --optimizer AdamW8bit or Adam8bit (needs bitsandbytes)")
-    flag("--lr_scheduler", "constant", "shape of the learning rate over optimizer steps", choices=SCHEDULE_NAMES)
+    flag("--lr_scheduler", "constant", "learning-rate schedule, in optimizer steps", choices=SCHEDULE_NAMES)
     flag("--lr_warmup_steps", 0, "optimizer steps of warm-up", at_least=0)
     flag("--lr_num_cycles", 1, "restarts of cosine_with_restarts", at_least=1)
     flag("--lr_power", 1.0, "power of polynomial", at_least=0)
-    flag("--scale_lr", False, "multiply the learning rate by the clips a step")
+    flag("--scale_lr", False, "multiply the learning rate by the clips per step")
     flag("--max_grad_norm", 1.0, "clip the gradient norm to this (0: off)", at_least=0)
     flag("--adam_beta1", 0.9, "decay of the first moment", at_least=0, below=1)
     flag("--adam_beta2", 0.95, "decay of the second moment", at_least=0, below=1)
     flag("--adam_weight_decay", 1e-4, "weight decay", at_least=0)
     flag("--adam_epsilon", 1e-8, "Adam's epsilon", above=0)
     flag("--prodigy_beta3", None, "Prodigy's beta3 (default: the root of beta2)", type=float, at_least=0, below=1)
-    flag("--prodigy_decouple", True, "Prodigy: weight decay as AdamW's")
-    flag("--prodigy_use_bias_correction", True, "Prodigy: Adam's bias correction")
+    flag("--prodigy_decouple", True, "Prodigy: decoupled weight decay, as in AdamW")
+    flag("--prodigy_use_bias_correction", True, "Prodigy: bias correction, as in Adam")
     flag("--prodigy_safeguard_warmup", True, "Prodigy: keep warm-up out of the step estimate")
-    flag("--ema_decay", 0.0, "ship and validate an average of the trained weights, such as 0.999 (0: off)", at_least=0, below=1)
+    flag("--ema_decay", 0.0, "decay of an EMA of the weights, which is exported and validated, such as 0.999 (0: off)", at_least=0, below=1)
 
     flag = flags.flag_group(parser, "loss and rarely changed")
-    flag("--caption_dropout", 0.0, "share of clips trained with the empty caption; CogVideoX itself: 0.1", at_least=0, at_most=1)
-    flag("--timestep_sampling", "uniform", "uniform, spread (evenly over neighbouring clips), logit_normal", choices=TIMESTEP_SAMPLINGS)
-    flag("--snr_gamma", None, "min-SNR weighting of the loss, such as 5 (default: the plain velocity error)", type=float, above=0)
+    flag("--caption_dropout", 0.0, "probability of an empty caption; CogVideoX was trained with 0.1", at_least=0, at_most=1)
+    flag("--timestep_sampling", "uniform", "uniform, spread (stratified over consecutive clips), logit_normal", choices=TIMESTEP_SAMPLINGS)
+    flag("--snr_gamma", None, "gamma of min-SNR loss weighting, such as 5 (default: unweighted)", type=float, above=0)
     flag("--max_skipped_steps", 10, "abort after N consecutive steps with a non-finite gradient", at_least=1, free=True)
-    flag("--process_timeout_minutes", 30.0, "how long a collective of the training loop may take", above=0, free=True)
+    flag("--process_timeout_minutes", 30.0, "timeout of a collective in the training loop", above=0, free=True)
     return parser
 
 
 def check_flags(args):
-    """Every mistake that flags show together, each a sentence. Fills in the defaults that depend on other flags."""
+    """Problems of the flags beyond their bounds, one sentence each. Fills in the defaults that depend on other flags."""
     problems = flags.check_data_flags(args)
     if args.training_type == "sft":
         for name, off in (("init_lora", None), ("lora_dropout", 0.0), ("base_precision", "stored"), ("offload", False)):
             if getattr(args, name) != off:
-                problems.append(f"--{name}: of a LoRA or its frozen base; --training_type sft has neither")
+                problems.append(f"--{name}: unsupported with --training_type sft, which has no LoRA and no frozen weights")
     if args.overwrite_output_dir and args.resume_from_checkpoint:
-        problems.append("--overwrite_output_dir and --resume_from_checkpoint: one removes what the other needs; give one of them")
+        problems.append("--overwrite_output_dir and --resume_from_checkpoint: one deletes what the other resumes from; give only one")
     if args.use_8bit_adam and args.optimizer == "prodigy":
-        problems.append("--use_8bit_adam: works with AdamW and Adam, not with Prodigy")
+        problems.append("--use_8bit_adam: unsupported with Prodigy; use AdamW or Adam")
     elif args.use_8bit_adam:
         args.optimizer = args.optimizer.removesuffix("8bit") + "8bit"
     if args.gradient_checkpointing not in ("auto", "all", "attention", "none") and not args.gradient_checkpointing.isdecimal():
@@ -166,13 +165,13 @@ def check_flags(args):
     separator = args.validation_prompt_separator or "\n"
     args.prompts = [p.strip() for p in (args.validation_prompt or "").split(separator) if p.strip()]
     if args.validation_prompt and not args.prompts:
-        problems.append("--validation_prompt: holds no prompt")
+        problems.append("--validation_prompt: contains no prompt")
     return problems
 
 
-def parse_args(words=None):
-    """The checked flags; ends with exit code 2 and all problems, one a line."""
-    return flags.parse(build_parser(), words, check_flags)
+def parse_args(arguments=None):
+    """The checked flags; problems end the program with exit code 2, one line each."""
+    return flags.parse(build_parser(), arguments, check_flags)
 
 
 if __name__ == "__main__":
@@ -211,8 +210,8 @@ def velocity_loss(transformer, scheduler, batch, rotary, dtype):
     """The velocity error of each clip of a batch, [B], in fp32.
 
     v = sqrt(abar) noise - sqrt(1 - abar) latents (Salimans & Ho, 2022, "Progressive distillation", appendix D). The
-    weighted x0 error of other CogVideoX trainers, |x0_hat - x0|^2 / (1 - abar), is this by algebra; taken directly there
-    is no division by 1 - abar (0.0025 at t = 0), which in bf16 puts a floor of 0.07 under the loss.
+    weighted x0 error of other CogVideoX trainers, |x0_hat - x0|^2 / (1 - abar), is algebraically equal. Computed directly, it
+    needs no division by 1 - abar (0.0025 at t = 0), which in bf16 puts a floor of 0.07 under the loss.
     """
     latents, noise, timestep = batch["latents"], batch["noise"], batch["timestep"]  # [B, F, C, H, W] twice, [B]
     noisy = scheduler.add_noise(latents, noise, timestep)  # fp32: add_noise rounds its schedule to its input's dtype
@@ -242,31 +241,31 @@ def loss_weights(scheduler, snr_gamma, device):
 
 @dataclass
 class StepResult:
-    """What an optimizer step tells: a loss, the positions and the timesteps of each micro-batch, and the numbers of the step."""
+    """Results of one optimizer step: loss, positions and timesteps of each micro-batch, and the numbers of the step."""
 
     losses: list
     positions: list
     timesteps: list
     grad_norm: float = math.nan
-    finite: bool = False  # whether the gradient was; if not, nothing was updated
+    finite: bool = False  # whether the gradient norm is finite; otherwise nothing was updated
     learning_rate: float = 0.0
-    seconds_waited: float = 0.0  # for the data
+    seconds_waited: float = 0.0  # for batches
 
 
 def train_step(args, trained, batches, compute_loss, step):
     """One optimizer step on the next --gradient_accumulation_steps batches. compute_loss: (model, batch) -> the mean loss."""
     accelerator, optimizer, result = trained.accelerator, trained.optimizer, StepResult([], [], [])
-    # The seed is for LoRA dropout, the only random numbers that are drawn inside the model.
+    # Seeds LoRA dropout, the only randomness inside the model.
     torch.manual_seed(seeded_generator(args.seed, "dropout", step, accelerator.process_index).initial_seed())
     for _ in range(accelerator.gradient_accumulation_steps):
-        asked = time.perf_counter()
+        started = time.perf_counter()
         batch = {name: value.to(trained.device, non_blocking=True) for name, value in next(batches).items()}
-        result.seconds_waited += time.perf_counter() - asked
+        result.seconds_waited += time.perf_counter() - started
         with accelerator.accumulate(trained.model):
             loss = compute_loss(trained.model, batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                # The norm is of the summed gradients, so all ranks see the same. fp16's scaler skips by itself.
+                # The gradients are reduced, so every rank gets the same norm. fp16's scaler skips bad steps by itself.
                 norm = accelerator.clip_grad_norm_(trained.parameters, args.max_grad_norm or math.inf)
                 result.grad_norm = float(engine.whole(norm))
                 result.finite = math.isfinite(result.grad_norm)
@@ -287,16 +286,16 @@ def train_step(args, trained, batches, compute_loss, step):
 
 
 def prepare_transformer(transformer, args, accelerator, dtype, hold=True):
-    """Bring a transformer, with its LoRA or all trainable, to the device and into the form that training steps run in.
+    """Prepare a transformer (with a LoRA, or all trainable) for training: autocast, frozen layers, device, checkpointing, compilation.
 
-    hold: whether frozen layers become FrozenLinear where something is gained by it.
+    hold: whether to replace frozen layers by FrozenLinear where that saves memory or time.
     """
     lora.fit_to_autocast(transformer, dtype)
-    if not engine.splits_weights(accelerator):  # an engine that shards has to see all weights, and brings its shard to the device
+    if not engine.splits_weights(accelerator):  # a sharding engine needs the full weights, and moves its shard to the device
         if hold:
             hold_linears(transformer, args.base_precision, args.offload, accelerator.device)
         transformer.to(accelerator.device)
-    # With auto the rehearsal starts with every block recomputed, and takes back what fits.
+    # auto starts with every block recomputed; the rehearsal then keeps the activations of as many blocks as fit.
     checkpoint_blocks(transformer, *blocks_to_recompute(args.gradient_checkpointing, len(transformer.transformer_blocks)))
     if args.compile:
         compile_blocks(transformer, accelerator.device)
@@ -304,7 +303,7 @@ def prepare_transformer(transformer, args, accelerator, dtype, hold=True):
 
 
 def make_losses(args, transformer, scheduler, dtype, device):
-    """(compute_loss, clip_losses): functions of a model and a batch, to the loss that is trained and to the plain loss of each clip."""
+    """(compute_loss, clip_losses): functions of (model, batch) that return the training loss and the unweighted loss of each clip."""
     rotary_of = rotary_tables(transformer, device)
     weights = loss_weights(scheduler, args.snr_gamma, device) if args.snr_gamma else None
 
@@ -321,33 +320,34 @@ def make_losses(args, transformer, scheduler, dtype, device):
 def main(args):
     """One training run, from flags to a LoRA on disk."""
     configure(args.verbose)
-    # The model's configs are read before any of its weights; its problems are told together with the data's.
+    # Read the model's configs, not its weights; its problems are reported together with the data's.
     folder, facts, tokenizer, problems = open_model(args)
     problems += engine.unfit_flags(args)
 
     # Processes. From here on every line runs on every rank; the main one prints and writes.
     accelerator = start_processes(args.mixed_precision, args.gradient_accumulation_steps, args.process_timeout_minutes)
-    if __name__ == "__main__":  # from here on a signal is noted, and the run ends where nothing is lost
+    if __name__ == "__main__":  # from here on a signal stops the run at the next safe point
         stopping.listen(args.output_dir)
     barrier, device, is_main, output_dir = patient_barrier_maker(), accelerator.device, accelerator.is_main_process, Path(args.output_dir)
     dtype = PRECISIONS[args.mixed_precision]
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    lock = claim_output_dir(args, accelerator, problems)  # noqa: F841  as long as it lives, no other run writes there
+    lock = claim_output_dir(args, accelerator, problems)  # noqa: F841  no other run writes there while it lives
 
-    # Data: every clip is opened and decoded once, then encoded once; afterwards neither T5 nor the VAE is in memory.
+    # Data: decode every clip once, encode it once, then free T5 and the VAE.
     with Readers(decode_workers(), args.clip_timeout_seconds) as readers:
-        data = check_data(args, facts, tokenizer, readers, accelerator, barrier)
+        with timed("check the clips"):
+            data = check_data(args, facts, tokenizer, readers, accelerator, barrier)
         if problems or data.problems:
             fail(BAD_FLAGS if problems else BAD_DATA, problems + data.problems)
         if is_main and args.overwrite_output_dir and holds_earlier_run(output_dir):
-            remove_earlier_run(output_dir, args.logging_dir)  # not before everything that could be wrong has been found right
+            remove_earlier_run(output_dir, args.logging_dir)  # only after every check has passed
         if is_main and args.dry_run:
             memory.say_predicted(args, folder, accelerator, velocity_loss)
         encodings, prompts, negative_prompt, identities = encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier)
 
     # Transformer: frozen, in the compute dtype, with a LoRA in fp32; or all of it in fp32.
-    scheduler, result = load_scheduler(folder), checkpoint.RESULTS[args.training_type]
-    build = functools.partial(result.build, args, folder, dtype)
+    scheduler, kind = load_scheduler(folder), checkpoint.RESULTS[args.training_type]
+    build = functools.partial(kind.build, args, folder, dtype)
     with timed("load the transformer"):
         transformer = build()
     if args.init_lora and (problem := lora.load_initial(transformer, args.init_lora)):
@@ -362,7 +362,10 @@ def main(args):
     schedule = make_schedule(args, optimizer, plan.total_steps)
     model, optimizer, parameters = engine.prepare(accelerator, transformer, optimizer, args.train_batch_size, args.max_grad_norm, dtype)
     average = engine.make_average(parameters, args.ema_decay) if args.ema_decay else None
-    trained = engine.Trained(accelerator, transformer, model, parameters, optimizer, schedule, average, build, dtype, barrier)
+    stored_dtype = PRECISIONS[stored_precision(folder, "transformer", args.variant)]
+    trained = engine.Trained(
+        accelerator, transformer, model, parameters, optimizer, schedule, average, build, dtype, barrier, kind, stored_dtype
+    )
     compute_loss, clip_losses = make_losses(args, transformer, scheduler, dtype, device)
     num_timesteps = scheduler.config.num_train_timesteps
     clips = TrainingClips(
@@ -371,15 +374,14 @@ def main(args):
     )  # fmt: skip
 
     # Rehearsal: what would fail after ten hours fails in the first minute.
-    export = functools.partial(result.export, stored_dtype=PRECISIONS[stored_precision(folder, "transformer", args.variant)])
-    result_facts = result.facts(args, transformer) | {"trigger": args.id_token or "", "example_prompt": data.records[0].caption}
+    result_facts = kind.facts(args, transformer) | {"trigger": args.id_token or "", "example_prompt": data.records[0].caption}
     memory_explained = functools.partial(
         stopping.explained_memory, blocks=len(transformer.transformer_blocks), peak=lambda: peak_memory_gib(device),
         sharded=engine.splits_weights(accelerator),
     )  # fmt: skip
     with memory_explained("in the rehearsal of one step at the largest shape"), timed("rehearsal"):
         batch = clips.largest_batch(plan, data.clips, args.train_batch_size)
-        measured = rehearsal.rehearse(args, trained, result, export, result_facts, batch, compute_loss, train_step)
+        measured = rehearsal.rehearse(args, trained, result_facts, batch, compute_loss, train_step)
     if problem := rehearsal.report(args, *measured, plan.total_steps, device, num_trained):
         fail(BAD_OUTPUT, problem)
     if args.dry_run:
@@ -387,11 +389,11 @@ def main(args):
         accelerator.end_training()
         return
 
-    # Who watches; each does nothing while its flag is off. The scorer scores the base model before a checkpoint changes it.
+    # Checkpoints, scores, metrics and videos; each is a no-op while its flag is off. The base model is scored before a checkpoint loads.
     run_facts = {"flags": flags.public_flags(args), "clips_per_step": plan.clips_per_step, **identities}
-    checkpointer = checkpoint.Checkpointer(args, trained, result, export, run_facts, result_facts)
+    checkpointer = checkpoint.Checkpointer(args, trained, run_facts, result_facts)
     scorer = scoring.Scorer(args, trained, clip_losses, encodings, data, facts.scaling_factor, num_timesteps)
-    # There is no random state to restore: what a position trains is a function of the seed and the position.
+    # No random state to restore: clip, noise and timestep are functions of the seed and the position.
     first_step = checkpointer.load()
     meter = metrics.Meter(args, trained, plan, first_step)
     vae = functools.partial(load_vae, folder, device, args.variant, args.enable_slicing, args.enable_tiling)
@@ -407,7 +409,7 @@ def main(args):
     # The loop
     if first_step == 0:
         if is_main:
-            shutil.rmtree(output_dir / "best", ignore_errors=True)  # of a run that ended before its first checkpoint
+            shutil.rmtree(output_dir / "best", ignore_errors=True)  # left by a run without a checkpoint
         with trained.one_full_model():
             scorer.offer(0)
             validator.offer(0)
@@ -423,18 +425,18 @@ def main(args):
         with meter.paused(), trained.one_full_model():
             scorer.offer(step, last)
             validator.offer(step, last)
-        # A signal to any rank ends the run here, on all of them, with everything on disk.
+        # A signal to any rank stops all ranks here, after a checkpoint.
         if stop := stopping.stop_requested_anywhere(device):
             checkpointer.save(step)
             break
     if first_step >= plan.total_steps:
         say(f"already complete: {output_dir} has been trained for {first_step} of {plan.total_steps} steps")
         validator.make_missing(first_step)  # a kill in the last validation left it without videos
-    finish(args, trained, result, checkpointer, scorer, validator, plan, step, stop, run, learning_rate)
+    finish(args, trained, checkpointer, scorer, validator, run, step, stop)
 
 
 def load_batches(args, accelerator, clips, first_step, total_steps):
-    """This rank's batches from a step on, in order, --gradient_accumulation_steps of them a step."""
+    """This rank's batches from step `first_step` on, in order, --gradient_accumulation_steps of them per step."""
     ranks = accelerator.process_index, accelerator.num_processes
     positions = positions_of(*ranks, args.train_batch_size, args.gradient_accumulation_steps, first_step, total_steps)
     on_gpu = accelerator.device.type == "cuda"
@@ -444,39 +446,40 @@ def load_batches(args, accelerator, clips, first_step, total_steps):
 def say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, num_parameters):
     """Print what will be trained."""
     epochs, precision = plan.total_steps * plan.clips_per_step / plan.epoch_clips, args.mixed_precision.replace("no", "fp32")
-    what = f"rank {args.rank}, alpha {args.lora_alpha:g}" if args.training_type == "lora" else "full fine-tuning"
+    method = f"rank {args.rank}, alpha {args.lora_alpha:g}" if args.training_type == "lora" else "full fine-tuning"
     say(
         f"\n{len(plan.clips)} clips; {args.train_batch_size} a batch x {accelerator.num_processes} processes x "
         f"{args.gradient_accumulation_steps} accumulation = {plan.clips_per_step} clips a step\n"
         f"{plan.total_steps} steps = {epochs:.1f} epochs, from step {first_step}; learning rate {learning_rate:g}, {args.lr_scheduler}\n"
-        f"training {num_trained / 1e6:.2f} M of {num_parameters / 1e6:.1f} M parameters ({what}), computing in {precision}; "
+        f"training {num_trained / 1e6:.2f} M of {num_parameters / 1e6:.1f} M parameters ({method}), computing in {precision}; "
         f"engine: {engine.engine_of(accelerator)}\n"
     )
 
 
-def finish(args, trained, result, checkpointer, scorer, validator, plan, step, stop, run, learning_rate):
+def finish(args, trained, checkpointer, scorer, validator, run, step, stop):
     """The one ending: the last checkpoint on disk, the verdict, card, plot, status and report, the push, and the exit code.
 
-    stop: the signal that ended the loop, or 0. The result is on disk already, and nothing here can undo it.
+    stop: the signal that ended the loop, or 0. The result is already on disk; a failure here does not lose it.
     """
     output_dir, problem = Path(args.output_dir), None
     newest = checkpointer.newest()
-    verdict = scoring.verdict(scorer.lines, learning_rate, ran_all=not stop)
+    verdict = scorer.verdict(ran_all=not stop)
     if trained.is_main:
-        if newest is None and not checkpointer.failed:  # nothing was trained: the run was complete
+        if newest is None and not checkpointer.failed:  # the run was already complete
             newest = output_dir / f"checkpoint-{step}"
-            result.publish(newest, output_dir)
+            trained.kind.publish(newest, output_dir)
         run["facts"] |= hub.without_secrets({"steps": step, "videos": validator.videos_of(step)})
-        problem = publish(args, output_dir, run, verdict, push=args.push_to_hub and not stop)
+        problem = publish(args, output_dir, trained.kind, run, verdict, push=args.push_to_hub and not stop)
         code, reason = (1, problem) if problem else (0, "done")
         code, reason = (128 + stop, f"stopped by {signal.Signals(stop).name}") if stop else (code, reason)
         code, reason = (BAD_OUTPUT, "the last checkpoint was not written") if checkpointer.failed else (code, reason)
         stopping.write_status(output_dir, code, reason, step, newest, verdict=verdict[0], verdict_sentences=verdict[1])
         report.refresh(output_dir)
-    trained.barrier()  # the launcher ends all processes soon after the first one is gone
+    trained.barrier()  # the launcher kills the other ranks soon after the first one exits
     trained.accelerator.end_training()
     if stop:
-        say(f"stopped by {signal.Signals(stop).name} after step {step} of {plan.total_steps}; --resume_from_checkpoint latest goes on")
+        total_steps = run["facts"]["total_steps"]
+        say(f"stopped by {signal.Signals(stop).name} after step {step} of {total_steps}; resume with --resume_from_checkpoint latest")
         raise SystemExit(128 + stop)
     if checkpointer.failed:
         fail(BAD_OUTPUT, f"the last checkpoint was not written; the newest is {newest}")
@@ -484,7 +487,7 @@ def finish(args, trained, result, checkpointer, scorer, validator, plan, step, s
         fail(1, problem)
 
 
-def publish(args, output_dir, run, verdict, push):
+def publish(args, output_dir, kind, run, verdict, push):
     """Write run.json, the card and the plot, say the verdict, and upload if it was asked for. Returns what failed, or None."""
     if problem := report.write_run_facts(output_dir, run):
         warn(problem)
@@ -493,19 +496,19 @@ def publish(args, output_dir, run, verdict, push):
         metrics.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
     except OSError as error:
         warn(f"the model card and the plot were not written ({error})")
-    made, (word, sentences) = output_dir / checkpoint.RESULTS[args.training_type].RESULT, verdict
+    made, (word, sentences) = output_dir / kind.RESULT, verdict
     say(f"\nverdict: {word}. {' '.join(sentences)}")
-    say(f"\nthe result: {made}\nhow to use it: {output_dir / 'README.md'}\nthe run on a page: {output_dir / report.NAME}")
+    say(f"\nresult: {result_path}\nhow to use it: {output_dir / 'README.md'}\nreport: {output_dir / report.NAME}")
     if not push:
         return None
     token = args.hub_token or os.environ.get("HF_TOKEN")
     try:
         say(f"uploaded to {hub.push(output_dir, args, token)}")
-    except Exception as error:  # the hub client raises many kinds; the result is here whatever it says
+    except Exception as error:  # the hub client raises many kinds; the result is on disk either way
         reason = hub.without_secrets((str(error).splitlines() or [""])[0], token)
         return f"--push_to_hub: the upload failed ({type(error).__name__}: {reason}); everything is in {output_dir}"
     return None
 
 
 if __name__ == "__main__":
-    record(main)(ARGS)  # a process that fails tells the launcher its traceback
+    record(main)(ARGS)  # reports the traceback of a failed rank to the launcher

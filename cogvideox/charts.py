@@ -1,10 +1,10 @@
-"""The report's charts as geometry: what is drawn where, in pixels. templates/parts.html.j2 turns it into SVG."""
+"""The geometry of the report's charts, in pixels. templates/parts.html.j2 renders it as SVG."""
 
 import math
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 250, 56, 12, 12, 34
 CURVE_POINTS, HOVER_COLUMNS = 400, 80
-DOTTED_POINTS = 30  # a line of at most this many points shows each as a dot
+DOTTED_POINTS = 30  # a line of at most this many points is drawn with dots
 
 
 # -----------------------------------------------------------------------------
@@ -12,27 +12,27 @@ DOTTED_POINTS = 30  # a line of at most this many points shows each as a dot
 
 
 def number(value):
-    """A finite number, or None for anything else."""
+    """The value if it is a finite number, else None."""
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
 def short(value):
-    """A number with four figures."""
+    """A number with four significant digits."""
     return f"{value:.4g}"
 
 
 def points_of(lines, name):
-    """[(step, value)] of the lines of a metrics.jsonl that have a finite value of this name."""
+    """[(step, value)] of the lines of metrics.jsonl that have a finite value of this name."""
     return [(line["step"], line[name]) for line in lines if number(line.get(name)) is not None]
 
 
 def evenly(items, count):
-    """`count` of the items, evenly spaced, none of them twice."""
+    """`count` of the items, evenly spaced, without repeats."""
     return [items[int((i + 0.5) * len(items) / count)] for i in range(count)] if count else []
 
 
 def thin(points, most=CURVE_POINTS):
-    """At most about `most` points of a curve, the lowest and the highest of each piece, so that no spike is lost."""
+    """At most about `most` points of a curve: the minimum and the maximum of each piece, so that no spike is lost."""
     if len(points) <= most:
         return points
     pieces, kept = most // 2, []
@@ -43,7 +43,7 @@ def thin(points, most=CURVE_POINTS):
 
 
 def running_mean(points, window):
-    """The exponential mean over about `window` points, corrected for its start as Adam's moments are."""
+    """The exponential moving average over about `window` points, bias-corrected as in Adam."""
     mean, weight, result = 0.0, 0.0, []
     for step, value in points:
         mean, weight = mean + (value - mean) / window, weight + (1 - weight) / window
@@ -60,10 +60,10 @@ def ticks(low, high, count=5):
 
 
 def axis(values, length, is_log=False, margin=0.05):
-    """A scale for values: (value -> distance from the start in pixels, ticks)."""
+    """The scale of an axis: (value -> distance from the start in pixels, ticks)."""
     change = math.log10 if is_log else float
     low, high = change(min(values)), change(max(values))
-    if high - low <= 1e-12 * max(1.0, abs(high)):  # one value: give it room
+    if high - low <= 1e-12 * max(1.0, abs(high)):  # a single value: widen the range
         low, high = low - max(abs(low), 1e-9) * 0.1, high + max(abs(high), 1e-9) * 0.1
     low, high = low - margin * (high - low), high + margin * (high - low)
     marks = [10.0**power for power in range(math.ceil(low), math.floor(high) + 1)] if is_log else ticks(low, high)
@@ -71,11 +71,11 @@ def axis(values, length, is_log=False, margin=0.05):
 
 
 # -----------------------------------------------------------------------------
-# Charts: dicts of what the template draws; `absent` says why there is nothing to draw
+# Charts: dicts that the template draws; `absent` says why a chart is empty
 
 
 def figure(title, absent="", note="", legend=(), **drawn):
-    """A chart. legend: [(label, class)]. drawn: grid, ticks, lines, dots, bars, columns and mark, each with its place in pixels."""
+    """A chart. legend: [(label, class)]. drawn: grid, ticks, lines, dots, bars, columns and mark, with positions in pixels."""
     empty = {"grid": [], "ticks": [], "axis": "", "mark": None, "lines": [], "dots": [], "bars": [], "columns": []}
     return empty | {"title": title, "absent": absent, "note": note, "legend": legend} | drawn
 
@@ -86,13 +86,13 @@ def grid_of(marks, y):
 
 
 def line_chart(title, series, note="", mark=None):
-    """A line chart over steps. series: [(label, class, points)]; mark: (step, words) for an upright line.
+    """A line chart over steps. series: [(label, class, points)]; mark: (step, label) of a vertical line.
 
-    Where positive values span more than a factor of 100 their axis is logarithmic.
+    The axis of positive values that span more than a factor of 100 is logarithmic.
     """
     series = [(label, kind, points) for label, kind, points in series if points]
     if not series:
-        return figure(title, absent="no value is logged yet")
+        return figure(title, absent="no values logged yet")
     values = [value for _, _, points in series for _, value in points]
     steps = [step for _, _, points in series for step, _ in points] + ([mark[0]] if mark else [])
     is_log = min(values) > 0 and max(values) / min(values) > 100
@@ -120,7 +120,7 @@ def line_chart(title, series, note="", mark=None):
 
 
 def hover_columns(series, x):
-    """Invisible columns over a chart, each with the values at its step as the title that a pointer shows."""
+    """Invisible columns over a chart, each with the values at its step as a tooltip."""
     known = {}
     for label, _, points in series:
         for step, value in points:
@@ -135,13 +135,13 @@ def hover_columns(series, x):
 
 
 def band_chart(title, bands, note):
-    """Grouped bars: for each band of timesteps the loss now beside the base model's, on either split."""
+    """Grouped bars: the current loss beside the base model's, for each band of timesteps and each split."""
     splits = [("training clips", "one", "train"), ("held-out clips", "two", "held_out")]
     shown = [split for split in splits if any(number(band.get(split[2])) is not None for band in bands)]
     values = [number(band.get(key + end)) for band in bands for _, _, key in shown for end in ("", "_base")]
     values = [value for value in values if value is not None and value >= 0]
     if not values:
-        return figure(title, absent="no evaluation has been made yet")
+        return figure(title, absent="no evaluation yet")
     up, value_marks = axis([0, *values], HEIGHT - TOP - BOTTOM, margin=0.0)
     room = (WIDTH - LEFT - RIGHT) / len(bands)
     width = min(34, room * 0.8 / (2 * len(shown)))
@@ -177,7 +177,7 @@ def band_chart(title, bands, note):
 
 
 def charts_of(lines):
-    """The charts of a metrics.jsonl: training, the scores on fixed noise, and the pace."""
+    """The charts of a metrics.jsonl: training, the scores on fixed noise, and speed."""
     losses = points_of(lines, "loss")
     window = max(10, len(losses) // 50)
     odd = sum(isinstance(line.get("loss"), float) and not math.isfinite(line["loss"]) for line in lines)
@@ -188,7 +188,7 @@ def charts_of(lines):
         line_chart(
             "Training loss",
             [("as logged", "faint", losses), (f"running mean over about {window} lines", "one", running_mean(losses, window))],
-            f"{odd} values that are not finite are left out." if odd else "",
+            f"{odd} non-finite values are omitted." if odd else "",
         ),
         line_chart(
             "Loss on fixed noise",
@@ -204,17 +204,17 @@ def charts_of(lines):
         band_chart("Loss by timestep", bands, f"At step {newest['step']}." if newest else ""),
         line_chart("Learning rate", [("learning rate", "one", points_of(lines, "learning_rate"))]),
         line_chart("Gradient norm", [("before clipping", "one", points_of(lines, "grad_norm"))]),
-        line_chart("Seconds a step", [("seconds", "one", points_of(lines, "seconds_per_step"))]),
+        line_chart("Seconds per step", [("seconds", "one", points_of(lines, "seconds_per_step"))]),
     ]
 
 
 def newest_score(lines):
-    """The newest line that an evaluation wrote, {} without any."""
+    """The newest line written by an evaluation, {} if there is none."""
     return next((line for line in reversed(lines) if "eval_train_loss" in line), {})
 
 
 def newest_numbers(lines):
-    """The newest evaluation as rows of a table, (words, now, base model, change), and what else the newest lines say."""
+    """The newest evaluation as table rows (label, now, base model, change), and further facts of the newest lines."""
     newest, rows, facts = newest_score(lines), [], []
     for words, name in (("training clips", "train"), ("held-out clips", "held_out")):
         now, base = number(newest.get(f"eval_{name}_loss")), number(newest.get(f"eval_{name}_base_loss"))

@@ -1,9 +1,9 @@
-"""Checkpoints: whole or invisible, verified before they are trusted, without pickle.
+"""Checkpoints: atomic, verified when they are read, without pickle.
 
 `checkpoint-N/` holds `pytorch_lora_weights.safetensors` (ready to use), `adapter.safetensors` (the weights as trained),
 `optimizer.safetensors` + `state.json` (optimizer, schedule, scaler, average) and `manifest.json`, written last, with the
-hash of each file. Full fine-tuning has `transformer/` and `weights.safetensors` in place of the first two. Tensors are
-whole, so engine and number of processes may change. There is no random state to save (see order.py).
+hash of each file. Full fine-tuning has `transformer/` and `weights.safetensors` in place of the first two. Tensors are full
+(not sharded), so engine and number of ranks may change. There is no random state to save (see order.py).
 """
 
 import errno
@@ -20,12 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cogvideox import engine, lora, report, sft
-from cogvideox.console import BAD_OUTPUT, fail, say, warn
-from cogvideox.engine import averaged
+from cogvideox.console import BAD_OUTPUT, fail, say, timed, warn
 from cogvideox.files import file_sha256, read_json, write_durably, write_tensors
 
 FORMAT = 1
-RESULTS = {"lora": lora, "sft": sft}  # --training_type: the module that knows what is trained and how it is shipped
+RESULTS = {"lora": lora, "sft": sft}  # --training_type: the module that builds the trained model and exports it
 
 
 class BadCheckpoint(ValueError):
@@ -37,7 +36,7 @@ class BadCheckpoint(ValueError):
 
 
 def pack(value, tensors, name=""):
-    """A nested state as JSON-ready values; its tensors are put into `tensors` and named where they stood."""
+    """A nested state as JSON-ready values; its tensors go into `tensors`, named by their path."""
     if isinstance(value, torch.Tensor):
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": name}
@@ -59,34 +58,34 @@ def unpack(packed, tensors):
     return packed["value"]
 
 
-def take_snapshot(result, export, transformer, optimizer, parameters, schedule, scaler, average=None, keep=True):
-    """Copies in host memory of everything a checkpoint holds; training goes on while they are written. A collective.
+def take_snapshot(trained):
+    """Copies in host memory of everything a checkpoint holds; training continues while they are written. A collective.
 
-    result: lora.py or sft.py. export: (transformer, live weights) -> the weights as they are shipped: with an average
-    (diffusers' EMAModel) those are the averaged ones. keep: whether this process writes; the others take part and get None.
+    With an average the shipped weights are the averaged ones. Returns None on all ranks but the main one.
     """
-    live = result.live_state(transformer, keep)
-    with averaged(average, parameters):
-        shipped = result.live_state(transformer, keep) if average else live
-    states = engine.optimizer_state(optimizer, parameters, keep)
+    live, average, scaler = trained.state(), trained.average, trained.accelerator.scaler
+    with trained.averaged():
+        shipped = trained.state() if average else live
+    states = engine.optimizer_state(trained.optimizer, trained.parameters, keep=trained.is_main)
     shadows = [engine.whole(shadow) for shadow in average.shadow_params] if average else []
-    if not keep:
+    if not trained.is_main:
         return None
     tensors = {}
     state = {
         "optimizer": pack(states, tensors, "optimizer"),
-        "schedule": pack({**schedule.state_dict(), "lr_lambdas": [None]}, tensors, "schedule"),
+        "schedule": pack({**trained.schedule.state_dict(), "lr_lambdas": [None]}, tensors, "schedule"),
         "scaler": pack(scaler.state_dict() if scaler else {}, tensors, "scaler"),
         "average": pack({"steps": average.optimization_step, "weights": shadows} if average else {}, tensors, "average"),
     }
-    return {"exported": export(transformer, shipped), "live": live, "optimizer": tensors, "state": state, "result": result}
+    exported = trained.export(trained.transformer, shipped)
+    return {"exported": exported, "live": live, "optimizer": tensors, "state": state, "result": trained.kind}
 
 
 def write_checkpoint(output_dir, step, snapshot, facts, result_facts):
     """Write `checkpoint-{step}` from a snapshot; returns its path.
 
-    Raises OSError (a full disk, say) or ValueError (weights that are not finite); whatever was begun is removed then and
-    older checkpoints stay.
+    Raises OSError (such as a full disk) or ValueError (non-finite weights); the partial folder is then removed, and older
+    checkpoints stay.
     """
     final = Path(output_dir) / f"checkpoint-{step}"
     partial = final.with_name(final.name + ".partial")
@@ -121,9 +120,9 @@ TENSOR_FILES = ("exported", "live", "optimizer")
 
 
 class Saver:
-    """Writes checkpoints in a thread, one at a time, on the process that may write; on the others it does nothing.
+    """Writes checkpoints in a thread, one at a time, on the rank that writes; a no-op on the others.
 
-    A checkpoint that cannot be written is a warning: it ends no run and costs no older checkpoint.
+    A failed write is a warning: the run continues and older checkpoints stay.
     """
 
     def __init__(self, output_dir, limit, enabled):
@@ -131,36 +130,37 @@ class Saver:
         self.thread, self.pending, self.newest, self.failed = ThreadPoolExecutor(1), None, None, False
         if enabled:
             for leftover in self.output_dir.glob("checkpoint-*.partial"):
-                say(f"removed {leftover.name}, which a killed run left half written")
+                say(f"removed {leftover.name}, left incomplete by a killed run")
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def save(self, step, snapshot, facts, result_facts):
-        """Wait for the checkpoint before, then write this one while training goes on. snapshot: as `take_snapshot` gives it."""
+        """Queue a checkpoint to be written while training continues. snapshot: from `take_snapshot`."""
         if self.enabled:
             self.pending = self.thread.submit(self.write, step, snapshot, facts, result_facts)
 
     def write(self, step, snapshot, facts, result_facts):
         """In the thread: the checkpoint, then its result beside it, then the old ones go."""
-        path = write_checkpoint(self.output_dir, step, snapshot, facts, result_facts)
+        with timed(f"write checkpoint-{step}"):
+            path = write_checkpoint(self.output_dir, step, snapshot, facts, result_facts)
         snapshot["result"].publish(path, self.output_dir)
         prune_checkpoints(self.output_dir, self.limit)
         return path
 
     def join(self):
-        """Wait until the last checkpoint is on disk. Returns the newest one's path."""
+        """Wait until the last checkpoint is on disk. Returns the path of the newest."""
         pending, self.pending = self.pending, None
         if pending is not None:
             try:
                 self.newest, self.failed = pending.result(), False
             except (OSError, ValueError) as error:
                 self.failed = True
-                kept = [path.name for _, path in list_checkpoints(self.output_dir)]
-                warn(f"a checkpoint was not written ({error}); kept: {', '.join(kept) or 'none'}")
+                names = [path.name for _, path in list_checkpoints(self.output_dir)]
+                warn(f"a checkpoint was not written ({error}); kept: {', '.join(names) or 'none'}")
         return self.newest
 
 
 def sync_folder(folder):
-    """Force a rename in `folder` to the disk, where the system can."""
+    """Flush a rename in `folder` to disk, if the system can."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:  # Windows
@@ -172,15 +172,15 @@ def sync_folder(folder):
 
 
 def report_export(result, folder, transformer):
-    """Load a checkpoint's result as its users will, and compare it with the live weights. result: of RESULTS."""
+    """Load a checkpoint's result with the stock loader and compare it with the live weights. result: one of RESULTS."""
     try:
         error, effect = result.check_export(folder, transformer)
-    except Exception as problem:  # a check must not cost the run that it checks
+    except Exception as problem:  # a failed check must not end the run
         warn(f"{result.RESULT} could not be checked with {result.LOADER}: {type(problem).__name__}: {problem}")
         return
     word = "PASS" if error <= result.export_tolerance(transformer) else "FAIL"
     if effect == 0:
-        word = "inconclusive (it changes nothing yet)"
+        word = "inconclusive (no effect on the output yet)"
     say(
         f"{result.RESULT} loaded by {result.LOADER}: {word} "
         f"(relative error against the live weights: {error:.1e}; {result.EFFECT}: {effect:.1e})"
@@ -188,9 +188,9 @@ def report_export(result, folder, transformer):
 
 
 def set_aside_newer(output_dir, step):
-    """Rename checkpoints of later steps than the one resumed from: they are damaged, or of a branch that was left.
+    """Rename checkpoints of later steps than the resumed one: they are damaged, or of an abandoned branch.
 
-    Otherwise the next "latest" would go back to them, and pruning would keep them instead of the new ones. Returns them.
+    Otherwise the next "latest" would resume from them, and pruning would keep them instead of new ones. Returns them.
     """
     moved = []
     for number, path in list_checkpoints(output_dir):
@@ -201,7 +201,7 @@ def set_aside_newer(output_dir, step):
 
 
 def prune_checkpoints(output_dir, limit):
-    """Remove the oldest complete checkpoints beyond `limit` (None: keep all), after a new one is safe. Returns them."""
+    """Remove the oldest complete checkpoints beyond `limit` (None: keep all). Returns them."""
     complete = [path for _, path in list_checkpoints(output_dir) if (path / "manifest.json").is_file()]
     old = complete[:-limit] if limit else []
     for path in old:
@@ -222,13 +222,13 @@ def list_checkpoints(output_dir):
 
 
 def read_manifest(path):
-    """The manifest of a checkpoint, after checking every file against it. Raises BadCheckpoint."""
+    """The manifest of a checkpoint, after verifying every file against it. Raises BadCheckpoint."""
     path = Path(path)
     try:
         manifest = read_json(path / "manifest.json")
         files = manifest["files"]
         if manifest["format"] != FORMAT:
-            raise BadCheckpoint(f"{path}: written in format {manifest['format']}, this script reads {FORMAT}")
+            raise BadCheckpoint(f"{path}: has format {manifest['format']}, but this script reads format {FORMAT}")
         for part in ("step", "flags", "clips", "transformer", "clips_per_step"):
             if part not in manifest:
                 raise BadCheckpoint(f"{path}: its manifest lacks {part}")
@@ -243,7 +243,7 @@ def read_manifest(path):
             if not file.is_file():
                 raise BadCheckpoint(f"{path}: lacks {name}")
             if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
-                raise BadCheckpoint(f"{path}: {name} is not what was written (cut or changed)")
+                raise BadCheckpoint(f"{path}: {name} does not match the manifest (truncated or changed)")
     except FileNotFoundError:
         raise BadCheckpoint(f"{path}: not a complete checkpoint (no manifest.json)") from None
     except (KeyError, TypeError, ValueError) as error:
@@ -256,15 +256,15 @@ def read_manifest(path):
 def choose_checkpoint(requested, output_dir):
     """The checkpoint to resume from. Returns (path, manifest, remarks); path is None where "latest" finds nothing.
 
-    "latest" takes the newest whole one and says what it skipped; a path has to be whole. Raises BadCheckpoint.
+    "latest" takes the newest valid one and remarks on those that it skipped; a given path must be valid. Raises BadCheckpoint.
     """
     if requested != "latest":
         path = Path(requested).expanduser()
         if not path.is_dir() and (Path(output_dir) / requested).is_dir():
             path = Path(output_dir) / requested
         if not path.is_dir():
-            there = ", ".join(p.name for _, p in list_checkpoints(output_dir)) or "none"
-            raise BadCheckpoint(f"--resume_from_checkpoint {requested}: no such folder ({output_dir} has: {there})")
+            existing = ", ".join(p.name for _, p in list_checkpoints(output_dir)) or "none"
+            raise BadCheckpoint(f"--resume_from_checkpoint {requested}: no such folder ({output_dir} has: {existing})")
         return path, read_manifest(path), []
     remarks = []
     for _, path in reversed(list_checkpoints(output_dir)):
@@ -273,41 +273,41 @@ def choose_checkpoint(requested, output_dir):
         except BadCheckpoint as error:
             remarks.append(f"skipped {error}")
     if remarks:
-        raise BadCheckpoint(f"--resume_from_checkpoint latest: no checkpoint of {output_dir} is whole: {'; '.join(remarks)}")
+        raise BadCheckpoint(f"--resume_from_checkpoint latest: no checkpoint in {output_dir} is valid: {'; '.join(remarks)}")
     return None, None, [f"no checkpoint in {output_dir}: starting at step 0"]
 
 
 def changed_settings(stored, current, declared):
-    """What differs between a checkpoint's facts and this run's in ways that would train something else, as sentences.
+    """Settings that differ from the checkpoint's and change the training, as sentences.
 
-    declared: the flags by name, see `flags.flag_group`; one that the checkpoint does not know had its default.
+    declared: the flags by name, see `flags.flag_group`; a flag that the checkpoint lacks had its default.
     """
     changes = []
     for name, action in declared.items():
         before, now = stored["flags"].get(name, action.default), current["flags"].get(name)
         if not action.free and before != now:
             changes.append(f"--{name} was {before!r} and is {now!r}")
-    words = {
+    labels = {
         "clips": "the clips, captions or their encoding",
         "transformer": "the base model's transformer",
-        "clips_per_step": "clips a step (batch x processes x accumulation)",
+        "clips_per_step": "clips per step (batch x processes x accumulation)",
     }
-    for name, word in words.items():
+    for name, label in labels.items():
         if stored[name] != current[name]:
             values = f" (were {stored[name]}, are {current[name]})" if name == "clips_per_step" else ""
-            changes.append(f"{word} changed{values}")
+            changes.append(f"{label} changed{values}")
     return changes
 
 
-def load_checkpoint(path, result, transformer, optimizer, parameters, schedule, scaler, average=None):
+def load_checkpoint(path, trained):
     """Put a verified checkpoint's weights and states back. Raises BadCheckpoint where they do not fit. A collective."""
-    path = Path(path)
+    path, average, scaler = Path(path), trained.average, trained.accelerator.scaler
     try:
-        result.load_live(transformer, load_file(path / result.WEIGHTS))
+        trained.kind.load_live(trained.transformer, load_file(path / trained.kind.WEIGHTS))
         tensors = load_file(path / "optimizer.safetensors")
         state = read_json(path / "state.json")
-        engine.load_optimizer_state(optimizer, parameters, unpack(state["optimizer"], tensors))
-        schedule.load_state_dict(unpack(state["schedule"], tensors))
+        engine.load_optimizer_state(trained.optimizer, trained.parameters, unpack(state["optimizer"], tensors))
+        trained.schedule.load_state_dict(unpack(state["schedule"], tensors))
         if scaler and (scaler_state := unpack(state["scaler"], tensors)):
             scaler.load_state_dict(scaler_state)
         if average:
@@ -319,19 +319,19 @@ def load_checkpoint(path, result, transformer, optimizer, parameters, schedule, 
         raise BadCheckpoint(f"{path}: does not fit this run: {error}") from None
 
 
-def resume(args, accelerator, result, transformer, optimizer, parameters, schedule, facts, average=None):
+def resume(args, trained, facts):
     """Resume from --resume_from_checkpoint, on every process. Returns the number of steps already trained.
 
-    Ends the run with a sentence where the checkpoint is not whole, or was made with settings that would train another run.
+    Ends the run with a sentence if the checkpoint is invalid, or was written with other training settings.
     """
     if not args.resume_from_checkpoint:
         return 0
     choice = [None]
-    if accelerator.is_main_process:
+    if trained.is_main:
         try:
             path, manifest, remarks = choose_checkpoint(args.resume_from_checkpoint, args.output_dir)
             changes = changed_settings(manifest, facts, args.declared) if path else []
-            problem = f"--resume_from_checkpoint {path}: another run: {'; '.join(changes)}" if changes else None
+            problem = f"--resume_from_checkpoint {path}: other training settings: {'; '.join(changes)}" if changes else None
             choice = [(path, manifest and manifest["step"], remarks, problem)]
         except BadCheckpoint as error:
             choice = [(None, None, [], str(error))]
@@ -343,14 +343,14 @@ def resume(args, accelerator, result, transformer, optimizer, parameters, schedu
     if path is None:
         return 0
     try:
-        load_checkpoint(path, result, transformer, optimizer, parameters, schedule, accelerator.scaler, average)
+        load_checkpoint(path, trained)
     except BadCheckpoint as error:
         fail(BAD_OUTPUT, str(error))
     say(f"resuming from {path}, step {step}")
-    if accelerator.is_main_process:
+    if trained.is_main:
         for aside in set_aside_newer(args.output_dir, step):
             say(f"resume: set aside as {aside.name}, which is of a later step")
-    accelerator.wait_for_everyone()
+    trained.accelerator.wait_for_everyone()
     return step
 
 
@@ -361,23 +361,17 @@ def resume(args, accelerator, result, transformer, optimizer, parameters, schedu
 class Checkpointer:
     """Writes a checkpoint every --checkpointing_steps optimizer steps and after the last one; every rank calls every method.
 
-    result: lora.py or sft.py. export: as in `take_snapshot`. run_facts: what the manifest says of the run. result_facts: the
-    metadata of the shipped file.
+    run_facts: the manifest's facts about the run. result_facts: the metadata of the shipped file.
     """
 
-    def __init__(self, args, trained, result, export, run_facts, result_facts):
-        self.args, self.trained, self.result, self.export = args, trained, result, export
-        self.run_facts, self.result_facts = run_facts, result_facts
+    def __init__(self, args, trained, run_facts, result_facts):
+        self.args, self.trained, self.run_facts, self.result_facts = args, trained, run_facts, result_facts
         self.output_dir, self.saver, self.saved_step = Path(args.output_dir), None, None
 
     def load(self):
         """Resume from --resume_from_checkpoint. Returns the number of steps already trained, 0 for a new run."""
-        trained = self.trained
-        first_step = resume(
-            self.args, trained.accelerator, self.result, trained.transformer, trained.optimizer, trained.parameters, trained.schedule,
-            self.run_facts, trained.average,
-        )  # fmt: skip
-        self.saver = Saver(self.output_dir, self.args.checkpoints_total_limit, enabled=trained.is_main)
+        first_step = resume(self.args, self.trained, self.run_facts)
+        self.saver = Saver(self.output_dir, self.args.checkpoints_total_limit, enabled=self.trained.is_main)
         return first_step
 
     def is_due(self, step, last=False):
@@ -385,45 +379,42 @@ class Checkpointer:
         return last or step % self.args.checkpointing_steps == 0
 
     def offer(self, step, last=False):
-        """Save if it is due; the last checkpoint is waited for, so that it is on disk before anything else is tried."""
+        """Save if due. Waits for the last checkpoint, so that it is on disk before the final scores and videos."""
         if self.is_due(step, last):
             self.save(step)
         if last:
             self.saver.join()
 
     def save(self, step):
-        """Write a checkpoint while training goes on; the first one is waited for and compared with the live model."""
+        """Write a checkpoint while training continues; waits for the first one and compares it with the live model."""
         if self.saved_step == step:
             return
         trained, self.saved_step = self.trained, step
         first = self.saver.join() is None  # a snapshot at a time
-        snapshot = take_snapshot(
-            self.result, self.export, trained.transformer, trained.optimizer, trained.parameters, trained.schedule,
-            trained.accelerator.scaler, trained.average, keep=trained.is_main,
-        )  # fmt: skip
-        self.saver.save(step, snapshot, self.run_facts, self.result_facts | {"step": str(step)})
+        self.saver.save(step, take_snapshot(trained), self.run_facts, self.result_facts | {"step": str(step)})
         if broadcast_object_list([first])[0]:
             with trained.averaged(), trained.full_model() as full_model:
                 if trained.is_main and self.saver.join():
-                    report_export(self.result, self.saver.newest, full_model)
+                    report_export(trained.kind, self.saver.newest, full_model)
         trained.barrier()
 
     def save_best(self, step):
         """Write the weights as they are now to best/, ready to use."""
-        with self.trained.averaged():
-            live = self.result.live_state(self.trained.transformer, keep=self.trained.is_main)
+        trained = self.trained
+        with trained.averaged():
+            state = trained.state()
         try:
-            if self.trained.is_main:
-                exported = self.export(self.trained.transformer, live)
-                self.result.write(self.output_dir / "best", exported, self.result_facts | {"step": str(step)})
+            if trained.is_main:
+                exported = trained.export(trained.transformer, state)
+                trained.kind.write(self.output_dir / "best", exported, self.result_facts | {"step": str(step)})
         except (OSError, ValueError) as error:
             warn(f"best/ was not written at step {step} ({error})")
 
     def newest(self):
-        """Wait for the last checkpoint. Returns the path of the newest that this run wrote, None without any."""
+        """Wait for the last checkpoint. Returns the path of the newest that this run wrote, or None."""
         return self.saver.join()
 
     @property
     def failed(self):
-        """Whether the last checkpoint could not be written."""
+        """Whether writing the last checkpoint failed."""
         return self.saver.failed

@@ -1,10 +1,10 @@
-"""What a run says and how it ends early: messages, progress bars, exit codes. Nothing heavy is imported here.
+"""Messages, progress bars and exit codes. No heavy imports.
 
-Messages are Python logging's, of the logger "cogvideox", on stderr and above any progress bar. The main process writes them;
-with --verbose every process does, with the time and its rank, the details too.
+Messages go through Python's logger "cogvideox" to stderr, above any progress bar. Rank 0 prints them; with --verbose every rank
+does, with debug messages, time and rank.
 
-Exit codes of the script itself (both launchers turn any of them into 1): 0 done, 1 anything unforeseen, 2 flags or
-environment, 3 dataset, 4 output folder or checkpoint, 5 numbers that are not finite, 128 + n stopped by signal n.
+Exit codes of the script itself (both launchers turn every failure into 1): 0 done, 1 unexpected error, 2 flags or environment,
+3 dataset, 4 output folder or checkpoint, 5 non-finite gradients, 128 + n stopped by signal n.
 """
 
 import contextlib
@@ -16,18 +16,18 @@ import time
 from tqdm.auto import tqdm
 
 BAD_FLAGS, BAD_DATA, BAD_OUTPUT, BAD_NUMBERS = 2, 3, 4, 5
-SECONDS_A_LINE = 30  # of a progress bar where stderr is no terminal
+SECONDS_PER_LINE = 30  # of a progress bar without a terminal
 
 log = logging.getLogger("cogvideox")
 
 
 def rank():
-    """The rank of this process, as its launcher set it."""
+    """The rank of this process, as set by the launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 class Console(logging.Handler):
-    """Writes messages above any progress bar: warnings say so, everything else stands as it is."""
+    """Writes messages above any progress bar, warnings and debug messages with their level in front."""
 
     def emit(self, record):
         verbose = log.level <= logging.DEBUG
@@ -36,13 +36,13 @@ class Console(logging.Handler):
         level = f"{record.levelname.lower()}: " if record.levelno in (logging.WARNING, logging.DEBUG) else ""
         stamp = time.strftime("%H:%M:%S ", time.localtime(record.created)) + f"[rank {rank()}] " if verbose else ""
         text = record.getMessage()
-        start = len(text) - len(text.lstrip("\n"))  # an empty line before a title stays before it
+        start = len(text) - len(text.lstrip("\n"))  # keep blank lines before the prefix
         tqdm.write(text[:start] + stamp + level + text[start:], file=sys.stderr)
         sys.stderr.flush()
 
 
 def configure(verbose=False):
-    """Show messages from the level info on; with `verbose` from debug on, and those of the libraries."""
+    """Show messages of level info and above; with `verbose` of level debug and above, and the libraries' messages."""
     if not any(isinstance(handler, Console) for handler in log.handlers):
         log.addHandler(Console())
     log.propagate = False
@@ -55,34 +55,34 @@ configure()
 
 
 def say(text, on_every_rank=False):
-    """Tell the user something, once a run or once a process."""
+    """Print a message, on rank 0 or on every rank."""
     log.info("%s", text, extra={"on_every_rank": on_every_rank})
 
 
 def warn(text):
-    """Tell the user of something that does not end the run but may not be what was meant."""
+    """Print a warning: the run continues."""
     log.warning("%s", text)
 
 
 @contextlib.contextmanager
 def timed(name):
-    """With --verbose, say how long a part of the run took."""
+    """With --verbose, print how long the block took."""
     started = time.perf_counter()
     yield
     log.debug("%s: %.1f s", name, time.perf_counter() - started)
 
 
 def fail(code, problems):
-    """End the run with exit code `code` and one sentence a problem. Every process calls it; the main one prints."""
+    """End the run with exit code `code` and one sentence per problem. Every rank calls it; rank 0 prints."""
     problems = [problems] if isinstance(problems, str) else problems
     log.error("%s", "".join(f"\nERROR[{code}]: {problem}" for problem in problems))
     if rank() != 0:
-        time.sleep(3)  # the launcher ends all processes when the first one stops: let the main one print before that
+        time.sleep(3)  # the launcher kills all ranks when the first one exits: let rank 0 print before
     raise SystemExit(code)
 
 
 class LogFile:
-    """stderr for a bar where it is no terminal: every state is a line of its own, and nothing is erased."""
+    """stderr for a progress bar without a terminal: every update is a new line."""
 
     def write(self, text):
         if text := text.strip("\r\n "):
@@ -93,7 +93,7 @@ class LogFile:
 
 
 def progress(items=None, desc=None, **options):
-    """A tqdm bar with an ETA; a line every 30 seconds where stderr is no terminal. options: tqdm's."""
+    """A tqdm bar with an ETA; without a terminal, a line every 30 seconds. options: tqdm's."""
     if not sys.stderr.isatty():
-        options = {"file": LogFile(), "mininterval": SECONDS_A_LINE, "maxinterval": SECONDS_A_LINE, "miniters": 1} | options
+        options = {"file": LogFile(), "mininterval": SECONDS_PER_LINE, "maxinterval": SECONDS_PER_LINE, "miniters": 1} | options
     return tqdm(items, desc=desc, **options)

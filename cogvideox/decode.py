@@ -1,6 +1,6 @@
-"""A file in, uint8 frames out: which frames by their presentation times, resized and cropped.
+"""Decoding a file to uint8 frames: chosen by presentation time, resized and cropped.
 
-Nothing here imports torch: the guarded reader processes (cogvideox/reader.py) import this module and have to start fast.
+Without torch: the guarded reader processes (cogvideox/reader.py) import this module and must start fast.
 """
 
 import errno
@@ -15,23 +15,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-ENCODING_VERSION = 1  # raise it when this module or encodings.py makes other numbers from the same input
+ENCODING_VERSION = 1  # raise it when this module or encodings.py computes other numbers from the same input
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"}
-# The containers that are read; the list also keeps PyAV from anything that points to other files or addresses.
+# Supported containers; the list also keeps PyAV from formats that refer to other files or addresses.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,gif,flv,asf,ogg"
 PLAYLIST_STARTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<SMIL", b"<MPD")
 
 
 @dataclass(frozen=True)
 class Framing:
-    """How a file becomes frames: everything `read_clip` depends on beside the file itself.
+    """How a file is decoded to frames: everything that `read_clip` depends on except the file.
 
     `skip_frames_*` count frames of the source. `frames_per_latent` and `latents_per_patch` are the model's: the VAE maps
-    4k + 1 frames to k + 1 latents, CogVideoX 1.5 takes latents two by two. `crop_x` and `crop_y` place the crop (0: left or
-    top, 1: right or bottom). `sizes` are the (height, width) a clip may get: the one nearest in aspect is taken.
-    `lengths` are the frame counts a clip may get (empty: any legal one).
+    4k + 1 frames to k + 1 latents, CogVideoX 1.5 patches two latents in time. `crop_x` and `crop_y` place the crop (0: left or
+    top, 1: right or bottom). `sizes`: the allowed (height, width), of which a clip gets the nearest aspect ratio. `lengths`: the
+    allowed frame counts (empty: any legal one).
     """
 
     fps: float
@@ -48,17 +48,17 @@ class Framing:
 
 
 class BadClip(ValueError):
-    """A file that cannot be trained on; the message says why, in words for its owner."""
+    """A file that cannot be trained on; the message says why, for the user."""
 
 
 # -----------------------------------------------------------------------------
-# Frames: which ones, and at which size
+# Choosing frames and sizes
 
 
 def longest_legal_length(num_frames, frames_per_latent=4, latents_per_patch=1):
-    """The longest clip of at most `num_frames` that the VAE (4k + 1) and the temporal patch take; 0 if there is none.
+    """The longest clip of at most `num_frames` that the VAE (4k + 1) and the temporal patch accept; 0 if there is none.
 
-    AutoencoderKLCogVideoX maps 4k + 1 frames to k + 1 latents; k + 1 has to be a multiple of `patch_size_t`.
+    AutoencoderKLCogVideoX maps 4k + 1 frames to k + 1 latents; k + 1 must be a multiple of `patch_size_t`.
     """
     latents = (num_frames - 1) // frames_per_latent + 1 if num_frames > 0 else 0
     latents -= latents % latents_per_patch
@@ -68,10 +68,9 @@ def longest_legal_length(num_frames, frames_per_latent=4, latents_per_patch=1):
 def choose_frames(times, framing):
     """Pick source frames so that the clip plays at `framing.fps`, by presentation time.
 
-    times: seconds, one for each source frame, increasing. Target k lies k / fps after the first frame that is not
-    skipped; the source frame nearest in time is taken, so a variable frame rate keeps its speed. A target may lie at
-    most half a source frame behind the last frame. Returns a list of indices of legal length.
-    Raises BadClip where nothing is left.
+    times: seconds, one per source frame, increasing. Target k is k / fps after the first frame that is not skipped; the
+    source frame nearest in time is taken, so a variable frame rate keeps its speed. A target may be at most half a source
+    frame after the last frame. Returns a list of indices of legal length. Raises BadClip if no frames are left.
     """
     total = len(times)
     first, end = framing.skip_frames_start, total - framing.skip_frames_end
@@ -82,7 +81,7 @@ def choose_frames(times, framing):
         )
     window = np.asarray(times[first:end], dtype=np.float64)
     spacing = float(np.median(np.diff(window))) if len(window) > 1 else 1 / framing.fps
-    # The small surplus keeps 2.0 s at 8 fps from losing its last frame to rounding.
+    # 1e-6: 2.0 s at 8 fps must not lose its last frame to rounding.
     count = int(math.floor((window[-1] - window[0] + spacing / 2) * framing.fps + 1e-6)) + 1
     count = min(count, framing.max_num_frames)
     legal = longest_legal_length(count, framing.frames_per_latent, framing.latents_per_patch)
@@ -100,14 +99,14 @@ def choose_frames(times, framing):
 
 
 def choose_size(width, height, sizes):
-    """The (height, width) of `sizes` nearest to a source's aspect ratio; the first of equals."""
+    """The (height, width) of `sizes` nearest to a source's aspect ratio; the first one in a tie."""
     return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - math.log(width / height)))
 
 
 def source_box(width, height, target_width, target_height, framing):
     """The part of the source that is kept, as (left, top, right, bottom) in source pixels (not rounded).
 
-    "none" stretches the whole picture; the other modes keep the aspect ratio and cut what is too wide or too high.
+    "none" stretches the whole picture; the other modes keep the aspect ratio and crop the excess.
     """
     if framing.reshape_mode == "none":
         return (0.0, 0.0, float(width), float(height))
@@ -120,8 +119,8 @@ def source_box(width, height, target_width, target_height, framing):
 def read_clip(path, framing, reader="auto"):
     """Decode one file to frames.
 
-    Returns (frames, facts): frames uint8 [F, H, W, 3]; facts for the report. reader: "decord", "pyav", or "auto" for
-    decord with PyAV wherever decord cannot be trusted. Raises BadClip with the reason.
+    Returns (frames, facts): frames uint8 [F, H, W, 3]; facts for the report. reader: "decord", "pyav", or "auto": decord, and
+    PyAV for files that decord would read wrongly. Raises BadClip with the reason.
     """
     path = str(path)
     try:
@@ -130,53 +129,52 @@ def read_clip(path, framing, reader="auto"):
     except OSError as error:
         raise BadClip(f"cannot be opened ({error.strerror})") from None
     if start.lstrip(b"\xef\xbb\xbf \r\n").startswith(PLAYLIST_STARTS):
-        # A decoder would follow it to other files, or to addresses.
-        raise BadClip("a playlist, not a video; refused")
+        # A decoder would open the files and addresses in it.
+        raise BadClip("a playlist, not a video")
     if Path(path).suffix.lower() in IMAGE_SUFFIXES:
         return read_picture(path, framing)
     return read_video(path, framing, reader)
 
 
 def read_picture(path, framing):
-    """A still picture as a clip of one frame."""
+    """An image as a clip of one frame."""
     if framing.latents_per_patch > 1:
-        raise BadClip("a picture is one frame; this model takes at least 5")
+        raise BadClip("an image is one frame; this model needs at least 5")
     try:
         with Image.open(path) as picture:
             if picture.mode.startswith("I"):  # 16-bit grey: Pillow would clip it at 255
                 picture = picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
             frame = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadClip(f"not a readable picture ({error})") from None
+        raise BadClip(f"not a readable image ({error})") from None
     facts = clip_facts([0.0], [0], frame.shape[1], frame.shape[0], framing)
     return np.stack([fit(frame, facts)]), facts | {"reader": "picture"}
 
 
 # -----------------------------------------------------------------------------
-# Videos: PyAV says which frames there are, decord decodes them where it can be trusted
+# Videos: PyAV lists the frames, decord decodes them if it lists the same
 
 
 class Untrusted(Exception):
-    """decord cannot read this file, or would read it wrongly without a word; PyAV may."""
+    """decord cannot read this file, or would silently read it wrongly; PyAV may succeed."""
 
 
 def read_video(path, framing, reader):
     """See `read_clip`.
 
-    The packets tell when each frame is shown. PyAV then decodes up to the last frame that was chosen, which shows damage
-    and frames that never appear: decord would count on, and return a neighbour. Where the packets were wrong, the times
-    come from decoding the whole file.
+    The packets give each frame's presentation time. PyAV then decodes up to the last chosen frame, which reveals damaged and
+    missing frames: decord would return a neighbour instead. If the packets are wrong, the times come from decoding the whole file.
     """
     stamps, unit, kind, doubt = list_packets(path)
     indices = choose_frames(seconds(stamps, unit), framing) if stamps else []
-    shown, picture = watch(path, kind, indices[-1] + 1 if indices else None)
+    shown, picture = frame_times(path, kind, indices[-1] + 1 if indices else None)
     if not indices or shown != stamps[: len(shown)]:
-        doubt = doubt or "its packets are not its frames"
-        stamps, picture = watch(path, kind)
+        doubt = doubt or "its packets do not match its frames"
+        stamps, picture = frame_times(path, kind)
         indices = choose_frames(seconds(stamps, unit), framing)
     turn = picture_turn(picture)
     if turn != NO_TURN:
-        doubt = doubt or "its picture is turned when it is shown"
+        doubt = doubt or "its picture is rotated or mirrored when it is shown"
     width, height = (picture.height, picture.width) if turn[0] else (picture.width, picture.height)
     facts = clip_facts(seconds(stamps, unit), indices, width, height, framing)
     if reader != "pyav":
@@ -192,13 +190,13 @@ def read_video(path, framing, reader):
 
 
 def seconds(stamps, unit):
-    """Time stamps as seconds after the first."""
+    """Timestamps as seconds after the first."""
     return (np.asarray(stamps, dtype=np.int64) - stamps[0]) * float(unit)
 
 
 @contextmanager
 def open_video(path):
-    """A file's container and its main video stream, in PyAV. Raises BadClip, also for what PyAV raises in the block."""
+    """A file's container and its main video stream, in PyAV. Raises BadClip, also in place of PyAV's errors in the block."""
     try:
         import av
     except ImportError:
@@ -213,20 +211,20 @@ def open_video(path):
         missing = missing_bytes(path)
         if missing:
             raise BadClip(f"truncated: at least {missing} bytes are missing at its end") from None
-        if error.errno == errno.EINVAL:  # what a list of allowed containers answers to any other
-            raise BadClip(f"not a video of a kind that is read ({CONTAINERS}); a picture has to be named like one") from None
+        if error.errno == errno.EINVAL:  # raised for containers outside the whitelist
+            raise BadClip(f"not a video in a supported container ({CONTAINERS}); an image needs an image's suffix") from None
         raise BadClip(f"not a readable video ({error.strerror})") from None
 
 
 def list_packets(path):
-    """What a file's packets tell of its frames, read without decoding.
+    """The presentation times of a file's frames, from its packets, without decoding.
 
-    Returns (time stamps of the frames shown, increasing; their unit in seconds; the kind of container; why decord must not
-    read the file, or ""). The list is empty where the packets do not tell. Raises BadClip for a file that is cut short.
+    Returns (timestamps of the frames shown, increasing; their unit in seconds; the container; why decord must not read the
+    file, or ""). The list is empty if the packets have no times. Raises BadClip for a truncated file.
     """
     with open_video(path) as (container, stream):
         kind, unit, announced = container.format.name.split(",")[0], stream.time_base, stream.frames
-        # The last packet of a demuxer is empty: it ends the decoding.
+        # The demuxer's last packet is empty: it flushes the decoder.
         packets = [(p.pts, p.is_keyframe, p.is_discard, p.is_corrupt) for p in container.demux(stream) if p.size]
     whole, missing = sum(not corrupt for _, _, _, corrupt in packets), missing_bytes(path)
     if missing:
@@ -235,13 +233,13 @@ def list_packets(path):
     if whole < len(packets):
         raise BadClip(f"damaged: {len(packets) - whole} of its {len(packets)} packets are broken")
     if any(stamp is None for stamp, _, _, _ in packets):
-        return [], unit, kind, "its packets carry no times"
+        return [], unit, kind, "its packets have no timestamps"
     shown = [(stamp, key) for stamp, key, discard, _ in packets if not discard]
     by_time = sorted(shown)
     doubt = ""
-    # Each of these makes decord return other frames than those asked for, without a word.
+    # In each of these cases decord silently returns other frames than requested.
     if kind not in ("mov", "matroska"):
-        doubt = f"decord seeks exactly in MP4, MOV, MKV and WebM only, this is {kind}"
+        doubt = f"decord seeks exactly only in MP4, MOV, MKV and WebM, this is {kind}"
     elif len(shown) < len(packets):
         doubt = "an edit list hides some of its frames"
     elif [key for _, key in shown] != [key for _, key in by_time]:
@@ -250,9 +248,9 @@ def list_packets(path):
 
 
 def missing_bytes(path):
-    """How many bytes a file lacks at least, by its own account.
+    """At least how many bytes are missing at a file's end.
 
-    That is told by the boxes of an MP4, the segment of a Matroska file, the RIFF of an AVI, and the last byte of a GIF.
+    Computed from the boxes of an MP4, the segment of a Matroska file, the RIFF header of an AVI, and the last byte of a GIF.
     """
     size, end = os.path.getsize(path), 0
     with open(path, "rb") as file:
@@ -261,7 +259,7 @@ def missing_bytes(path):
         if start.startswith(b"RIFF"):
             end = 8 + int.from_bytes(start[4:8], "little")
         elif start.startswith(b"\x1a\x45\xdf\xa3") and 4 <= segment < len(start) and start[segment]:
-            width = 9 - start[segment].bit_length()  # leading zeros tell how many bytes the number has
+            width = 9 - start[segment].bit_length()  # the leading zeros encode the number's length in bytes
             length = int.from_bytes(start[segment : segment + width]) - (1 << 7 * width)
             if length < (1 << 7 * width) - 1:  # all ones: a live recording, of unknown length
                 end = segment + width + length
@@ -284,7 +282,7 @@ def missing_bytes(path):
 
 
 def shown_frames(path, count=None):
-    """Decode with PyAV, in the order of showing, at most `count` frames. Raises BadClip where a frame is not whole."""
+    """Decode at most `count` frames with PyAV, in presentation order. Raises BadClip for a damaged frame."""
     import av
 
     number, size = 0, None
@@ -292,12 +290,12 @@ def shown_frames(path, count=None):
         try:
             for frame in container.decode(stream):
                 if frame.pts is None:
-                    raise BadClip("its frames carry no times")
+                    raise BadClip("its frames have no timestamps")
                 if frame.is_corrupt:
-                    raise BadClip(f"damaged: frame {number} cannot be decoded whole")
+                    raise BadClip(f"damaged: frame {number} is only partly decodable")
                 size = size or (frame.width, frame.height)
                 if (frame.width, frame.height) != size:
-                    raise BadClip(f"its picture changes from {size[0]}x{size[1]} to {frame.width}x{frame.height} at frame {number}")
+                    raise BadClip(f"its size changes from {size[0]}x{size[1]} to {frame.width}x{frame.height} at frame {number}")
                 yield frame
                 number += 1
                 if number == count:
@@ -305,20 +303,20 @@ def shown_frames(path, count=None):
         except av.FFmpegError as error:
             raise BadClip(f"damaged: frame {number} cannot be decoded ({error.strerror})") from None
     if not number:
-        raise BadClip("no frame in it can be decoded")
+        raise BadClip("no frame can be decoded")
 
 
-def watch(path, kind, count=None):
-    """Decode `count` frames (all, without it) and keep none but the first. Returns (their time stamps, the first frame)."""
+def frame_times(path, kind, count=None):
+    """Decode `count` frames (None: all) and keep only the first. Returns (their timestamps, the first frame)."""
     stamps, first = [], None
     for frame in shown_frames(path, count):
         stamps.append(frame.pts)
         first = first or frame
-    if kind == "avi":  # a frame's time is the number of its packet there, and B-frames are stored out of order
+    if kind == "avi":  # an AVI frame's timestamp is its packet's number, and B-frames are stored out of order
         stamps.sort()
     backwards = np.nonzero(np.diff(stamps) < 0)[0]
     if len(backwards):
-        raise BadClip(f"its times run backwards after frame {backwards[0]} (recordings that were joined, or a damaged one)")
+        raise BadClip(f"its timestamps go backwards after frame {backwards[0]} (joined recordings, or a damaged file)")
     return stamps, first
 
 
@@ -326,40 +324,40 @@ NO_TURN = (False, 1, 1)
 
 
 def picture_turn(frame):
-    """How a frame is to be turned to stand upright: (swap rows and columns, then the step through rows, and columns).
+    """How to turn a frame upright: (whether to swap rows and columns, then the step through rows, and through columns).
 
     Raises BadClip for anything but quarter turns and mirrors.
     """
     side = frame.side_data.get("DISPLAYMATRIX")
     if side is None:
         return NO_TURN
-    # x' = a x + c y and y' = b x + d y: where a pixel at (x, y) is shown.
+    # A pixel at (x, y) is shown at x' = a x + c y, y' = b x + d y.
     a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[:5].tolist()
     if (a and d) and not (b or c):
         return False, int(np.sign(d)), int(np.sign(a))
     if (b and c) and not (a or d):
         return True, int(np.sign(b)), int(np.sign(c))
-    raise BadClip("its picture is to be shown turned by an angle that is no quarter turn")
+    raise BadClip("its picture is rotated by an angle that is not a multiple of 90 degrees")
 
 
 def read_with_decord(path, times, facts):
-    """The frames at facts["indices"]. Raises Untrusted where decord refuses the file, or lists other frames than `times`."""
+    """The frames at facts["indices"]. Raises Untrusted if decord rejects the file, or lists other frames than `times`."""
     try:
         import decord
     except ImportError:
         raise Untrusted("decord is not installed") from None
     decord.logging.set_level(decord.logging.QUIET)
     scaled = exact_scale(facts)
-    # decord's scaler refuses a few widths (8, 12, 16, 24, 48, 72); full size and Pillow do not.
+    # decord's scaler rejects a few widths (8, 12, 16, 24, 48, 72): retry at full size, and scale with Pillow.
     for width, height in ([scaled] if scaled else []) + [(-1, -1)]:
         try:
             video = decord.VideoReader(path, num_threads=1, width=width, height=height)
             listed = video.get_frame_timestamp(range(len(video)))[:, 0]
             if len(listed) != len(times) or not np.allclose(listed - listed[0], times, rtol=1e-6, atol=1e-3):
                 raise Untrusted(f"decord lists {len(listed)} frames at other times")
-            if width == -1:  # a few at a time: 49 full frames of a 4K clip are 1.2 GB
-                few = [facts["indices"][i : i + 4] for i in range(0, facts["frames"], 4)]
-                return np.stack([fit(frame, facts) for part in few for frame in video.get_batch(part).asnumpy()])
+            if width == -1:  # four at a time: 49 full frames of a 4K clip are 1.2 GB
+                groups = [facts["indices"][i : i + 4] for i in range(0, facts["frames"], 4)]
+                return np.stack([fit(frame, facts) for group in groups for frame in video.get_batch(group).asnumpy()])
             frames = video.get_batch(facts["indices"]).asnumpy()
         except (decord.DECORDError, RuntimeError, IndexError) as error:
             reason = f"decord: {first_line(error)}"
@@ -371,24 +369,24 @@ def read_with_decord(path, times, facts):
 
 def read_with_pyav(path, turn, facts):
     """The frames at facts["indices"], turned upright."""
-    wanted, kept = set(facts["indices"]), {}
+    chosen, frames = set(facts["indices"]), {}
     swap, rows, columns = turn
-    for number, frame in enumerate(shown_frames(path, max(wanted) + 1)):
-        if number in wanted:
+    for number, frame in enumerate(shown_frames(path, max(chosen) + 1)):
+        if number in chosen:
             picture = frame.to_ndarray(format="rgb24")
             picture = (picture.swapaxes(0, 1) if swap else picture)[::rows, ::columns]
-            kept[number] = fit(np.ascontiguousarray(picture), facts)
-    return np.stack([kept[index] for index in facts["indices"]])
+            frames[number] = fit(np.ascontiguousarray(picture), facts)
+    return np.stack([frames[index] for index in facts["indices"]])
 
 
 def first_line(error):
-    """What a message of decord's says, without its place in the source and the condition that failed."""
+    """The text of a decord message, without the source location and the failed condition."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return re.sub(r"^.*(Check failed: .*?\(.*?\)|\.cc:\d+:) *(ERROR|Error:)? *", "", text)[:160]
 
 
 def clip_facts(times, indices, width, height, framing):
-    """What the report and the cache need to know of a clip; JSON-ready."""
+    """A clip's facts for the report and the cache; JSON-ready."""
     target_height, target_width = choose_size(width, height, framing.sizes)
     box = source_box(width, height, target_width, target_height, framing)
     spacing = float(np.median(np.diff(times))) if len(times) > 1 else 1 / framing.fps
@@ -418,9 +416,9 @@ def clip_facts(times, indices, width, height, framing):
 
 
 def exact_scale(facts):
-    """The (width, height) at which a decoder may scale the whole picture so that the crop is a plain slice of it.
+    """The (width, height) to which a decoder can scale the whole picture so that the crop is a slice of it.
 
-    None where that would not be exact: the scaled picture and the offsets of the crop have to be whole pixels.
+    None if that is not exact: the scaled picture and the crop's offsets must be whole pixels.
     """
     left, top, right, bottom = facts["box"]
     scale_x, scale_y = facts["width"] / (right - left), facts["height"] / (bottom - top)
@@ -431,7 +429,7 @@ def exact_scale(facts):
 
 
 def fit(frame, facts):
-    """Crop and resize one RGB frame (bicubic, antialiased, as Pillow does it) to the size in `facts`."""
+    """Crop and resize one RGB frame (Pillow's antialiased bicubic) to the size in `facts`."""
     size, box = (facts["width"], facts["height"]), facts["box"]
     if frame.shape[1::-1] == size and box == [0.0, 0.0, *map(float, size)]:
         return frame
@@ -439,11 +437,11 @@ def fit(frame, facts):
 
 
 def random_crop(framing, seed, name):
-    """A copy of `framing` with the crop at a place that depends on the seed and the file's name alone."""
+    """A copy of `framing` with a crop position that depends only on the seed and the file's name."""
     digest = hashlib.sha256(f"{seed}/crop/{name}".encode()).digest()
     return replace(framing, crop_x=digest[0] / 255, crop_y=digest[1] / 255)
 
 
 def clip_framing(record, framing, seed):
-    """The framing of one clip: a random crop lies at a place of its own."""
+    """The framing of one clip: a random crop has its own position."""
     return random_crop(framing, seed, record.listed) if framing.reshape_mode == "random" else framing

@@ -1,9 +1,8 @@
-"""The encodings of clips and captions: named by what they depend on, each made once, read by every step.
+"""The cache of encoded clips and captions: computed once, read by every step.
 
-An entry's name is a hash of everything its content depends on, so that an entry is either right or not found: there is
-no "clear the cache after changing ...". Clips are stored as the posterior's moments, from which each step draws a fresh
-sample. Files are written under a temporary name and renamed, so a killed run leaves whole entries only, and two runs may
-fill one cache at once.
+An entry's name is a hash of everything that its content depends on, so a stale entry is never found, and the cache needs no
+clearing after a change. Clips are stored as the posterior's moments, from which each step draws a fresh sample. Files are
+written under a temporary name and renamed, so a killed run leaves only complete entries, and two runs can fill one cache at once.
 """
 
 import ctypes
@@ -20,7 +19,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save
 
-from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, progress, say, warn
+from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, progress, say, timed, warn
 from cogvideox.decode import ENCODING_VERSION, clip_framing
 from cogvideox.files import hash_file, key_of, read_json, write_bytes
 from cogvideox.folder import component_note, latent_shape, stored_dtype, weight_files
@@ -32,8 +31,7 @@ from cogvideox.video import contact_sheet, write_video
 
 CAPTIONS_PER_BATCH = 8
 
-CLIPS_SHOWN, SECONDS_TO_SHOW = 3, 10  # no further clip after so long: a CPU decodes one in a quarter of a minute
-# no further clip after so long: a CPU decodes one in a quarter of a minute
+CLIPS_SHOWN, SECONDS_TO_SHOW = 3, 10  # show no further clip after 10 seconds: a CPU decodes one in 15 seconds
 
 
 # -----------------------------------------------------------------------------
@@ -43,7 +41,7 @@ CLIPS_SHOWN, SECONDS_TO_SHOW = 3, 10  # no further clip after so long: a CPU dec
 def identify(folder, part, cache, variant=None):
     """(identity, stored dtype) of a model component: a hash of its config and of its files' content, and a torch dtype.
 
-    Where the weight files are gone there is nothing that could disagree with what was remembered of them.
+    If the weight files are missing, both come from the cache's note of an earlier run.
     """
     note, config = component_note(folder, part, cache, variant)
     files = weight_files(Path(folder) / part, variant)[0]
@@ -60,7 +58,7 @@ def identify(folder, part, cache, variant=None):
 
 
 def clip_key(facts, vae_identity, dtype, slicing, tiling, flipped):
-    """The name of a clip's entry. The frames are named by the file's content, the frames taken and the box kept of each."""
+    """The name of a clip's entry: from the file's content, the chosen frames, their crop, and how they are encoded."""
     frames = {name: facts[name] for name in ("sha256", "indices", "height", "width", "box", "reader")}
     return key_of(ENCODING_VERSION, "clip", frames, vae_identity, str(dtype), slicing, tiling, flipped)
 
@@ -75,15 +73,15 @@ def caption_key(caption, text_identity, dtype, max_text_seq_length):
 
 
 def entry_path(cache, kind, key):
-    """Where an entry lies: cache/clips/ab/abcdef....safetensors."""
+    """The path of an entry: cache/clips/ab/abcdef....safetensors."""
     return cache / kind / key[:2] / f"{key}.safetensors"
 
 
 def write_entry(path, tensor):
-    """Store one tensor, with the hash of its bytes for `python -m tools.cache check`. Refuses numbers that are not finite."""
+    """Store one tensor, with the hash of its bytes for `python -m tools.cache check`. ValueError if it is not finite."""
     tensor = tensor.detach().cpu().contiguous()
     if not torch.isfinite(tensor).all():
-        raise ValueError("the encoding is not finite (a model in fp16 that needs bf16 or fp32 does this)")
+        raise ValueError("the encoding is not finite (a typical cause: fp16 weights of a model that needs bf16 or fp32)")
     write_bytes(path, save({"encoding": tensor}, metadata={"sha256": tensor_sha256(tensor)}))
 
 
@@ -93,13 +91,13 @@ def tensor_sha256(tensor):
 
 
 def read_entry(path):
-    """The tensor of an entry. The file is mapped, not read: only what is used is loaded."""
+    """The tensor of an entry. The file is memory-mapped: only the used pages are loaded."""
     with safetensors.safe_open(path, framework="pt") as file:
         return file.get_tensor("encoding")
 
 
 def is_complete(path, shape):
-    """Whether an entry is there, of this shape, with as many bytes as its header announces."""
+    """Whether an entry exists with this shape and as many bytes as its header declares."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return file.get_slice("encoding").get_shape() == list(shape)
@@ -108,7 +106,7 @@ def is_complete(path, shape):
 
 
 class Encodings:
-    """The encodings of a data set, read from the cache one by one. keys: as `plan_encodings` makes them."""
+    """The encodings of a dataset, read from the cache one by one. keys: as returned by `plan_encodings`."""
 
     def __init__(self, cache, clip_keys, flipped_keys, prompt_keys, empty_key):
         self.cache, self.empty_key = cache, empty_key
@@ -123,29 +121,29 @@ class Encodings:
         return read_entry(entry_path(self.cache, "clips", keys[clip]))
 
     def prompt(self, clip):
-        """The embedding [T, D] of a clip's caption; of the empty caption for None."""
+        """The embedding [T, D] of a clip's caption, or of the empty caption for None."""
         return read_entry(entry_path(self.cache, "captions", self.empty_key if clip is None else self.prompt_keys[clip]))
 
 
 def missing_entries(cache, kind, shapes):
-    """The keys, in order, that have no complete entry. shapes: key -> the shape that its tensor has to have."""
+    """The keys, in order, that have no complete entry. shapes: key -> the shape its tensor must have."""
     return [key for key, shape in shapes.items() if not is_complete(entry_path(cache, kind, key), shape)]
 
 
 # -----------------------------------------------------------------------------
-# Filling: captions in batches, clips one by one while the next are decoded, each process its share
+# Filling: captions in batches, clips one by one while the next are decoded; each rank encodes its share
 
 
 def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier):
-    """Encode what the cache lacks, over all processes. Returns (Encodings, validation prompts, negative prompt, fingerprint).
+    """Encode the missing entries on all ranks. Returns (Encodings, validation prompts, negative prompt, identities).
 
-    T5 is loaded only if a caption is missing, the VAE only if a clip is, one after the other; both have left memory when
-    this returns. The fingerprint is a hash of all trained clips, their captions and how they were encoded.
+    T5 is loaded only if a caption is missing, then the VAE only if a clip is; both are freed before this returns. identities:
+    a hash of all trained clips, their captions and how they were encoded, and one of the transformer's weights.
     """
     cache, rank, world_size = Path(args.encoding_cache_dir), accelerator.process_index, accelerator.num_processes
     device, variant = accelerator.device, args.variant
     captions = [record.caption for record in data.records] + [""] + args.prompts + [args.negative_prompt]
-    # One process looks, and all work on what it saw: another run may be filling the same cache at the same time.
+    # Only rank 0 checks the cache, and all ranks use its answer: another run may be filling the same cache.
     plan = [plan_encodings(args, folder, facts, data, captions, cache, device)] if accelerator.is_main_process else [None]
     keys, clip_keys, missing_captions, missing_clips, transformer_identity, problems = broadcast_object_list(plan)[0]
     if problems:
@@ -156,20 +154,22 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
             if key in missing_clips:
                 jobs[key] = (key, record.path, clip_framing(record, data.framing, args.seed), bool(flipped), clip["frames"], record.listed)
     total_clips, total_captions = len({key for row in clip_keys for key in row}), len(set(keys.values()))
-    there = f"{total_clips - len(jobs)} of {total_clips} clips and {total_captions - len(missing_captions)} of {total_captions} captions"
-    say(f"\nencodings in {cache}: {there} are there")
+    cached = f"{total_clips - len(jobs)} of {total_clips} clips and {total_captions - len(missing_captions)} of {total_captions} captions"
+    say(f"\nencodings in {cache}: {cached} are cached")
 
     def load_text():
         return tokenizer, load_text_encoder(folder, device, variant)
 
-    failures = fill_captions(cache, captions, keys.get, missing_captions, load_text, facts.max_text_seq_length, rank, world_size)
+    with timed("encode the captions"):
+        failures = fill_captions(cache, captions, keys.get, missing_captions, load_text, facts.max_text_seq_length, rank, world_size)
     free(device)
 
     def load_encoder():
         return load_vae(folder, device, variant, args.enable_slicing, args.enable_tiling)
 
     show = functools.partial(show_encoded, args.output_dir, args.fps, [])
-    failures += fill_clips(cache, list(jobs.values()), load_encoder, readers, show, barrier, rank, world_size)
+    with timed("encode the clips"):
+        failures += fill_clips(cache, list(jobs.values()), load_encoder, readers, show, barrier, rank, world_size)
     if failures := gather_object(failures):
         fail(BAD_OUTPUT if any("--encoding_cache_dir" in failure for failure in failures) else BAD_DATA, list(dict.fromkeys(failures)))
     free(device)
@@ -182,7 +182,7 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
 
 
 def plan_encodings(args, folder, facts, data, captions, cache, device):
-    """The keys of all captions and clips, and which of them have to be encoded. Raises nothing: problems are returned."""
+    """The keys of all captions and clips, and which are missing. Returns problems as sentences, and raises none."""
     remember_survey(data.clips, cache)
     text_identity, text_dtype = identify(folder, "text_encoder", cache, args.variant)
     vae_identity, vae_dtype = identify(folder, "vae", cache, args.variant)
@@ -211,10 +211,10 @@ def moments_shape(clip, facts):
 
 
 def keep_heap_flat():
-    """Have the C library map blocks of 1 MiB and more by themselves, and give them back when they are freed.
+    """Make the C library map blocks of 1 MiB and more separately, and return them to the system when they are freed.
 
-    By default glibc raises that limit to the largest block it has seen freed; decoded clips of some MiB then lie in the
-    heap between the small objects that outlive them, and the process grows with every clip (some 20 MiB each at 480 x 720).
+    By default glibc raises that threshold to the largest freed block; decoded clips of several MiB then fragment the heap, and
+    the process grows by about 20 MiB per clip at 480 x 720.
     """
     try:
         ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
@@ -223,7 +223,7 @@ def keep_heap_flat():
 
 
 def share(sizes, rank, world_size):
-    """The indices that one process works on, so that all have about the same total: largest first, to the least loaded."""
+    """The indices that one rank works on, balanced by size: largest first, each to the least loaded rank."""
     loads, shares = [0] * world_size, [[] for _ in range(world_size)]
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         target = loads.index(min(loads))
@@ -235,18 +235,17 @@ def share(sizes, rank, world_size):
 def caption_groups(captions):
     """The distinct captions in groups of a fixed size.
 
-    Whole groups are encoded even where some members are there already, so that an embedding does not depend, by the last
-    bit of a matrix product, on what an earlier run had left to do.
+    A group is encoded even if some of its members are cached, so that the last bit of an embedding, which depends on the
+    batch, does not depend on what an earlier run had cached.
     """
     distinct = list(dict.fromkeys(captions))
     return [distinct[i : i + CAPTIONS_PER_BATCH] for i in range(0, len(distinct), CAPTIONS_PER_BATCH)]
 
 
 def fill_captions(cache, captions, key, missing, load, max_text_seq_length, rank=0, world_size=1):
-    """Encode this process's share of the groups that hold a missing caption.
+    """Encode this rank's share of the groups with a missing caption.
 
-    key: caption -> key. load: () -> (tokenizer, text encoder), called only if there is something to do.
-    Returns its failures as sentences.
+    key: caption -> key. load: () -> (tokenizer, text encoder), called only if there is work. Returns failures as sentences.
     """
     missing = set(missing)
     groups = [group for group in caption_groups(captions) if any(key(caption) in missing for caption in group)]
@@ -255,7 +254,7 @@ def fill_captions(cache, captions, key, missing, load, max_text_seq_length, rank
         return []
     tokenizer, text_encoder = load()
     for group in progress(groups, "encoding captions", unit=f"x{CAPTIONS_PER_BATCH}", disable=rank != 0):
-        # The last group is filled up, so that every product has the same shape.
+        # The last group is padded, so that every matrix product has the same shape.
         padded = group + [""] * (CAPTIONS_PER_BATCH - len(group))
         exit_if_requested()
         embeddings = encode_captions(tokenizer, text_encoder, padded, max_text_seq_length)
@@ -271,11 +270,11 @@ def fill_captions(cache, captions, key, missing, load, max_text_seq_length, rank
 
 
 def fill_clips(cache, jobs, load, readers, show, barrier, rank=0, world_size=1):
-    """Encode this process's share of the missing clips; decoding runs ahead in the readers' processes.
+    """Encode this rank's share of the missing clips while the readers decode the next ones.
 
-    jobs: [(key, path, framing, flipped, frames, name)], the missing ones, the same list on every process. load: () -> VAE.
-    show: called with (vae, name, frames, moments) of the first few clips of the main process. barrier: waits for the others,
-    without a deadline, and fails where one of them has died. Returns this process's failures as sentences.
+    jobs: [(key, path, framing, flipped, frames, name)] of the missing clips, the same list on every rank. load: () -> VAE.
+    show: called with (vae, name, frames, moments) of the first few clips on rank 0. barrier: waits for the other ranks without
+    a timeout, and fails if one has died. Returns this rank's failures as sentences.
     """
     failures, mine = [], share([job[4] for job in jobs], rank, world_size)
     bar = progress(total=len(jobs), desc="encoding clips", unit="clip", disable=rank != 0 or not jobs)
@@ -291,7 +290,7 @@ def fill_clips(cache, jobs, load, readers, show, barrier, rank=0, world_size=1):
             exit_if_requested()
             key, _, _, flipped, _, name = jobs[i]
             if reason:
-                failures.append(f"{name}: decoded well before, and now: {reason}")
+                failures.append(f"{name}: decoded when it was checked, but not now: {reason}")
                 continue
             frames = np.flip(frames, axis=2) if flipped else frames
             try:
@@ -302,18 +301,18 @@ def fill_clips(cache, jobs, load, readers, show, barrier, rank=0, world_size=1):
                 continue
             except OSError as error:
                 failures.append(f"--encoding_cache_dir {cache}: {name} could not be stored ({error.strerror})")
-                break  # the next one would not fit either
+                break  # the next clip would not fit either
             if rank == 0 and number < CLIPS_SHOWN and spent < SECONDS_TO_SHOW:
                 started = time.monotonic()
                 try:
                     show(vae, name, frames, moments)
-                except Exception as error:  # a picture for people must not cost the run
-                    warn(f"the clip beside its encoding was not saved ({type(error).__name__}: {error})")
+                except Exception as error:  # a preview must not end the run
+                    warn(f"the preview of an encoded clip was not saved ({type(error).__name__}: {error})")
                 spent += time.monotonic() - started
     try:
         barrier()
     except RuntimeError:
-        exit_if_requested()  # the same signal came to the others, and they have ended
+        exit_if_requested()  # the other ranks got the same signal and have exited
         raise
     finally:
         done.set()
@@ -324,22 +323,22 @@ def fill_clips(cache, jobs, load, readers, show, barrier, rank=0, world_size=1):
 
 
 def show_all_ranks(bar, cache, keys, done):
-    """In a thread of the main process: move its bar as all processes write entries, until `done` is set."""
+    """In a thread of rank 0: advance its bar as all ranks write entries, until `done` is set."""
     pending = set(keys)
     while pending:
         ended = done.wait(2)
-        found = {key for key in pending if entry_path(cache, "clips", key).exists()}
-        pending -= found
-        bar.update(len(found))
+        written = {key for key in pending if entry_path(cache, "clips", key).exists()}
+        pending -= written
+        bar.update(len(written))
         if ended:
             return
 
 
 def show_encoded(output_dir, fps, rows, vae, name, frames, moments):
-    """Save a clip beside what the VAE keeps of it: `encoded/00.mp4` (left: the frames, right: decoded again) and a sheet."""
+    """Save a clip beside its VAE reconstruction: `encoded/00.mp4` (left: the frames, right: the reconstruction) and a contact sheet."""
     mean = moments.float().chunk(2)[0].transpose(0, 1) * vae.config.scaling_factor
     decoded = decode_latents(vae, mean)
     folder = Path(output_dir) / "encoded"
     write_video(folder / f"{len(rows) // 2:02d}.mp4", np.concatenate([frames, decoded], axis=2), fps)
-    rows += [(f"{name}: as it is trained on", frames), ("decoded from its latents", decoded)]
-    contact_sheet(folder / "contact_sheet.png", rows, "what the VAE keeps of the clips")
+    rows += [(f"{name}: as trained on", frames), ("decoded from its latents", decoded)]
+    contact_sheet(folder / "contact_sheet.png", rows, "clips and their VAE reconstructions")

@@ -1,8 +1,8 @@
-"""DDP, FSDP2 and DeepSpeed behind a few functions: which rank holds which shard of a weight, and how to gather all of it.
+"""DDP, FSDP2 and DeepSpeed behind the same functions: sharding and gathering weights and optimizer states.
 
-The engine is chosen by accelerate's config file (`configs/`), not by a flag. A checkpoint has whole tensors whatever the
-engine, so a run may be resumed under another one, on another number of processes. Every function here that takes a weight
-is a collective: every rank calls it.
+accelerate's config file (`configs/`) chooses the engine, not a flag. Checkpoints hold full tensors with every engine, so a run
+can resume with another engine and another number of ranks. Every function here that takes a weight is a collective: every rank
+must call it.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cogvideox.launch import free
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of a weight
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of a weight
 
 
 def engine_of(accelerator):
-    """one process, DDP, FSDP2, ZeRO-2 or ZeRO-3 (or ZeRO-1)."""
+    """The engine's name: one process, DDP, FSDP2, ZeRO-1, ZeRO-2 or ZeRO-3."""
     if accelerator.distributed_type == DistributedType.FSDP:
         return "FSDP2"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -33,12 +33,12 @@ def engine_of(accelerator):
 
 
 def splits_weights(accelerator):
-    """Whether a rank holds only a shard of the weights, so that every rank must run the forward pass."""
+    """Whether the engine shards the weights, so that every rank must run the forward pass."""
     return engine_of(accelerator) in ("FSDP2", "ZeRO-3")
 
 
 def uses_deepspeed(accelerator):
-    """Whether DeepSpeed takes the step: within `accelerator.backward`, before the trainer knows the gradient's norm."""
+    """Whether DeepSpeed steps the optimizer: inside `accelerator.backward`, before the trainer knows the gradient norm."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
@@ -50,38 +50,38 @@ def unfit_flags(args, environment=os.environ):
         return []
     name, problems = "DeepSpeed" if deepspeed else "FSDP2", []
     if fsdp and environment.get("FSDP_VERSION", "1") != "2":
-        problems.append("the config file asks for FSDP 1, which is not supported: use configs/fsdp2.yaml")
+        problems.append("the config file selects FSDP 1, which is unsupported: use configs/fsdp2.yaml")
     if deepspeed and environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") not in ("1", "2", "3"):
-        problems.append("the config file asks for a DeepSpeed stage other than 1, 2 and 3: use configs/zero2.yaml or configs/zero3.yaml")
+        problems.append("the config file selects a DeepSpeed stage other than 1, 2 and 3: use configs/zero2.yaml or configs/zero3.yaml")
     if args.mixed_precision == "fp16":
-        problems.append(f"--mixed_precision fp16: unsupported with {name}, which scales the loss in its own way; use bf16 or no")
+        problems.append(f"--mixed_precision fp16: unsupported with {name}, which scales the loss itself; use bf16 or no")
     if args.optimizer not in ("adamw", "adam"):
         problems.append(f"--optimizer {args.optimizer}: unsupported with {name}, which gives it shards of the weights; use adamw or adam")
     for flag, supported in (("base_precision", "stored"), ("offload", False), ("compile", False)):
         if getattr(args, flag) != supported:
-            way_out = "offload in the engine's own config file" if flag == "offload" else "leave it out, or use DDP"
+            way_out = "offload in the engine's config file" if flag == "offload" else "omit it, or use DDP"
             problems.append(f"--{flag}: unsupported with {name}; {way_out}")
     if deepspeed and args.ema_decay:
         problems.append(
-            f"--ema_decay {args.ema_decay:g}: unsupported with DeepSpeed, which keeps the fp32 weights to itself between steps; use FSDP2"
+            f"--ema_decay {args.ema_decay:g}: unsupported with DeepSpeed, which does not expose the fp32 weights between steps; use FSDP2"
         )
     return problems
 
 
 def prepare(accelerator, transformer, optimizer, batch_size, max_grad_norm, dtype):
-    """Hand a model and its optimizer to the engine. Returns (model, optimizer, the trained parameters as the engine keeps them)."""
+    """Hand a model and its optimizer to the engine. Returns (model, optimizer, the trained parameters after wrapping)."""
     if uses_deepspeed(accelerator):
-        # What accelerate would take from a data loader, and from clip_grad_norm_, which comes after DeepSpeed's step.
+        # accelerate takes the batch size from a data loader; clip_grad_norm_ would come after DeepSpeed's step.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"], config["gradient_clipping"] = batch_size, max_grad_norm
-        config["zero_optimization"].setdefault("reduce_bucket_size", 50_000_000)  # numbers; its own 500 M take up to 2 GB
-        config["zero_force_ds_cpu_optimizer"] = False  # offloaded, torch's AdamW does as well
+        config["zero_optimization"].setdefault("reduce_bucket_size", 50_000_000)  # elements; the default 500 M take up to 2 GB
+        config["zero_force_ds_cpu_optimizer"] = False  # with offload, torch's AdamW works too
         warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     elif engine_of(accelerator) == "FSDP2":
-        # Told of a model whose output is a view (of proj_out's), because of in-place changes that nobody makes here.
+        # A warning about in-place changes of an output that is a view (of proj_out's); there are none here.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         if dtype != torch.float32:
-            # accelerate would sum the gradients in bf16 as well.
+            # accelerate would reduce the gradients in bf16 too.
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype)
             accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     model, optimizer = accelerator.prepare(transformer, optimizer)
@@ -89,26 +89,26 @@ def prepare(accelerator, transformer, optimizer, batch_size, max_grad_norm, dtyp
 
 
 # -----------------------------------------------------------------------------
-# Whole weights
+# Full weights
 
 
 def whole(tensor):
-    """A tensor, gathered from all ranks if FSDP2 sharded it."""
+    """The full tensor, gathered from all ranks if FSDP2 sharded it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_zero3_shard(parameter):
-    """Whether ZeRO-3 shards a weight: this process holds its shard in `ds_tensor`, and its whole shape in `ds_shape`."""
+    """Whether ZeRO-3 shards a weight: `ds_tensor` is this rank's shard, `ds_shape` the full shape."""
     return hasattr(parameter, "ds_id")
 
 
 def is_zero_weight(parameter):
-    """Whether DeepSpeed (any stage) trains a weight: it keeps the fp32 weight and the optimizer's state apart from the model."""
+    """Whether DeepSpeed (any stage) trains a weight: it keeps the fp32 weight and the optimizer state outside the model."""
     return is_zero3_shard(parameter) or hasattr(parameter, "_hp_mapping")
 
 
 def read_weight(parameter):
-    """A whole weight as it is trained (DeepSpeed keeps it in fp32 beside the model's), on its device."""
+    """The full trained weight, on its device (with DeepSpeed, the fp32 copy outside the model)."""
     if is_zero_weight(parameter):
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -118,17 +118,17 @@ def read_weight(parameter):
 
 @torch.no_grad()
 def write_weight(parameter, value):
-    """Put a whole tensor into a weight, of which this process may hold a shard."""
+    """Write a full tensor into a weight, which may be sharded."""
     value = value.to(parameter.device, torch.float32)
     if isinstance(parameter, DTensor):
         parameter.copy_(like(parameter, value))
-    elif is_zero3_shard(parameter):  # fp32 in one place, the compute dtype in another
+    elif is_zero3_shard(parameter):  # DeepSpeed keeps two copies, in fp32 and in the compute dtype
         from deepspeed.utils import safe_set_local_fp32_param
 
         local = zero3_shard(parameter, value)
         safe_set_local_fp32_param(parameter, local)
         parameter.ds_tensor.data.copy_(local.view_as(parameter.ds_tensor))
-        if parameter.numel():  # a small one, which DeepSpeed leaves whole between its turns
+        if parameter.numel():  # DeepSpeed keeps small weights gathered
             parameter.data.copy_(value)
     else:
         parameter.copy_(value)
@@ -149,7 +149,7 @@ def count_parameters(transformer):
 
 
 def trained_state(transformer, keep=True):
-    """name -> whole fp32 CPU tensor of every trained weight; {} where `keep` is false, at the cost of one tensor at a time."""
+    """name -> full fp32 CPU tensor of every trained weight; {} if `keep` is false, gathering one tensor at a time."""
     state = {}
     for name, parameter in trained_weights(transformer):
         tensor = read_weight(parameter)
@@ -159,22 +159,22 @@ def trained_state(transformer, keep=True):
 
 
 def write_trained(weights, state, complaint):
-    """Put whole tensors into weights, both by name. ValueError with the first name that is missing, unknown or of another shape."""
+    """Write full tensors into weights, both by name. ValueError with the first name that is missing, unknown or of another shape."""
     shapes = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in weights.items()}
     wrong = sorted(set(shapes) ^ set(state)) + [name for name in shapes if name in state and tuple(state[name].shape) != shapes[name]]
     if wrong:
-        raise ValueError(f"{len(wrong)} {complaint}, the first is {wrong[0]}")
+        raise ValueError(f"{len(wrong)} {complaint}, such as {wrong[0]}")
     for name, weight in weights.items():
         write_weight(weight, state[name])
 
 
 def like(parameter, value):
-    """A whole tensor, which every rank has, sharded as a parameter is."""
+    """A full tensor, present on every rank, sharded like a parameter."""
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def zero3_shard(parameter, value):
-    """This rank's shard of a whole tensor, padded as ZeRO-3 does."""
+    """This rank's shard of a full tensor, padded as ZeRO-3 does."""
     import torch.distributed as distributed
 
     size, rank = parameter.ds_tensor.numel(), distributed.get_rank()
@@ -183,22 +183,22 @@ def zero3_shard(parameter, value):
 
 
 # -----------------------------------------------------------------------------
-# Whole optimizer states
+# Full optimizer states
 
 
 def inner_optimizer(optimizer):
-    """The optimizer that accelerate has wrapped (under DeepSpeed: DeepSpeed's own, with another one in it)."""
+    """The optimizer that accelerate wraps (with DeepSpeed: DeepSpeed's, which wraps another one)."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def optimizer_state(optimizer, parameters, keep):
-    """What `optimizer.state_dict()` would be on one process, with whole tensors on the CPU; None where `keep` is false.
+    """The `optimizer.state_dict()` of a run on one process, with full tensors on the CPU; None if `keep` is false.
 
-    Tensors are gathered one at a time, so a rank that keeps nothing needs room for one.
+    Tensors are gathered one at a time, so a rank without `keep` needs memory for one.
     """
 
     def to_host(tensor):
-        gathered = whole(tensor)  # a collective, also where nothing is kept
+        gathered = whole(tensor)  # a collective, also without `keep`
         return gathered.detach().cpu().clone() if keep else None
 
     inner = inner_optimizer(optimizer)
@@ -222,13 +222,13 @@ def optimizer_state(optimizer, parameters, keep):
 
 
 def load_optimizer_state(optimizer, parameters, stored):
-    """Put back what `optimizer_state` gave. Under DeepSpeed a step must have been taken before: its states come with it."""
+    """Restore the states that `optimizer_state` returned. DeepSpeed creates its states in a first step, which must come before."""
     if is_zero_weight(parameters[0]):
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         inner = optimizer.optimizer
         for number, parameter in enumerate(parameters):
-            values = stored["state"].get(number)  # a run that was never stepped has none
+            values = stored["state"].get(number)  # none before the first step
             for name in MOMENTS:
                 value = values[name] if values else torch.zeros(getattr(parameter, "ds_shape", parameter.shape))
                 value = value.to(parameter.device, torch.float32)
@@ -254,25 +254,25 @@ def load_optimizer_state(optimizer, parameters, stored):
 
 
 def is_sharded_like(parameter, value):
-    """Whether a state's value has to be sharded as its parameter is."""
+    """Whether a state's value must be sharded like its parameter."""
     return isinstance(parameter, DTensor) and torch.is_tensor(value) and value.shape == parameter.shape
 
 
 def zero_steps(zero_optimizer):
-    """How many steps the optimizer below ZeRO has taken."""
+    """The step count of the optimizer inside ZeRO's."""
     return next((float(state["step"]) for state in zero_optimizer.optimizer.state.values() if "step" in state), 0.0)
 
 
 # -----------------------------------------------------------------------------
-# A whole model
+# A full model
 
 
 @contextlib.contextmanager
 def whole_model(accelerator, transformer, build, dtype):
-    """A context with the model that has all its weights on this process: the live one or, where that is sharded, a copy.
+    """A context with a model that has all its weights on this rank: the live one or, if that is sharded, a copy.
 
-    build: () -> the model as it was before training, on the CPU. A process that works with the copy waits for no other, so
-    processes may have different amounts of work, and a failure on one does not stop the others.
+    build: () -> the model before training, on the CPU. A copy needs no collectives: ranks may do different amounts of work, and
+    a failure on one rank does not block the others.
     """
     if not splits_weights(accelerator):
         yield transformer
@@ -286,7 +286,7 @@ def whole_model(accelerator, transformer, build, dtype):
 
 @torch.no_grad()
 def gather_into(copy, transformer):
-    """Put the trained weights of a model into a copy of it that is whole."""
+    """Write the trained weights of a sharded model into a full copy of it."""
     live = dict(transformer.named_parameters())
     for name, parameter in copy.named_parameters():
         if live[name].requires_grad:
@@ -294,7 +294,7 @@ def gather_into(copy, transformer):
 
 
 def cast(model, dtype):
-    """A model in another dtype, in place. (diffusers' `to` warns of modules to be kept in fp32, of which CogVideoX has none.)"""
+    """Cast a model in place. (diffusers' `to` warns about modules to keep in fp32; CogVideoX has none.)"""
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
@@ -302,19 +302,19 @@ def cast(model, dtype):
 
 
 # -----------------------------------------------------------------------------
-# The average of the weights
+# The average (EMA) of the weights
 
 
 def make_average(parameters, decay):
-    """diffusers' EMAModel: the decay of the first steps is (1 + n) / (10 + n)."""
+    """diffusers' EMAModel; in the first steps its decay is (1 + n) / (10 + n)."""
     return EMAModel(parameters, decay=decay)
 
 
 @contextlib.contextmanager
 def averaged(average, parameters):
-    """Put the averaged weights in place of the trained ones for the block; without an average do nothing.
+    """Replace the trained weights by the averaged ones for the block; a no-op without an average.
 
-    The trained ones wait in host memory. Blocks must not be nested: the inner one would store the averaged weights as trained.
+    The trained weights are kept in host memory. Do not nest: the inner block would store the averaged weights as trained ones.
     """
     if average is None:
         yield
@@ -329,16 +329,17 @@ def averaged(average, parameters):
 
 
 # -----------------------------------------------------------------------------
-# What is trained
+# The model in training
 
 
 @dataclass
 class Trained:
-    """The model in training and everything that changes with it.
+    """The model in training and its state.
 
     transformer: the diffusers model. model: the same, wrapped by the engine; training steps call it. parameters: the trained
     ones. schedule: of the learning rate, in optimizer steps. average: diffusers' EMAModel or None. build: () -> the
     transformer as training began, on the CPU. dtype: the compute dtype. barrier: () -> waits for all ranks, without a deadline.
+    kind: lora.py or sft.py. stored_dtype: of the base's transformer on disk.
     """
 
     accelerator: Any
@@ -351,6 +352,8 @@ class Trained:
     build: Callable | None = None
     dtype: torch.dtype = torch.float32
     barrier: Callable = lambda: None
+    kind: Any = None
+    stored_dtype: torch.dtype | None = None
     sharing: contextlib.ExitStack | None = field(default=None, repr=False)  # of `one_full_model`: holds the copy open
     shared_model: torch.nn.Module | None = field(default=None, repr=False)
 
@@ -358,13 +361,21 @@ class Trained:
     def device(self):
         return self.accelerator.device
 
+    def state(self):
+        """The trained weights as `kind` names them, whole, on the CPU of the main process; {} on the others. A collective."""
+        return self.kind.live_state(self.transformer, keep=self.is_main)
+
+    def export(self, transformer, state):
+        """The weights of a `state` as they are shipped."""
+        return self.kind.export(transformer, state, stored_dtype=self.stored_dtype)
+
     @property
     def is_main(self):
         return self.accelerator.is_main_process
 
     @contextlib.contextmanager
     def full_model(self):
-        """A context with the model that has all its weights on this rank, see `whole_model`."""
+        """A context with a model that has all its weights on this rank, see `whole_model`."""
         if self.sharing is None:
             with whole_model(self.accelerator, self.transformer, self.build, self.dtype) as model:
                 yield model
@@ -376,21 +387,21 @@ class Trained:
 
     @contextlib.contextmanager
     def one_full_model(self):
-        """For the block, every `full_model` gives the same copy, which is made when the first one asks for it.
+        """Within the block, every `full_model` yields the same copy, created on first use.
 
-        The copy has the weights of that moment: all who ask for it in one block ask for the same (averaged or not).
+        The copy has the weights of that moment, so every use in one block must need the same weights (averaged or not).
         """
         with contextlib.ExitStack() as self.sharing:
             try:
                 yield
             finally:
-                self.sharing = self.shared_model = None  # the copy goes before its memory is given back
+                self.sharing = self.shared_model = None  # drops the copy before its memory is freed
 
     def averaged(self):
-        """A context in which the averaged weights, if there are any, stand in place of the trained ones."""
+        """A context in which the averaged weights, if any, replace the trained ones."""
         return averaged(self.average, self.parameters)
 
     def update_average(self):
-        """Take the weights of this step into the average, if there is one."""
+        """Update the average, if there is one, with the weights of this step."""
         if self.average:
             self.average.step(self.parameters)

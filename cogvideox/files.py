@@ -1,7 +1,7 @@
-"""Files that are whole or not there, and their hashes.
+"""Atomic file writes, and hashes of files.
 
-A file's content is hashed in full; the hash is remembered under (device, inode, size, mtime, ctime). Any write to a file
-changes its ctime, which no tool sets back, so a changed file is never taken for the old one.
+A file's full content is hashed; the hash is cached under (device, inode, size, mtime, ctime). Any write changes the ctime, which
+no tool can set back, so a changed file never gets the old hash.
 """
 
 import contextlib
@@ -12,16 +12,16 @@ import time
 import uuid
 from pathlib import Path
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that every loader looks for
+LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that every loader expects
 
 
 def read_json(path):
-    """A JSON file's content. OSError where it cannot be read, ValueError where it is not JSON."""
+    """A JSON file's content. OSError if it cannot be read, ValueError if it is not JSON."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def read_json_lines(path):
-    """The values of a file that has one a line; [] without the file. A line cut by a kill is left out."""
+    """The values of a JSON-lines file; [] if there is no file. Skips lines that were truncated by a kill."""
     values = []
     if Path(path).exists():
         for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
@@ -35,7 +35,7 @@ def read_json_lines(path):
 def write_bytes(path, content, durable=False):
     """Write a file under a temporary name, then rename it. The mode follows the umask.
 
-    durable: force the content to the disk before the rename, so that even a power cut leaves the old file or the new.
+    durable: flush the content to disk before the rename, so that even a power cut leaves the old file or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
@@ -51,12 +51,12 @@ def write_bytes(path, content, durable=False):
 
 
 def write_durably(path, content):
-    """`write_bytes`, forced to the disk."""
+    """`write_bytes`, flushed to disk."""
     write_bytes(path, content, durable=True)
 
 
 def write_tensors(path, tensors, metadata=None):
-    """Write a safetensors file whole or not at all, forced to the disk, without a second copy of it in memory. Raises OSError."""
+    """Write a safetensors file atomically, flushed to disk, without a second copy of it in memory. Raises OSError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -64,13 +64,13 @@ def write_tensors(path, tensors, metadata=None):
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.touch()
-        mode = partial.stat().st_mode  # as the umask has it; save_file's own is the owner's alone
+        mode = partial.stat().st_mode  # the umask's mode; save_file makes the file private
         save_file(tensors, partial, metadata)
         partial.chmod(mode)
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except SafetensorError as error:  # what a full disk is called there
+    except SafetensorError as error:  # raised for a full disk
         raise OSError(f"{path.name}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
@@ -83,7 +83,7 @@ def file_sha256(path):
 
 
 def try_writing(folder):
-    """Make a folder and write a file there. Raises OSError where that cannot be done."""
+    """Create a folder and write a file there. Raises OSError if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     write_bytes(folder / ".write_test", b"")
     (folder / ".write_test").unlink(missing_ok=True)
@@ -99,12 +99,12 @@ def why_unwritable(folder):
 
 
 def key_of(*parts):
-    """A hash of JSON-ready values, as a file name."""
+    """A hash of JSON-ready values, usable as a file name."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
 
 def hash_file(path, cache):
-    """SHA-256 of a file's content, remembered in `cache` (which may be read-only) for as long as the file is untouched."""
+    """SHA-256 of a file's content, cached in `cache` (which may be read-only) until the file changes."""
     status = os.stat(path)
     if resolved_blob := hub_blob_hash(path):
         return resolved_blob
@@ -115,7 +115,7 @@ def hash_file(path, cache):
         if len(known) == 64:
             return known
     content = file_sha256(path)
-    # A file written in the last moments may be written again within the same clock tick.
+    # A file written just now may be written again within the same clock tick.
     if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > 2_000_000_000:
         with contextlib.suppress(OSError):
             write_bytes(note, content.encode())
@@ -123,7 +123,7 @@ def hash_file(path, cache):
 
 
 def hub_blob_hash(path):
-    """The SHA-256 of a file in the hub's cache, which names large files by it; None for any other file."""
+    """The SHA-256 of a file in the hub's cache, which names large files by their hash; None for any other file."""
     resolved = Path(path).resolve()
     name = resolved.name
     return name if resolved.parent.name == "blobs" and len(name) == 64 and set(name) <= set("0123456789abcdef") else None

@@ -1,6 +1,6 @@
-"""How a flag is declared: its group, default, bounds, help and what a resumed run may do with it, all in one place.
+"""Declaring a flag in one place: its group, default, bounds, help, and whether a resumed run may change it.
 
-Nothing heavy is imported here: a wrong flag is told before torch is loaded.
+No heavy imports: a wrong flag is rejected before torch is loaded.
 """
 
 import argparse
@@ -26,9 +26,9 @@ def flag_group(parser, title):
         flag = flag_group(parser, "LoRA")
         flag("--rank", 128, "rank of the LoRA matrices", at_least=1)
 
-    The default tells the type: False is a switch, True a switch with its --no- form, None needs type=. at_least, above, below,
-    at_most: bounds, which `out_of_bounds` checks. free: whether a resumed run may give another value, because it trains the
-    same with it. options: argparse's.
+    The default implies the type: False is a switch, True a switch with its --no- form, None needs type=. at_least, above, below,
+    at_most: bounds, checked by `out_of_bounds`. free: whether a resumed run may change the value, because it does not change
+    the training. options: argparse's.
     """
     group = parser.add_argument_group(title)
 
@@ -51,7 +51,7 @@ def flag_group(parser, title):
 
 
 def out_of_bounds(args):
-    """A sentence for each flag whose value is outside its bounds, or no number. args: what a parser of `new_parser` gave."""
+    """A sentence for each flag whose value is out of bounds or not finite. args: from a parser of `new_parser`."""
     problems = []
     for name, action in args.declared.items():
         at_least, above, below, at_most = action.bounds
@@ -61,21 +61,22 @@ def out_of_bounds(args):
         inside = (at_least is None or value >= at_least) and (above is None or value > above)
         inside = inside and (below is None or value < below) and (at_most is None or value <= at_most)
         if not inside or not math.isfinite(value):
-            words = [(at_least, "at least"), (above, "above"), (at_most, "at most"), (below, "below")]
-            problems.append(f"--{name} {value}: " + " and ".join(f"{word} {bound}" for bound, word in words if bound is not None))
+            bounds = [(at_least, "at least"), (above, "above"), (at_most, "at most"), (below, "below")]
+            rule = " and ".join(f"{word} {bound}" for bound, word in bounds if bound is not None)
+            problems.append(f"--{name} {value}: must be {rule}")
     return problems
 
 
-def parse(parser, words, check):
-    """The checked flags. check: args -> sentences of what is wrong beside the bounds; problems end the program."""
-    args = parser.parse_args(words)
+def parse(parser, arguments, check):
+    """The checked flags. check: args -> further problems as sentences. Problems end the program."""
+    args = parser.parse_args(arguments)
     if problems := out_of_bounds(args) + check(args):
         refuse(parser, problems)
     return args
 
 
 def refuse(parser, problems):
-    """End the program with exit code 2 and one line a problem."""
+    """End the program with exit code 2, one line per problem."""
     parser.exit(2, "".join(f"ERROR[2]: {problem}\n" for problem in problems))
 
 
@@ -92,45 +93,45 @@ def expand_home(args, *names):
 
 
 # -----------------------------------------------------------------------------
-# The data flags, shared by the trainer and tools/check_dataset.py. May a resumed run change them? What they change in the
-# data is seen in the hash of the clips and captions, so most of them need no comparison of their own.
+# The data flags, shared by the trainer and tools/check_dataset.py. Most of them are free: a change of the data shows in the hash
+# of clips and captions, which a resumed run compares.
 
 
 def add_data_flags(parser):
-    """Declare the flags that say which clips are trained on, and how they are cut."""
+    """Declare the flags that select the clips and how they are cut."""
     flag = flag_group(parser, "data")
-    flag("--instance_data_root", None, "data folder: prompts.txt and videos.txt (or a table, or a text file a clip)", free=True)
+    flag("--instance_data_root", None, "data folder: prompts.txt and videos.txt (or a table, or a text file per clip)", free=True)
     flag("--id_token", None, "trigger word, put before every training caption with a space", free=True)
     flag("--height", 480, "pixels, a multiple of 16 for CogVideoX", at_least=1, free=True)
     flag("--width", 720, "pixels, a multiple of 16 for CogVideoX", at_least=1, free=True)
-    flag("--fps", 8.0, "frames a second to sample clips at; CogVideoX 1.0 was trained on 8", above=0, free=True)
-    flag("--max_num_frames", 49, "frames a clip at most: 4k + 1", at_least=1, free=True)
+    flag("--fps", 8.0, "frames per second to sample clips at; CogVideoX 1.0 was trained at 8", above=0, free=True)
+    flag("--max_num_frames", 49, "most frames per clip: 4k + 1", at_least=1, free=True)
     flag("--eval_share", 0.0, "share of the clips held out of training and scored, such as 0.1", at_least=0, below=1, free=True)
     flag("--eval_data_root", None, "a second data folder like --instance_data_root, all of it held out and scored", free=True)
-    flag("--caption_column", None, "file of captions, one a line, or a table's column (default: prompts.txt, or text)", free=True)
-    flag("--video_column", None, "file of video paths, one a line, or a table's column (default: videos.txt, or video)", free=True)
+    flag("--caption_column", None, "file of captions, one per line, or a table's column (default: prompts.txt, or text)", free=True)
+    flag("--video_column", None, "file of video paths, one per line, or a table's column (default: videos.txt, or video)", free=True)
     flag("--bucket", [], "sizes (480x720) and lengths (49); each clip gets the nearest of each (default: one size)", nargs="+")
     flag("--video_reshape_mode", "center", "where to crop after resizing; none: stretch", choices=("center", "random", "none"), free=True)
     flag("--random_flip", False, "flip each clip horizontally with probability 0.5")
-    flag("--skip_frames_start", 0, "source frames to leave out at the start of each clip", at_least=0, free=True)
-    flag("--skip_frames_end", 0, "source frames to leave out at the end of each clip", at_least=0, free=True)
+    flag("--skip_frames_start", 0, "source frames to skip at the start of each clip", at_least=0, free=True)
+    flag("--skip_frames_end", 0, "source frames to skip at the end of each clip", at_least=0, free=True)
     flag("--dataset_name", None, "hub id or folder of a dataset for the datasets package, instead of --instance_data_root", free=True)
     flag("--dataset_config_name", None, "configuration of that dataset", free=True)
     flag("--allow_external_paths", False, "allow listed files outside --instance_data_root by .. or links", free=True)
-    flag("--bad_videos", "error", "unusable clips: end the run, or train without them", choices=("error", "skip"), free=True)
-    flag("--max_bad_share", 0.1, "with --bad_videos skip: end the run if more than this share is bad", at_least=0, at_most=1, free=True)
-    flag("--clip_timeout_seconds", 60.0, "how long decoding one clip may take", above=0, free=True)
+    flag("--bad_videos", "error", "unusable clips: abort, or train without them", choices=("error", "skip"), free=True)
+    flag("--max_bad_share", 0.1, "with --bad_videos skip: abort if more than this share is unusable", at_least=0, at_most=1, free=True)
+    flag("--clip_timeout_seconds", 60.0, "timeout of decoding one clip", above=0, free=True)
     flag("--encoding_cache_dir", None, "folder of encoded clips and captions (default: in --cache_dir, or ~/.cache)", free=True)
     flag("--enable_slicing", True, "VAE: encode and decode one clip at a time", free=True)
     flag("--enable_tiling", True, "VAE: encode and decode large frames in tiles, a third of the memory", free=True)
-    flag("--dataloader_num_workers", 0, "processes that read encodings in training; 0 was the fastest on a CPU", at_least=0, free=True)
+    flag("--dataloader_num_workers", 0, "processes that load encodings; 0 was fastest on a CPU", at_least=0, free=True)
 
 
 def check_data_flags(args):
-    """What else is wrong with the flags of `add_data_flags`, as sentences. Fills in what depends on other flags."""
+    """Further problems of the flags of `add_data_flags`, as sentences. Fills in the values that depend on other flags."""
     problems = []
     if args.eval_share and args.eval_data_root:
-        problems.append("--eval_share and --eval_data_root: both hold clips out; give one of them")
+        problems.append("--eval_share and --eval_data_root: both hold clips out; give only one")
     args.bucket_sizes, args.bucket_lengths = [], []
     for word in args.bucket:
         if match := re.fullmatch(r"(\d+)x(\d+)", word):
@@ -142,7 +143,7 @@ def check_data_flags(args):
     if not args.instance_data_root and not args.dataset_name:
         problems.append("--instance_data_root: give the folder of the clips (or --dataset_name)")
     if args.instance_data_root and args.dataset_name:
-        problems.append("--instance_data_root and --dataset_name: give one of them")
+        problems.append("--instance_data_root and --dataset_name: give only one")
     if args.dataset_name and importlib.util.find_spec("datasets") is None:
         problems.append("--dataset_name needs the datasets package: pip install datasets")
     expand_home(args, "instance_data_root", "eval_data_root", "dataset_name", "cache_dir", "encoding_cache_dir")

@@ -1,4 +1,4 @@
-"""What a CogVideoX folder holds and what can be trained on it, from its configs and file headers alone: no weight is read."""
+"""Checking a CogVideoX model folder from its configs and file headers, without reading weights."""
 
 import json
 import os
@@ -20,22 +20,22 @@ TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What training needs to know of a model, read from its configs (never from its name)."""
+    """The facts of a model that training depends on, read from its configs (never from its name)."""
 
     spatial_multiple: int  # height and width: the VAE's compression times the patch, in pixels
     frames_per_latent: int  # the VAE's temporal compression: 4k + 1 frames
     latents_per_patch: int  # patch_size_t, 1 for CogVideoX 1.0
     max_text_seq_length: int  # tokens; T5 pads to it and the transformer attends to the padding
     latent_channels: int
-    latent_compression: int  # pixels a latent, in height and in width
-    scaling_factor: float  # what makes latents unit variance: 1.15258426 for the 2B, 0.7 for the 5B
+    latent_compression: int  # pixels per latent, in height and width
+    scaling_factor: float  # scales latents to unit variance: 1.15258426 for the 2B, 0.7 for the 5B
 
 
-COGVIDEOX_2B = ModelFacts(16, 4, 1, 226, 16, 8, 1.15258426)  # what data is checked against while no model is found
+COGVIDEOX_2B = ModelFacts(16, 4, 1, 226, 16, 8, 1.15258426)  # data is checked against these if the model cannot be read
 
 
 def find_model(name_or_path, revision=None, variant=None, cache_dir=None, token=None):
-    """Return the local folder of a model: the path itself, or the snapshot of a hub id (downloaded where needed).
+    """Return the local folder of a model: the path itself, or the snapshot of a hub id (downloaded if necessary).
 
     Raises ValueError with a sentence for the user.
     """
@@ -43,9 +43,9 @@ def find_model(name_or_path, revision=None, variant=None, cache_dir=None, token=
     if path.is_dir():
         return path
     if path.exists():
-        raise ValueError(f"--pretrained_model_name_or_path {name_or_path}: a file; give the model's folder")
+        raise ValueError(f"--pretrained_model_name_or_path {name_or_path}: is a file; give the model's folder")
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
-        raise ValueError(f"--pretrained_model_name_or_path {name_or_path}: no such folder, and not a hub id (OWNER/NAME) either")
+        raise ValueError(f"--pretrained_model_name_or_path {name_or_path}: no such folder, and not a hub id (OWNER/NAME)")
     from huggingface_hub import snapshot_download
 
     weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
@@ -54,24 +54,24 @@ def find_model(name_or_path, revision=None, variant=None, cache_dir=None, token=
         return Path(
             snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=["*.json", *patterns])
         )
-    except Exception as error:  # the hub client raises many kinds; the user needs one sentence of any of them
+    except Exception as error:  # the hub client raises many kinds of errors
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"--pretrained_model_name_or_path {name_or_path}: no such folder here, and the hub did not give it{offline}: {reason}"
+            f"--pretrained_model_name_or_path {name_or_path}: no such folder, and the download from the hub failed{offline}: {reason}"
         ) from None
 
 
 def check_model_folder(folder, variant=None, may_lack=()):
-    """Problems of a model folder, each a sentence: missing parts, missing or cut weight files, families not trained here.
+    """Problems of a model folder as sentences: missing components, missing or truncated weights, unsupported families.
 
-    may_lack: components whose weights may be missing, because what they would encode may be in the cache.
+    may_lack: components whose weights may be missing, because their encodings may be cached.
     """
     problems = []
     for part in COMPONENTS:
-        wanted = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}.get(part, "config.json")
-        if not (folder / part / wanted).is_file():
-            problems.append(f"{folder}: no {part}/{wanted}; a CogVideoX folder has {', '.join(COMPONENTS)}")
+        config = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}.get(part, "config.json")
+        if not (folder / part / config).is_file():
+            problems.append(f"{folder}: no {part}/{config}; a CogVideoX folder has {', '.join(COMPONENTS)}")
     if problems:
         return problems
     for part in ("text_encoder", "vae", "transformer"):
@@ -93,15 +93,15 @@ def weight_files(folder, variant=None):
         if index.is_file():
             files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
             missing = [file.name for file in files if not file.is_file()]
-            return ([], f"{folder}: lacks {', '.join(missing)}, which {index.name} names") if missing else (files, None)
-    other = " (pickled weights are not read: convert them to safetensors)" if list(folder.glob("*.bin")) else ""
+            return ([], f"{folder}: lacks {', '.join(missing)}, listed in {index.name}") if missing else (files, None)
+    other = " (pickled weights are unsupported: convert them to safetensors)" if list(folder.glob("*.bin")) else ""
     return [], f"{folder}: no {suffix.lstrip('.') + ' ' if suffix else ''}safetensors weights{other}"
 
 
 def safetensors_header(path):
     """The header of a safetensors file: name -> {dtype, shape, data_offsets}. Reads no weights. ValueError if broken.
 
-    For the offsets, which the library does not give, and for a message that says how much of a cut file is there.
+    Reads the offsets, which the library does not return, and detects truncated files.
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -122,7 +122,7 @@ def broken_safetensors(path):
     """Why a safetensors file cannot be read, or None."""
     try:
         safetensors_header(path)
-        with safe_open(path, framework="pt"):  # checks each tensor's dtype, shape and place
+        with safe_open(path, framework="pt"):  # checks each tensor's dtype, shape and offsets
             pass
     except (ValueError, OSError, SafetensorError) as error:
         return str(error)
@@ -130,7 +130,7 @@ def broken_safetensors(path):
 
 
 def stored_dtype(folder, part, variant=None):
-    """The dtype in which most of a component's bytes are stored."""
+    """The dtype of most of a component's bytes."""
     sizes = Counter()
     for file in weight_files(folder / part, variant)[0]:
         for entry in safetensors_header(file).values():
@@ -139,7 +139,7 @@ def stored_dtype(folder, part, variant=None):
 
 
 def stored_precision(folder, part, variant=None):
-    """`stored_dtype` as --mixed_precision calls it: fp16, bf16, or no for anything else."""
+    """`stored_dtype` as a value of --mixed_precision: fp16, bf16, or no for any other dtype."""
     return {dtype: name for name, dtype in PRECISIONS.items()}.get(stored_dtype(folder, part, variant), "no")
 
 
@@ -149,11 +149,11 @@ def unsupported_family(transformer, scheduler):
     if transformer.get("_class_name", "CogVideoXTransformer3DModel") != "CogVideoXTransformer3DModel":
         problems.append(f"its transformer is a {transformer['_class_name']}; this script trains CogVideoXTransformer3DModel")
     elif transformer.get("in_channels", 16) != transformer.get("out_channels", 16) or transformer.get("ofs_embed_dim"):
-        problems.append("this is an image-to-video model (it takes more channels than it gives); this script trains text-to-video only")
+        problems.append("this is an image-to-video model (more input channels than output channels); this script trains text-to-video only")
     elif transformer.get("use_learned_positional_embeddings"):
-        problems.append("this model has learned positions, which fix its size; this script trains sincos and rotary models only")
+        problems.append("this model has learned positions, which fix the clip size; this script trains sincos and rotary models only")
     if scheduler.get("prediction_type") != "v_prediction":
-        problems.append(f"its scheduler predicts {scheduler.get('prediction_type')!r}; the loss here is for v_prediction")
+        problems.append(f"its scheduler predicts {scheduler.get('prediction_type')!r}; this script trains v_prediction models only")
     return problems
 
 
@@ -163,7 +163,7 @@ def read_facts(folder):
 
 
 def facts_of(transformer, vae):
-    """ModelFacts from two configs. Defaults are those of the diffusers classes."""
+    """ModelFacts from two configs, with the defaults of the diffusers classes."""
     compression = 2 ** (len(vae.get("block_out_channels", (128, 256, 256, 512))) - 1)
     return ModelFacts(
         spatial_multiple=compression * transformer.get("patch_size", 2),
@@ -177,21 +177,21 @@ def facts_of(transformer, vae):
 
 
 def latent_shape(facts, frames, height, width):
-    """[F', C, H', W'] of the latents of a clip: one frame for the first and one for each `frames_per_latent` more, as
-    AutoencoderKLCogVideoX is causal in time."""
+    """[F', C, H', W'] of a clip's latents: one latent frame for the first frame, one for each further `frames_per_latent`,
+    because AutoencoderKLCogVideoX is causal in time."""
     compression = facts.latent_compression
     return (frames - 1) // facts.frames_per_latent + 1, facts.latent_channels, height // compression, width // compression
 
 
 def check_geometry(facts, height, width, num_frames, names=("--height", "--width", "--max_num_frames")):
-    """Problems of a clip size for this model, with the nearest sizes that are legal."""
+    """Problems of a clip size for this model, with the nearest legal sizes."""
     problems = []
     for name, value in ((names[0], height), (names[1], width)):
         step = facts.spatial_multiple
         if value % step:
             lower, upper = value - value % step, value - value % step + step
             offer = f"{lower} or {upper}" if lower else str(upper)
-            problems.append(f"{name} {value}: this model takes multiples of {step}; the nearest are {offer}")
+            problems.append(f"{name} {value}: this model needs multiples of {step}; the nearest are {offer}")
     legal = longest_legal_length(num_frames, facts.frames_per_latent, facts.latents_per_patch)
     if legal != num_frames:
         step = facts.frames_per_latent * facts.latents_per_patch
@@ -199,33 +199,33 @@ def check_geometry(facts, height, width, num_frames, names=("--height", "--width
         rule = f"{facts.frames_per_latent}k + 1 frames" + (
             f", k + 1 a multiple of {facts.latents_per_patch}" if facts.latents_per_patch > 1 else ""
         )
-        problems.append(f"{names[2]} {num_frames}: this model takes {rule}; the nearest are {offer}")
+        problems.append(f"{names[2]} {num_frames}: this model needs {rule}; the nearest are {offer}")
     return problems
 
 
 def load_tokenizer(folder):
-    """The T5 tokenizer. Raises ValueError with the package to install where one is missing."""
-    from transformers import AutoTokenizer  # takes seconds, and few callers of this module need it
+    """The T5 tokenizer. Raises ValueError with the packages to install if it cannot be loaded."""
+    from transformers import AutoTokenizer  # a slow import that few callers need
 
     try:
         return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except Exception as error:  # transformers names tiktoken where it means protobuf
+    except Exception as error:  # transformers names tiktoken if protobuf is missing
         raise ValueError(
             f"{folder / 'tokenizer'}: cannot be loaded ({str(error).splitlines()[0]}); it needs: pip install sentencepiece protobuf"
         ) from None
 
 
 def count_tokens(tokenizer, captions):
-    """Tokens of each caption, the end token included, nothing cut."""
+    """Tokens of each caption, including the end token, without truncation."""
     return [len(ids) for ids in tokenizer(list(captions), add_special_tokens=True, verbose=False).input_ids]
 
 
 # -----------------------------------------------------------------------------
-# What a run asks of it
+# Checking it for a run
 
 
 def open_model(args):
-    """The model's folder, ModelFacts and tokenizer, from configs and headers only, and every problem that they show.
+    """The model's folder, ModelFacts and tokenizer, and all problems found in configs and headers.
 
     Returns (folder, facts, tokenizer, problems), and fills in --mixed_precision.
     """
@@ -245,18 +245,18 @@ def open_model(args):
         for frames in args.bucket_lengths or [args.max_num_frames]:
             names = ("--bucket",) * 3 if args.bucket else ("--height", "--width", "--max_num_frames")
             problems += check_geometry(facts, height, width, frames, names)
-    pixels = facts.spatial_multiple  # a size that is not given is a trained one, which is legal
+    pixels = facts.spatial_multiple  # the default is the clips' size, which was checked above
     shape = (
         args.validation_height or pixels,
         args.validation_width or pixels,
         args.validation_frames or 1 + 4 * (facts.latents_per_patch - 1),
     )
     problems += check_geometry(facts, *shape, names=("--validation_height", "--validation_width", "--validation_frames"))
-    return folder, facts, tokenizer, list(dict.fromkeys(problems))  # the same size may have been asked for twice
+    return folder, facts, tokenizer, list(dict.fromkeys(problems))  # two flags may give the same size
 
 
 def check_targets(folder, target_modules):
-    """A sentence for each target that no linear layer of the transformer in `folder` ends in. Reads its config only."""
+    """A sentence for each target that matches no linear layer of the transformer in `folder`. Reads only its config."""
     with torch.device("meta"):
         transformer = CogVideoXTransformer3DModel.from_config(CogVideoXTransformer3DModel.load_config(folder / "transformer"))
     names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -268,21 +268,21 @@ def check_targets(folder, target_modules):
     ]
 
 
-def choose_precision(wanted, folder, variant):
-    """The compute precision: the one asked for, or that of the stored weights. Returns (precision, problem)."""
+def choose_precision(requested, folder, variant):
+    """The compute precision: the requested one, or that of the stored weights. Returns (precision, problem)."""
     on_gpu = torch.cuda.is_available()
-    if wanted == "fp16" and not on_gpu:
-        return wanted, "--mixed_precision fp16: this machine has no GPU, and CPUs have no fast fp16; use bf16 or no"
-    if wanted == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return wanted, f"--mixed_precision bf16: {torch.cuda.get_device_name()} has no bf16; use fp16"
-    if wanted is None and folder:
+    if requested == "fp16" and not on_gpu:
+        return requested, "--mixed_precision fp16: this machine has no GPU, and CPUs have no fast fp16; use bf16 or no"
+    if requested == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return requested, f"--mixed_precision bf16: {torch.cuda.get_device_name()} has no bf16; use fp16"
+    if requested is None and folder:
         stored = stored_precision(folder, "transformer", variant)
         return ("no" if stored == "fp16" and not on_gpu else stored), None
-    return wanted or "no", None
+    return requested or "no", None
 
 
 def component_note(folder, part, cache, variant):
-    """Where is remembered what a component was when its weights were last seen: under its place and its config."""
+    """The path of the cache's note about a component's weights, named by its folder and config; and that config."""
     folder = Path(folder) / part
     config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     config = {name: value for name, value in config.items() if not name.startswith("_") and name != "transformers_version"}
@@ -290,5 +290,5 @@ def component_note(folder, part, cache, variant):
 
 
 def known_components(folder, cache, variant=None):
-    """The encoders whose weights were seen before, so that a run with a full cache can do without the files."""
+    """The encoders that have a note in the cache: a run with complete encodings does not need their weights."""
     return [part for part in ("text_encoder", "vae") if component_note(folder, part, cache, variant)[0].exists()]

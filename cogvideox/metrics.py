@@ -85,7 +85,7 @@ class Meter:
         }
         self.log(line)
         shown = {"loss": f"{mean_loss:.4f}", "grad": f"{result.grad_norm:.3f}", "lr": f"{result.learning_rate:.1e}"}
-        self.progress.set_postfix(shown | {"wait": f"{line['data_wait_percent']:.0f}%"})
+        self.progress.set_postfix(shown | {"wait": f"{line['data_wait_percent']:.0f}%"}, refresh=False)
         self.since_log, self.waited, self.logged_step, self.losses = now, 0.0, step, []
 
     def log(self, line):

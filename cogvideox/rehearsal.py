@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import functools
 import itertools
 import shutil
 import time
@@ -24,14 +23,14 @@ from cogvideox.report import run_facts
 from cogvideox.video import read_video, write_video
 
 
-def rehearse(args, trained, result, export, result_facts, batch, compute_loss, train_step):
+def rehearse(args, trained, result_facts, batch, compute_loss, train_step):
     """One optimizer step at the largest shape, its result saved and loaded again, an mp4, a card; then all of it undone.
 
-    result, export: as in `take_snapshot`. result_facts: for the result's file. batch: CPU tensors. compute_loss: (model, batch)
-    -> the mean loss. train_step: the script's. With --dry_run a second step is timed, after what only the first one does.
+    result_facts: the metadata of the shipped file. batch: CPU tensors. compute_loss: (model, batch) -> the mean loss. train_step:
+    the script's. With --dry_run a second step is timed, after what only the first one does.
     Every process calls it. Returns (seconds of an optimizer step, peak GiB, MiB of a checkpoint).
     """
-    accelerator, device, transformer = trained.accelerator, trained.device, trained.transformer
+    accelerator, device = trained.accelerator, trained.device
     fit_to_memory(args, trained, lambda: compute_loss(trained.model, {name: value.to(device) for name, value in batch.items()}))
     live = dataclasses.replace(trained, average=None)
     with undone(args, trained):
@@ -45,10 +44,9 @@ def rehearse(args, trained, result, export, result_facts, batch, compute_loss, t
                 torch.cuda.synchronize(device)
             seconds = (time.perf_counter() - started) / tries * args.gradient_accumulation_steps
         peak, megabytes = peak_memory_gib(device), checkpoint_mebibytes(args, trained)
-        state = result.live_state(transformer, keep=trained.is_main)
+        state = trained.state()
         with trained.full_model() as full_model:
-            shipped = functools.partial(export, full_model, state)
-            problem = try_results(args, result, shipped, result_facts, full_model) if trained.is_main else None
+            problem = try_results(args, trained, full_model, state, result_facts) if trained.is_main else None
     if problem := broadcast_object_list([problem])[0]:
         fail(BAD_OUTPUT, problem)
     return seconds, peak, megabytes
@@ -95,16 +93,16 @@ def checkpoint_mebibytes(args, trained):
     return (numel * (6 if halved else 8) + moments + (numel * 4 if args.ema_decay else 0)) / 2**20
 
 
-def try_results(args, result, export, result_facts, full_model):
+def try_results(args, trained, full_model, state, result_facts):
     """Write a result, load it again, write and read a video and a card, in a folder that is gone afterwards.
 
-    export: () -> what is shipped. Returns what failed as a sentence, or None. Only the main process calls it.
+    state: the weights after a step. Returns what failed as a sentence, or None. Only the main process calls it.
     """
     folder = Path(args.output_dir) / ".rehearsal"
     try:
         folder.mkdir(exist_ok=True)
-        result.write(folder, export(), result_facts)
-        _, effect = result.check_export(folder, full_model)
+        trained.kind.write(folder, trained.export(full_model, state), result_facts)
+        _, effect = trained.kind.check_export(folder, full_model)
         if effect == 0:
             warn("an optimizer step changes no output of the model; check --learning_rate and --target_modules")
         write_video(folder / "video.mp4", np.zeros((5, 32, 32, 3), np.uint8), args.fps)

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import default_collate
 
 from cogvideox import report
-from cogvideox.console import progress, say
+from cogvideox.console import progress, say, timed
 from cogvideox.files import read_json_lines
 from cogvideox.launch import free
 from cogvideox.lora import lora_modules
@@ -225,6 +225,10 @@ class Scorer:
             self.trained.accelerator, transformer, losses, self.encodings, self.sets, self.captions, *self.noise, with_gap
         )  # fmt: skip
 
+    def verdict(self, ran_all):
+        """As the function `verdict`, of this run's scores."""
+        return verdict(self.lines, self.trained.schedule.base_lrs[0], ran_all)
+
     def is_due(self, step, last=False):
         """Whether the clips are scored after this step."""
         if not self.args.eval_clips:
@@ -239,7 +243,7 @@ class Scorer:
             return
         meter, checkpointer, _ = self.watched
         untouched = step == 0 and not self.args.init_lora  # a LoRA begins as nothing
-        with self.trained.averaged(), self.trained.full_model() as full_model:
+        with timed(f"score step {step}"), self.trained.averaged(), self.trained.full_model() as full_model:
             share = update_share(full_model)
             now = self.base if untouched else self.score(full_model, with_gap=last)
         free(self.trained.device)

@@ -13,7 +13,7 @@ import torch
 from diffusers import CogVideoXPipeline
 
 from cogvideox import metrics, report
-from cogvideox.console import say, warn
+from cogvideox.console import say, timed, warn
 from cogvideox.files import write_bytes
 from cogvideox.launch import free
 from cogvideox.model import decode_latents
@@ -177,7 +177,7 @@ class Validator:
         """Make the videos with the weights as they are now, and show them on the contact sheet, in the trackers and the report."""
         trained, folder = self.trained, self.folder_of(step)
         rank, world_size = trained.accelerator.process_index, trained.accelerator.num_processes
-        with trained.averaged(), trained.full_model() as full_model:
+        with timed(f"make the videos of step {step}"), trained.averaged(), trained.full_model() as full_model:
             failures = validate(
                 folder, self.jobs, rank, world_size, full_model, self.scheduler, self.embeddings, self.load_vae, trained.device,
                 self.args.fps, self.settings,

@@ -155,7 +155,7 @@ def train_vae(films, shots, work_dir, steps, seed, learning_rate=2e-3, muon_lear
         muon.step(muon_learning_rate * scale)
         vae.zero_grad()
         curve.append(pixels)
-        bar.set_postfix({"L1": f"{np.mean(curve[-50:]):.4f}"})
+        bar.set_postfix({"L1": f"{np.mean(curve[-50:]):.4f}"}, refresh=False)
         if (step + 1) % 300 == 0:
             show_reconstructions(vae, films, shots, work_dir / "vae_reconstructions.png", f"VAE after {step + 1} steps")
     latents = torch.cat([encode(vae, stack([films[0][first : first + 9]])).flatten() for first, _, _ in shots])
@@ -288,7 +288,7 @@ def train_transformer(sets, captions, token_ids, work_dir, steps, seed, make_sam
             parameter.grad = None
         torch._foreach_lerp_(averages, [parameter.detach() for parameter in parameters], max(0.005, 9 / (step + 10)))
         curve.append(loss.item())
-        bar.set_postfix({"loss": f"{np.mean(curve[-100:]):.4f}"})
+        bar.set_postfix({"loss": f"{np.mean(curve[-100:]):.4f}"}, refresh=False)
         if (step + 1) % 1500 == 0 or step + 1 == steps:
             np.savetxt(work_dir / "transformer_curve.txt", curve, fmt="%.5f")
             live = [parameter.detach().clone() for parameter in parameters]

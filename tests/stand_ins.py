@@ -10,6 +10,7 @@ from cogvideox.order import Plan
 
 FLAGS = {
     "training_type": "lora",
+    "declared": {},  # flags whose change makes it another run: none
     "resume_from_checkpoint": None,
     "checkpointing_steps": 1000,
     "checkpoints_total_limit": None,
@@ -66,13 +67,14 @@ class TwoWeights(torch.nn.Module):
         self.frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
 
 
-def make_trained(accelerator=None, ema_decay=0.0, build=TwoWeights):
+def make_trained(accelerator=None, ema_decay=0.0, build=TwoWeights, kind=None):
     """A real `Trained` of `TwoWeights`. build: () -> the copy that an engine which shards the weights asks for."""
     model = TwoWeights()
     optimizer = torch.optim.AdamW([model.trained], lr=0.5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     average = engine.make_average([model.trained], ema_decay) if ema_decay else None
-    return engine.Trained(accelerator or OneProcess(), model, model, [model.trained], optimizer, schedule, average, build)
+    accelerator = accelerator or OneProcess()
+    return engine.Trained(accelerator, model, model, [model.trained], optimizer, schedule, average, build, kind=kind or RESULT)
 
 
 def train_one_step(trained):
@@ -93,16 +95,12 @@ RESULT = SimpleNamespace(
     EFFECT="effect",
     live_state=engine.trained_state,
     load_live=lambda model, state: engine.write_trained(dict(engine.trained_weights(model)), state, "weights do not fit"),
+    export=lambda model, state, stored_dtype: dict(state),
     write=lora.write,
     publish=lora.publish,
     check_export=lambda folder, model: (0.0, 1.0),
     export_tolerance=lambda model: 1e-5,
 )
-
-
-def export(model, live):
-    """The weights as they are shipped."""
-    return dict(live)
 
 
 class Noise:

@@ -9,17 +9,22 @@ import torch
 from safetensors.torch import load_file
 
 from cogvideox import checkpoint
-from tests.stand_ins import RESULT, OneProcess, export, flags_of, make_trained, train_one_step
+from tests.stand_ins import RESULT, OneProcess, flags_of, make_trained, train_one_step
 
-FLAGS = {"training_type": "lora", "ema_decay": 0.0, "timestep_sampling": "uniform", "snr_gamma": None}
+FLAGS = {"training_type": "lora", "seed": 42, "eval_clips": 4}
 RUN_FACTS = {"flags": FLAGS, "clips": "hash of the clips", "transformer": "hash of the model", "clips_per_step": 1}
 
 
-def watcher(output_dir, trained=None, result=RESULT, **flags):
+def watcher(output_dir, trained=None, facts=RUN_FACTS, **flags):
     """A checkpointer of a new run, or of one that resumes from `resume_from_checkpoint`. Returns (checkpointer, first step)."""
     output_dir.mkdir(exist_ok=True)
-    made = checkpoint.Checkpointer(flags_of(output_dir, **flags), trained or make_trained(), result, export, RUN_FACTS, {"rank": "4"})
+    made = checkpoint.Checkpointer(flags_of(output_dir, **flags), trained or make_trained(), facts, {"rank": "4"})
     return made, made.load()
+
+
+def changed_kind(**changes):
+    """`RESULT` with other functions."""
+    return SimpleNamespace(**vars(RESULT) | changes)
 
 
 @pytest.fixture
@@ -95,6 +100,28 @@ def test_a_resumed_run_counts_from_the_first_step_of_the_run(tmp_path, written):
     assert not torch.equal(trained.transformer.trained, unbroken.transformer.trained)
 
 
+@pytest.mark.parametrize(
+    ("facts", "sentence"),
+    [
+        ({"flags": FLAGS | {"seed": 43}}, "--seed was 42 and is 43"),
+        ({"flags": FLAGS | {"eval_clips": 2}}, None),  # a resumed run may change it
+        ({"clips": "other clips"}, "the clips, captions or their encoding changed"),
+        ({"clips_per_step": 2}, "clips a step (batch x processes x accumulation) changed (were 1, are 2)"),
+        ({}, None),
+    ],
+)
+def test_a_run_that_would_train_something_else_is_not_resumed(facts, sentence, tmp_path, capsys):
+    run(watcher(tmp_path)[0], 0, 2)
+    declared = {"seed": SimpleNamespace(default=42, free=False), "eval_clips": SimpleNamespace(default=4, free=True)}
+    if sentence is None:
+        assert watcher(tmp_path, facts=RUN_FACTS | facts, resume_from_checkpoint="latest", declared=declared)[1] == 2
+        return
+    with pytest.raises(SystemExit) as end:
+        watcher(tmp_path, facts=RUN_FACTS | facts, resume_from_checkpoint="latest", declared=declared)
+    assert end.value.code == 4
+    assert sentence in capsys.readouterr().err
+
+
 def test_a_resumed_run_that_is_complete_writes_nothing(tmp_path, written):
     run(watcher(tmp_path)[0], 0, 2)
     checkpointer, first_step = watcher(tmp_path, resume_from_checkpoint="latest")
@@ -145,13 +172,14 @@ def test_a_full_disk_costs_one_checkpoint_and_not_the_run_nor_an_older_one(tmp_p
 
 
 def test_the_first_checkpoint_alone_is_loaded_again_with_the_weights_that_were_shipped(tmp_path):
-    seen, trained = [], make_trained(ema_decay=0.5)
+    seen = []
 
     def check_export(folder, model):
         seen.append((folder.name, model.trained.detach().clone(), trained.average.shadow_params[0].clone()))
         return 0.0, 1.0
 
-    checkpointer, _ = watcher(tmp_path, trained, SimpleNamespace(**vars(RESULT) | {"check_export": check_export}), checkpointing_steps=2)
+    trained = make_trained(ema_decay=0.5, kind=changed_kind(check_export=check_export))
+    checkpointer, _ = watcher(tmp_path, trained, checkpointing_steps=2)
     run(checkpointer, 0, 6)
     ((folder, loaded, averaged),) = seen
     assert folder == "checkpoint-2"
@@ -168,7 +196,7 @@ def test_what_the_check_of_the_first_checkpoint_finds_is_told_and_ends_nothing(o
             raise RuntimeError("a loader that fails")
         return outcome
 
-    checkpointer, _ = watcher(tmp_path, result=SimpleNamespace(**vars(RESULT) | {"check_export": check_export}), checkpointing_steps=1)
+    checkpointer, _ = watcher(tmp_path, make_trained(kind=changed_kind(check_export=check_export)), checkpointing_steps=1)
     run(checkpointer, 0, 2)
     assert capsys.readouterr().err.count(word) == 1
     assert steps_on_disk(tmp_path) == [1, 2]
@@ -192,7 +220,7 @@ def test_best_weights_that_cannot_be_written_are_told_and_end_nothing(problem, t
     def write(folder, exported, facts):
         raise problem
 
-    checkpointer, _ = watcher(tmp_path, result=SimpleNamespace(**vars(RESULT) | {"write": write}))
+    checkpointer, _ = watcher(tmp_path, make_trained(kind=changed_kind(write=write)))
     checkpointer.save_best(3)
     assert f"best/ was not written at step 3 ({problem})" in capsys.readouterr().err
 

@@ -75,7 +75,7 @@ def test_a_missing_list_offers_the_one_that_is_there(clips):
         (lambda folder, path: path.write_bytes(b""), "empty file"),
         (lambda folder, path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
         (lambda folder, path: (path.unlink(), path.mkdir()), "not a regular file"),
-        (lambda folder, path: (path.unlink(), path.symlink_to(folder / "nothing")), "a link to nothing"),
+        (lambda folder, path: (path.unlink(), path.symlink_to(folder / "nothing")), "a broken link"),
         (lambda folder, path: (path.unlink(), path.symlink_to(path)), "cannot be opened"),
     ],
     ids=["missing", "empty", "fifo", "folder", "dangling link", "link loop"],
@@ -97,7 +97,7 @@ def test_a_relative_path_out_of_the_folder_is_refused_unless_allowed(clips, tmp_
     (clips / "videos.txt").write_text(text)
 
     def refused(**flags):
-        return [number for number, r in enumerate(read_records(clips, **flags)[0], 1) if r.reason and "leaves the data folder" in r.reason]
+        return [number for number, r in enumerate(read_records(clips, **flags)[0], 1) if r.reason and "outside the data folder" in r.reason]
 
     assert refused() == [2, 3]
     assert refused(allow_external_paths=True) == []
@@ -147,7 +147,7 @@ def test_a_text_file_a_clip_is_read_in_both_places(clips):
     (clips / "videos/04.txt").write_text(" ")
     found, problems, _ = read_records(clips)
     assert len(found) == 5
-    assert "videos/04.mp4: its caption videos/04.txt is empty" in problems[0]
+    assert "videos/04.mp4: the caption videos/04.txt is empty" in problems[0]
 
 
 def test_dataset_flags_reach_the_datasets_package(monkeypatch, clips, tmp_path):

@@ -352,7 +352,7 @@ def test_a_hub_that_does_not_answer_is_told_in_a_sentence_within_a_minute(tmp_pa
     )
     assert time.monotonic() - began < 60
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "no such folder here, and the hub did not give it" in done.stdout
+    assert "no such folder, and the download from the hub failed" in done.stdout
 
 
 def payload(marker):

@@ -457,7 +457,7 @@ def test_a_branch_that_was_left_is_set_aside_and_never_wins_over_the_new_one(tra
     damaged.write_bytes(damaged.read_bytes()[:-1])
     train(output=folder, resume_from_checkpoint="checkpoint-2", max_train_steps=3, checkpointing_steps=1, checkpoints_total_limit=1)
     assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-3.abandoned", "checkpoint-4.abandoned"]
-    assert "set aside as checkpoint-4.abandoned" in capsys.readouterr().err
+    assert "renamed a checkpoint of a later step to checkpoint-4.abandoned" in capsys.readouterr().err
     train(output=folder, resume_from_checkpoint="latest", max_train_steps=5)
     assert "checkpoint-3, step 3" in capsys.readouterr().err
     assert same(lora_of(folder), lora_of(train(max_train_steps=5)))
@@ -478,7 +478,7 @@ def test_overwriting_deletes_nothing_before_everything_else_is_found_right(train
     assert (folder / "notes.txt").read_text() == "mine"
     with pytest.raises(SystemExit):
         train(output=folder, overwrite_output_dir=True, resume_from_checkpoint="latest")
-    assert "give one of them" in capsys.readouterr().err
+    assert "give only one" in capsys.readouterr().err
 
 
 def test_a_run_that_only_encoded_does_not_stand_in_its_own_way(train, tmp_path):

@@ -156,8 +156,11 @@ def test_bounds_stand_where_the_flag_is_declared():
         return flags.out_of_bounds(parser.parse_args(words))
 
     assert problems() == problems("--share", "0", "--count", "3") == problems("--share", "1", "--count", "9") == []
-    assert problems("--share", "1.5", "--count", "2") == ["--share 1.5: at least 0 and at most 1", "--count 2: above 2 and below 10"]
-    assert problems("--share", "nan") == ["--share nan: at least 0 and at most 1"]
+    assert problems("--share", "1.5", "--count", "2") == [
+        "--share 1.5: must be at least 0 and at most 1",
+        "--count 2: must be above 2 and below 10",
+    ]
+    assert problems("--share", "nan") == ["--share nan: must be at least 0 and at most 1"]
     assert [name for name, action in parser.declared.items() if action.free] == ["free"]
 
 
@@ -185,7 +188,7 @@ def test_changing_a_flag_changes_the_lora(train, flag, value, others):
 
 
 WRONG = [
-    ({"rank": 0}, "--rank 0: at least 1"),
+    ({"rank": 0}, "--rank 0: must be at least 1"),
     ({"train_batch_size": 0}, "--train_batch_size 0"),
     ({"checkpointing_steps": 0}, "--checkpointing_steps 0"),
     ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0"),
@@ -199,7 +202,7 @@ WRONG = [
     ({"optimizer": "sgd"}, "--optimizer: invalid choice: 'sgd'"),
     ({"lr_scheduler": "cosinus"}, "--lr_scheduler: invalid choice"),
     ({"gradient_checkpointing": "some"}, "--gradient_checkpointing some"),
-    ({"use_8bit_adam": True, "optimizer": "Prodigy"}, "not with Prodigy"),
+    ({"use_8bit_adam": True, "optimizer": "Prodigy"}, "unsupported with Prodigy"),
     ({"logging_dir": "../logs"}, "--logging_dir ../logs"),
     ({"logging_dir": "/var/log"}, "--logging_dir /var/log"),
     ({"logging_dir": ".."}, "--logging_dir .."),

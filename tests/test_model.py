@@ -127,10 +127,10 @@ def test_t5_keeps_its_wo_in_fp32_when_it_is_stored_in_fp16(tmp_path):
 def test_geometry_offers_the_nearest_legal_values(tiny_model, temporal_patch_model):
     facts = folder_of.read_facts(tiny_model)
     assert folder_of.check_geometry(facts, 480, 720, 49) == []
-    assert folder_of.check_geometry(facts, 480, 721, 49) == ["--width 721: this model takes multiples of 16; the nearest are 720 or 736"]
+    assert folder_of.check_geometry(facts, 480, 721, 49) == ["--width 721: this model needs multiples of 16; the nearest are 720 or 736"]
     assert folder_of.check_geometry(facts, 36, 720, 50) == [
-        "--height 36: this model takes multiples of 16; the nearest are 32 or 48",
-        "--max_num_frames 50: this model takes 4k + 1 frames; the nearest are 49 or 53",
+        "--height 36: this model needs multiples of 16; the nearest are 32 or 48",
+        "--max_num_frames 50: this model needs 4k + 1 frames; the nearest are 49 or 53",
     ]
     assert "the nearest are 45 or 53" in folder_of.check_geometry(folder_of.read_facts(temporal_patch_model), 480, 720, 49)[0]
 

@@ -228,9 +228,12 @@ BAD = {
     "random.mp4": (lambda f, t: t.write_bytes(np.random.default_rng(0).bytes(20000)), NOT_VIDEO),
     "picture_named.mp4": (lambda f, t: shutil.copy(f / "still.jpg", t), "a picture has to be named like one"),
     "png_named.mp4": (lambda f, t: shutil.copy(f / "still.png", t), "a picture has to be named like one"),
-    "video_named.png": (lambda f, t: shutil.copy(f / "plain.mp4", t), "not a readable picture"),
-    "cut.jpg": (lambda f, t: cut(f / "still.jpg", t, 0.6), "not a readable picture.*truncated"),
-    "raw_stream.mp4": (lambda f, t: ffmpeg("-i", f / "b_frames.mp4", "-c", "copy", "-f", "h264", t), "not a video of a kind that is read"),
+    "video_named.png": (lambda f, t: shutil.copy(f / "plain.mp4", t), "not a readable image"),
+    "cut.jpg": (lambda f, t: cut(f / "still.jpg", t, 0.6), "not a readable image.*truncated"),
+    "raw_stream.mp4": (
+        lambda f, t: ffmpeg("-i", f / "b_frames.mp4", "-c", "copy", "-f", "h264", t),
+        "not a video in a supported container",
+    ),
     "sound_only.mp4": (lambda f, t: ffmpeg(*SOUND, "-c:a", "aac", t), "no video stream"),
     "sound_with_cover.mp4": (
         lambda f, t: ffmpeg("-i", f / "still.jpg", *SOUND, "-map", 0, "-map", 1, "-c:a", "aac", *COVER[2:], "-c:v", "copy", t),
@@ -247,17 +250,17 @@ BAD = {
     "cut_at_60.webm": (lambda f, t: cut(f / "hidden_frames.webm", t, 0.6), r"truncated: \d\d frames are there"),
     "cut_at_60.avi": (lambda f, t: cut(f / "mpeg4.avi", t, 0.6), r"truncated: \d\d of the 48 frames are there"),
     "cut_at_60.gif": (lambda f, t: cut(f / "animation.gif", t, 0.6), "truncated: 15 frames are there"),
-    "announces_more_frames.mp4": (lambda f, t: patch(f / "index_first.mp4", t, b"stsz", 8, 48000), "no frame in it can be decoded"),
+    "announces_more_frames.mp4": (lambda f, t: patch(f / "index_first.mp4", t, b"stsz", 8, 48000), "no frame can be decoded"),
     "announces_2_billion.mp4": (lambda f, t: patch(f / "index_first.mp4", t, b"stsz", 8, 2**31 - 1), NOT_VIDEO),
     "blotted.mp4": (lambda f, t: blot(f / "index_first.mp4", t), r"damaged: frame \d\d cannot be decoded"),
     "blotted_hevc.mp4": (lambda f, t: blot(f / "hevc.mp4", t, 0.8), r"damaged: frame \d\d cannot be decoded"),
     "blotted.mkv": (lambda f, t: blot(f / "h264.mkv", t), r"damaged: frame \d\d cannot be decoded"),
     "blotted.ts": (lambda f, t: blot(f / "h264.ts", t), "damaged"),
-    "turned_45.mp4": (lambda f, t: copy_streams(f / "b_frames.mp4", t, "-display_rotation", 45), "no quarter turn"),
-    "two_sizes.mp4": (join_two_sizes, "its picture changes from 96x64 to 128x96 at frame 24"),
-    "two_sizes.mkv": (join_two_sizes, "its picture changes from 96x64 to 128x96 at frame 24"),
+    "turned_45.mp4": (lambda f, t: copy_streams(f / "b_frames.mp4", t, "-display_rotation", 45), "not a multiple of 90 degrees"),
+    "two_sizes.mp4": (join_two_sizes, "its size changes from 96x64 to 128x96 at frame 24"),
+    "two_sizes.mkv": (join_two_sizes, "its size changes from 96x64 to 128x96 at frame 24"),
     "joined.ts": (lambda f, t: t.write_bytes((f / "h264.ts").read_bytes() * 2), "damaged: 1 of its 96 packets"),
-    "joined.mpg": (lambda f, t: t.write_bytes((f / "mpeg2.mpg").read_bytes() * 2), "its times run backwards after frame 47 "),
+    "joined.mpg": (lambda f, t: t.write_bytes((f / "mpeg2.mpg").read_bytes() * 2), "its timestamps go backwards after frame 47 "),
 }
 GOOD = [*ENCODED, *DERIVED]
 # What decord decodes. The rest it refuses, or it is kept from them because it would return wrong frames.
@@ -467,7 +470,7 @@ def test_what_is_no_file_is_refused_before_it_is_opened(tmp_path):
     for name, reason in {
         "pipe": "not a regular file",
         "folder": "not a regular file",
-        "link": "a link to nothing",
+        "link": "a broken link",
         "empty": "empty",
     }.items():
         assert reason in locate(tmp_path, f"{name}.mp4", allow_external_paths=False)[1]

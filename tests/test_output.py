@@ -216,7 +216,7 @@ def test_a_named_checkpoint_has_to_be_there_and_is_found_by_its_full_path(finish
         ({"seed": 1}, "--seed was 42 and is 1"),
         ({"height": 48}, "the clips, captions or their encoding changed"),
         ({"id_token": "T"}, "the clips, captions or their encoding changed"),
-        ({"train_batch_size": 2}, "clips a step (batch x processes x accumulation) changed (were 1, are 2)"),
+        ({"train_batch_size": 2}, "clips per step (batch x processes x accumulation) changed (were 1, are 2)"),
     ],
 )
 def test_resuming_with_flags_that_would_train_something_else_is_refused_with_the_difference(

@@ -186,7 +186,7 @@ def test_files_that_are_cut_odd_or_being_written_cost_nothing_else(whole_run):
     (whole_run / "validation/step-000004/01-x-seed42.mp4").write_bytes(b"")
     page = page_of(whole_run)
     assert "could not be made" not in page
-    assert "1 values that are not finite are left out" in page
+    assert "1 non-finite values are omitted" in page
     assert page.count("data:video/mp4;base64,") == 5
     assert "data:image/png" in page
     (whole_run / "status.json").write_text('{"code": 0, "step": 3, "verdict": "fine", "verdict_sentences": 7}')

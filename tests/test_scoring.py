@@ -122,11 +122,11 @@ def test_copies_in_both_sets_are_told(train, six_clips):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"eval_share": 1.0}, "--eval_share 1.0: at least 0 and below 1"),
-        ({"eval_share": "nan"}, "--eval_share nan: at least 0"),
+        ({"eval_share": 1.0}, "--eval_share 1.0: must be at least 0 and below 1"),
+        ({"eval_share": "nan"}, "--eval_share nan: must be at least 0"),
         ({"eval_share": 0.1, "eval_data_root": "."}, "--eval_share and --eval_data_root: both hold clips out"),
-        ({"eval_clips": -1}, "--eval_clips -1: at least 0"),
-        ({"eval_steps": -1}, "--eval_steps -1: at least 0"),
+        ({"eval_clips": -1}, "--eval_clips -1: must be at least 0"),
+        ({"eval_steps": -1}, "--eval_steps -1: must be at least 0"),
     ],
 )
 def test_wrong_flags_are_sentences(tiny_model, six_clips, tmp_path, capsys, flags, sentence):

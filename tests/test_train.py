@@ -84,9 +84,9 @@ def test_the_exported_lora_gives_the_trained_strength_in_a_stock_pipeline(train,
     kept = {}
     snapshot = checkpoint.take_snapshot
 
-    def remember(result, export, transformer, *rest, **settings):
-        kept["live"] = transformer
-        return snapshot(result, export, transformer, *rest, **settings)
+    def remember(trained):
+        kept["live"] = trained.transformer
+        return snapshot(trained)
 
     monkeypatch.setattr(checkpoint, "take_snapshot", remember)
     folder = train(rank=rank, lora_alpha=alpha, max_train_steps=4, learning_rate=0.03)

@@ -1,0 +1,93 @@
+"""Messages, bars and exit codes: what reaches the terminal, from which rank, and in which form."""
+
+import logging
+import re
+import subprocess
+import sys
+
+import pytest
+
+from cogvideox import console
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def level():
+    """Whatever a test sets, the next one finds the usual level."""
+    yield console.configure
+    console.configure()
+    logging.getLogger().handlers.clear()
+
+
+def test_messages_stand_as_they_are_and_warnings_say_so(capsys):
+    console.say("\nclips: 8")
+    console.warn("a clip is short")
+    console.log.debug("a detail")
+    assert capsys.readouterr() == ("", "\nclips: 8\nwarning: a clip is short\n")
+
+
+def test_other_ranks_are_silent_unless_a_message_is_for_every_rank(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    console.say("once a run")
+    console.warn("once a run")
+    console.say("process 1 of 2", on_every_rank=True)
+    assert capsys.readouterr().err == "process 1 of 2\n"
+
+
+def test_verbose_shows_details_with_the_time_and_the_rank_of_every_process(capsys, monkeypatch, level):
+    monkeypatch.setenv("RANK", "1")
+    level(verbose=True)
+    console.say("\nfrom rank 1")
+    with console.timed("load the VAE"):
+        pass
+    told = capsys.readouterr().err
+    assert re.fullmatch(r"\n\d\d:\d\d:\d\d \[rank 1\] from rank 1\n\d\d:\d\d:\d\d \[rank 1\] debug: load the VAE: 0\.0 s\n", told)
+
+
+def test_a_part_that_fails_is_not_said_to_have_taken_a_time(capsys, level):
+    level(verbose=True)
+    with pytest.raises(ValueError, match="broken"), console.timed("load the VAE"):
+        raise ValueError("broken")
+    assert "load the VAE" not in capsys.readouterr().err
+
+
+def test_all_problems_are_printed_once_and_the_exit_code_is_theirs(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as end:
+        console.fail(console.BAD_DATA, ["the first", "the second"])
+    assert end.value.code == 3
+    assert capsys.readouterr().err == "\nERROR[3]: the first\nERROR[3]: the second\n"
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(console.time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit) as end:
+        console.fail(console.BAD_DATA, "the first")
+    assert end.value.code == 3
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bar_in_a_log_file_prints_a_line_every_30_seconds(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    bar = console.progress(range(100), "training", unit="step")
+    for _ in bar:
+        clock[0] += 1.0
+        bar.set_postfix_str("loss 0.1", refresh=False)
+    lines = capsys.readouterr().err.splitlines()
+    steps = [int(re.search(r"(\d+)/100", line)[1]) for line in lines]
+    assert steps == [0, 30, 60, 90, 100]
+    assert all(line.startswith("training:") for line in lines)
+    assert "loss 0.1" in lines[-1]
+
+
+def test_a_bar_on_a_terminal_is_rewritten_in_place(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for _ in console.progress(range(3), "training", mininterval=0):
+        pass
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told.count("\r") >= 3
+
+
+def test_nothing_heavy_is_imported_for_messages_and_flags():
+    code = "import sys; import cogvideox.console, cogvideox.flags, cogvideox.stopping; print({'torch', 'numpy', 'diffusers'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert found.stdout.strip() == "set()"
