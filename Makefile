@@ -1,6 +1,6 @@
 # make demo    a LoRA that turns a small model's colour film into an old one, on a CPU, from nothing
-# make test    all tests (make quick: those under three minutes)
-# make test-long    the tests marked long: an hour or more
+# make test    all tests but the longest, in a quarter of an hour on two cores (make quick: in two minutes)
+# make test-long    the longest: a series of kills, the whole 2B, two odd demos, the quality command, all engines
 # make test-kinds   the tests that compare numbers, with each instruction set of the CPU, one thread and two
 # make chaos   a training under random kills and full disks
 # make check   style
@@ -36,20 +36,20 @@ demo: demo/old_film/videos.txt
 	$(BIN)/python -m demo.measure demo/output
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -m "not long"
 
 test-long: setup
-	$(BIN)/python -m pytest -q -m long --no-header
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -m long
 
 # torch picks its kernels by the CPU; each sums in another order, so a comparison that holds with one only has too small a margin.
 test-kinds: setup
 	for kind in default avx2 $$(grep -qw avx512f /proc/cpuinfo && echo avx512); do for threads in 1 2; do \
 	  echo "== ATEN_CPU_CAPABILITY=$$kind, $$threads threads" && \
-	  ATEN_CPU_CAPABILITY=$$kind OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest -q -n 2 --no-loadscope-reorder -m numeric || exit 1; \
+	  ATEN_CPU_CAPABILITY=$$kind OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest -q -n 2 --no-loadscope-reorder -m "numeric and not long" || exit 1; \
 	done; done
 
 quick: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not long"
 
 # A real training under sixty random kills and full disks; ends with the weights of an undisturbed one.
 chaos: demo/tiny_model/model_index.json

@@ -496,7 +496,7 @@ def publish(args, output_dir, kind, run, verdict, push):
         metrics.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
     except OSError as error:
         warn(f"the model card and the plot were not written ({error})")
-    made, (word, sentences) = output_dir / kind.RESULT, verdict
+    result_path, (word, sentences) = output_dir / kind.RESULT, verdict
     say(f"\nverdict: {word}. {' '.join(sentences)}")
     say(f"\nresult: {result_path}\nhow to use it: {output_dir / 'README.md'}\nreport: {output_dir / report.NAME}")
     if not push:

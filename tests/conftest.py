@@ -16,15 +16,18 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import train_cogvideox_lora as script
+from cogvideox import metrics
 from demo.make_model import make_model
+from tests import shortcuts
 from tests.forked import ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+shortcuts.take()
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch):
+def no_network():
     """Refuse every connection that leaves this machine."""
     connect = socket.socket.connect
 
@@ -33,7 +36,9 @@ def no_network(monkeypatch):
             return connect(self, address)
         raise AssertionError(f"a test tried to reach {address}")
 
-    monkeypatch.setattr(socket.socket, "connect", guarded)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +47,12 @@ def fresh_accelerate():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def with_plot(monkeypatch):
+    """Have runs draw loss.png."""
+    monkeypatch.setattr(metrics, "plot_losses", shortcuts.plot_losses)
 
 
 @pytest.fixture(scope="session")
@@ -143,6 +154,36 @@ def train(tiny_model, six_clips, encodings, tmp_path):
     return run
 
 
+def state_of(folder):
+    """path -> (time, size) of all files in a folder."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
+
+
+@pytest.fixture(scope="session")
+def trained_runs():
+    """The plain runs of this session: flags -> (folder, its state)."""
+    return {}
+
+
+@pytest.fixture
+def plain_run(train, trained_runs, tmp_path_factory, monkeypatch):
+    """The folder of a run with these flags and nothing else changed, which is trained once a session. Copy it to change it."""
+
+    def run(**flags):
+        name = tuple(sorted((flag, str(value)) for flag, value in flags.items()))
+        if name not in trained_runs:
+            changes = monkeypatch._setattr + monkeypatch._setitem
+            assert not changes, "a run of changed code would be shared with other tests"
+            folder = train(output=tmp_path_factory.mktemp("plain") / "run", **flags)
+            trained_runs[name] = folder, state_of(folder)
+        folder, state = trained_runs[name]
+        assert state_of(folder) == state, f"a test has changed the shared run {folder}"
+        return folder
+
+    return run
+
+
 def lora_of(folder):
     """The exported weights of a run."""
     return load_file(Path(folder) / "pytorch_lora_weights.safetensors")
@@ -154,9 +195,9 @@ def same(a, b):
 
 
 @pytest.fixture(scope="session")
-def fork_server(tmp_path_factory):
+def fork_server(tmp_path_factory, tiny_model):
     """The warm process of a session."""
-    with ForkServer(tmp_path_factory.mktemp("forked"), environment()) as server:
+    with ForkServer(tmp_path_factory.mktemp("forked"), environment(), tiny_model) as server:
         yield server
 
 

@@ -67,12 +67,13 @@ class Forked:
 class ForkServer:
     """Owns the warm process. `start` forks a run, `run` waits for its end too, `end_all` kills what is left of all runs."""
 
-    def __init__(self, folder, environment):
+    def __init__(self, folder, environment, model):
         self.folder, self.environment, self.number, self.started = Path(folder), environment, 0, []
+        self.model = model  # its tokenizer is read once
 
     def __enter__(self):
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.forked"],
+            [sys.executable, "-m", "tests.forked", str(self.model)],
             cwd=ROOT,
             env=self.environment,
             stdin=subprocess.PIPE,
@@ -198,19 +199,22 @@ def become_trainer(request, part):
     runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
 
 
-def warm_up():
-    """Import all that a run imports. diffusers and transformers load their parts when they are first asked for."""
+def warm_up(model):
+    """Import all that a run imports, and read the tokenizer. diffusers and transformers load their parts when first asked for."""
     import accelerate  # noqa: F401
     import peft  # noqa: F401
     from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel  # noqa: F401
     from transformers import T5EncoderModel, T5Tokenizer  # noqa: F401
 
     import train_cogvideox_lora  # noqa: F401
+    from tests import shortcuts
 
+    shortcuts.take()
+    shortcuts.load_tokenizer_once(model)
     gc.collect()
     gc.freeze()  # a child that walked all objects would copy the memory they lie in
 
 
 if __name__ == "__main__":
-    warm_up()
+    warm_up(Path(sys.argv[1]))
     become_trainer(*serve())

@@ -224,14 +224,14 @@ def test_clips_are_shown_beside_what_the_vae_keeps_of_them(train, tmp_path):
     assert read_video(next(folder.glob("*.mp4"))).shape == (9, 32, 96, 3)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_twenty_kills_in_encoding_leave_the_cache_that_an_unbroken_run_fills(forked, tiny_model, six_clips, tmp_path):
+@pytest.mark.parametrize("kills", [pytest.param(4, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)])
+def test_kills_in_encoding_leave_the_cache_that_an_unbroken_run_fills(forked, tiny_model, six_clips, tmp_path, kills):
     flags = {"random_flip": True, "max_num_frames": 17, "height": 64, "width": 96}
     codes, output = forked.run(words(tiny_model, six_clips, tmp_path / "a", tmp_path / "unbroken", **flags))
     assert codes == [0], output[-2000:]
     killed, chance = 0, random.Random(0)
-    for _ in range(20):
+    for _ in range(kills):
         line = words(tiny_model, six_clips, tmp_path / "b", tmp_path / "killed", **flags)
         [process] = forked.start([*line, "--overwrite_output_dir"])
         started, seen = time.monotonic(), len(content(tmp_path / "killed"))
@@ -245,7 +245,7 @@ def test_twenty_kills_in_encoding_leave_the_cache_that_an_unbroken_run_fills(for
         if len(content(tmp_path / "killed")) == len(content(tmp_path / "unbroken")):
             shutil.rmtree(tmp_path / "killed/clips")
             shutil.rmtree(tmp_path / "killed/captions")
-    assert killed >= 15
+    assert killed >= 0.75 * kills
     codes, output = forked.run(words(tiny_model, six_clips, tmp_path / "c", tmp_path / "killed", **flags))
     assert codes == [0], output[-2000:]
     assert content(tmp_path / "killed") == content(tmp_path / "unbroken")
@@ -358,7 +358,7 @@ def test_the_cache_tool_finds_and_removes_what_is_damaged(train, tmp_path):
     ("words", "sentence"),
     [
         (["check", "/no/such/folder"], "/no/such/folder: no such folder"),
-        (["prune", ".", "--older_than", "-1"], "--older_than -1.0: at least 0"),
+        (["prune", ".", "--older_than", "-1"], "--older_than -1.0: must be at least 0"),
         (["check", ".", "--older_than", "3"], "--older_than: only prune removes entries, check does not; leave it out"),
     ],
 )

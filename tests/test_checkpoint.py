@@ -106,7 +106,7 @@ def test_a_resumed_run_counts_from_the_first_step_of_the_run(tmp_path, written):
         ({"flags": FLAGS | {"seed": 43}}, "--seed was 42 and is 43"),
         ({"flags": FLAGS | {"eval_clips": 2}}, None),  # a resumed run may change it
         ({"clips": "other clips"}, "the clips, captions or their encoding changed"),
-        ({"clips_per_step": 2}, "clips a step (batch x processes x accumulation) changed (were 1, are 2)"),
+        ({"clips_per_step": 2}, "clips per step (batch x processes x accumulation) changed (were 1, are 2)"),
         ({}, None),
     ],
 )

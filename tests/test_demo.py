@@ -170,7 +170,7 @@ def test_captions_of_other_clips_are_told_from_the_own_ones(old_clips, tmp_path)
     assert status["verdict"] == "learning"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_learning_rate_of_0_is_told(old_clips, tmp_path):
     status, _ = run_demo(old_clips, tmp_path / "out", *NO_VIDEOS, "--max_train_steps", 4, "--learning_rate", 0)
@@ -178,8 +178,8 @@ def test_a_learning_rate_of_0_is_told(old_clips, tmp_path):
     assert "the learning rate is 0" in " ".join(status["verdict_sentences"])
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_a_long_run_on_three_clips_learns_them_by_heart(old_clips, tmp_path):
     captions = (old_clips / "prompts.txt").read_text().splitlines()
     three = write_clips(tmp_path / "three", old_clips, (3, 14, 30), captions)

@@ -1,10 +1,10 @@
 """Every engine trains what one process trains, LoRA and all weights, and goes on from what any other one saved."""
 
 import functools
+import itertools
 import json
 import shutil
 import signal
-import subprocess
 import time
 
 import numpy as np
@@ -19,15 +19,24 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import train_cogvideox_lora as script
 from cogvideox import checkpoint, engine
 from cogvideox.video import read_video, write_video
-from tests.conftest import ROOT, STEADY_ADAM, environment, words
+from tests.conftest import ROOT, STEADY_ADAM, words
+from tests.forked import free_port
 from tests.stand_ins import make_trained, train_one_step
-from tests.test_launch import free_port, run
 
 TWO_STEPS_AND_TWO = {"max_train_steps": 4, "checkpointing_steps": 2} | STEADY_ADAM
 LEARNING_RATE = {"lora": 1e-2, "sft": 1e-3}
 NAMES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="DeepSpeed compiles its CPU collectives")
-deepspeed_too = ["fsdp2", pytest.param("zero2", marks=needs_compiler), pytest.param("zero3", marks=needs_compiler)]
+
+
+def engines_and_kinds(chosen):
+    """All (engine, training type) as cases; those that are not chosen are long. Chosen so that `make test` has every pair of an
+    engine, a training type and a direction (from two processes to one, or back), and `make test-long` has all three of each."""
+    cases = []
+    for name, kind in itertools.product(NAMES, LEARNING_RATE):
+        marks = [needs_compiler] if name.startswith("zero") else []
+        cases.append(pytest.param(name, kind, marks=[*marks, pytest.mark.slow if (name, kind) in chosen else pytest.mark.long]))
+    return cases
 
 
 @functools.cache
@@ -55,16 +64,26 @@ def accelerate(name, folder):
 
 
 @pytest.fixture(scope="module")
-def settings_of(tmp_path_factory):
-    """engine -> what accelerate tells its processes about it: the variables that it adds to the environment."""
+def settings_of(tmp_path_factory, fork_server):
+    """engine -> what accelerate tells its processes about it: the variables that it adds to the environment.
+
+    DeepSpeed keeps what it has compiled. A run that is killed while it compiles leaves a lock that all later ones wait for, so
+    the tests have a folder of their own for it, without that lock.
+    """
+    extensions = ROOT / ".pytest_cache/torch_extensions"
+    for lock in extensions.glob("*/lock"):
+        lock.unlink()
 
     @functools.cache
     def ask(name):
         folder = tmp_path_factory.mktemp(name)
-        code, output = run([*accelerate(name, folder), "--no_python", "bash", "-c", 'env -0 > "$0-$RANK"', str(folder / "told")])
-        assert code == 0, output[-3000:]
+        line = [*accelerate(name, folder), "--no_python", "bash", "-c", 'env -0 > "$0-$RANK"', str(folder / "told")]
+        command = f"import sys; from accelerate.commands.accelerate_cli import main; sys.argv = {line}; sys.exit(main())"
+        [launcher] = fork_server.start([], before=command)
+        assert launcher.wait(100) == 0, launcher.output()[-3000:]
         told = [dict(line.split("=", 1) for line in (folder / f"told-{rank}").read_text().split("\0")[:-1]) for rank in (0, 1)]
-        return {key: value for key, value in told[0].items() if told[1].get(key) == value and key.startswith(("ACCELERATE_", "FSDP_"))}
+        settings = {key: value for key, value in told[0].items() if key.startswith(("ACCELERATE_", "FSDP_")) and told[1].get(key) == value}
+        return settings | ({"TORCH_EXTENSIONS_DIR": extensions} if name.startswith("zero") else {})
 
     return ask
 
@@ -121,10 +140,8 @@ def unfinished(folder, target):
 
 
 @pytest.mark.numeric
-@pytest.mark.slow
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("kind", ["lora", "sft"])
-@pytest.mark.parametrize("name", ["ddp", *deepspeed_too])
+@pytest.mark.parametrize(("name", "kind"), engines_and_kinds({("ddp", "sft"), ("fsdp2", "lora"), ("zero2", "lora"), ("zero3", "sft")}))
 def test_two_processes_train_what_one_does_and_one_goes_on_from_theirs(name, kind, tiny_model, six_clips, tmp_path, alone, train, launch):
     flags = TWO_STEPS_AND_TWO | {"training_type": kind, "learning_rate": LEARNING_RATE[kind], "eval_clips": 2}
     flags |= {"validation_prompt": "a rabbit:::a bird:::a frog"}
@@ -148,12 +165,9 @@ def test_two_processes_train_what_one_does_and_one_goes_on_from_theirs(name, kin
 
 
 @pytest.mark.numeric
-@pytest.mark.slow
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in ("fsdp2", "zero2", "zero3") for kind in ("lora", "sft")])
+@pytest.mark.parametrize(("name", "kind"), engines_and_kinds({("fsdp2", "sft"), ("zero2", "sft"), ("zero3", "lora")})[2:])
 def test_two_processes_go_on_from_what_one_has_saved(name, kind, tiny_model, six_clips, tmp_path, alone, encodings, launch):
-    if name != "fsdp2" and not shutil.which("g++"):
-        pytest.skip("DeepSpeed compiles its CPU collectives")
     begun = unfinished(alone[kind], tmp_path / "begun")
     flags = TWO_STEPS_AND_TWO | {"training_type": kind, "learning_rate": LEARNING_RATE[kind], "eval_clips": 2}
     line = words(tiny_model, six_clips, begun, encodings, resume_from_checkpoint="latest", **flags)
@@ -179,20 +193,19 @@ def test_fsdp2_in_bf16_with_accumulation_checkpointing_and_an_average(tiny_model
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_of_fsdp2_saves_what_one_process_goes_on_from(tiny_model, six_clips, tmp_path, encodings, train):
+def test_a_signal_to_one_process_of_fsdp2_saves_what_one_process_goes_on_from(
+    forked, settings_of, tiny_model, six_clips, tmp_path, encodings, train
+):
     flags = {"training_type": "sft", "learning_rate": 1e-3, "max_train_steps": 400, "checkpointing_steps": 400}
     line = words(tiny_model, six_clips, tmp_path / "out", encodings, **flags)
-    with open(tmp_path / "log", "w") as log:
-        trainer = subprocess.Popen(
-            [*accelerate("fsdp2", tmp_path), "train_cogvideox_lora.py", *line], cwd=ROOT, env=environment(), stdout=log, stderr=log
-        )
-        metrics, deadline = tmp_path / "out/metrics.jsonl", time.monotonic() + 200
-        while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        trainer.send_signal(signal.SIGTERM)
-        trainer.wait(100)
-    status = json.loads((tmp_path / "out/status.json").read_text())
-    assert status["code"] == 128 + signal.SIGTERM, (tmp_path / "log").read_text()[-2000:]
+    two = forked.start(line, processes=2, **settings_of("fsdp2"))
+    metrics, deadline = tmp_path / "out/metrics.jsonl", time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    two[1].send_signal(signal.SIGTERM)
+    assert [process.wait(100) for process in two] == [128 + signal.SIGTERM] * 2, two[0].output()[-2000:]
+    assert "engine: FSDP2" in two[0].output()
+    assert json.loads((tmp_path / "out/status.json").read_text())["code"] == 128 + signal.SIGTERM
     stopped = checkpoint.list_checkpoints(tmp_path / "out")[-1][0]
     assert 3 <= stopped < 400
     train(output=tmp_path / "out", resume_from_checkpoint="latest", train_batch_size=2, **flags | {"max_train_steps": stopped + 1})
@@ -201,11 +214,11 @@ def test_a_signal_to_one_process_of_fsdp2_saves_what_one_process_goes_on_from(ti
 
 @pytest.mark.slow
 @needs_compiler
-def test_a_gradient_that_is_not_finite_ends_a_run_under_deepspeed_at_once(tiny_model, six_clips, tmp_path, encodings):
+def test_a_gradient_that_is_not_finite_ends_a_run_under_deepspeed_at_once(tiny_model, six_clips, tmp_path, encodings, launch):
     flags = {"learning_rate": 1e30, "max_train_steps": 6, "checkpointing_steps": 1, "max_grad_norm": 0}
     line = words(tiny_model, six_clips, tmp_path / "out", encodings, **flags)
-    code, output = run([*accelerate("zero2", tmp_path), "train_cogvideox_lora.py", *line])
-    assert code == 1
+    codes, output = launch("zero2", line)
+    assert codes == [5, 5], output[-2000:]
     assert "ERROR[5]: 1 step had no finite gradient" in output or "were not finite" in output, output[-2000:]
     assert "Traceback" not in output.split("ERROR[5]")[0]
 
@@ -257,14 +270,15 @@ def test_full_fine_tuning_resumes_bit_for_bit_and_another_seed_does_not(train):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "sft"])
 def test_an_average_is_what_is_shipped_and_training_does_not_feel_it(kind, train):
-    flags = {"training_type": kind, "learning_rate": 1e-2, "max_train_steps": 4, "validation_prompt": "a rabbit", "validation_steps": 2}
+    flags = {"training_type": kind, "learning_rate": 1e-2, "max_train_steps": 4, "checkpointing_steps": 1}
+    flags |= {"validation_prompt": "a rabbit", "validation_steps": 2}
     plain, averaged = train(**flags), train(**flags, ema_decay=0.9)
     assert losses_of(plain) == losses_of(averaged)
     live = checkpoint.RESULTS[kind].WEIGHTS
     assert worst_difference(*(load_file(folder / "checkpoint-4" / live) for folder in (plain, averaged))) == 0
     assert worst_difference(result_of(plain), result_of(averaged)) > 1e-4
     # diffusers' EMAModel: a decay of (1 + n) / (10 + n) while that is below the one asked for, after a first copy.
-    trained = [load_file(train(**flags | {"max_train_steps": n}) / f"checkpoint-{n}" / live) for n in (1, 2, 3, 4)]
+    trained = [load_file(plain / f"checkpoint-{step}" / live) for step in (1, 2, 3, 4)]
     expected = trained[0]
     for number, weights in enumerate(trained[1:], start=1):
         decay = min(0.9, (1 + number) / (10 + number))

@@ -182,8 +182,8 @@ def test_a_flag_that_trains_something_else_may_not_change_on_resume_and_a_free_o
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("flag", "value", "others"), CHANGES_THE_LORA, ids=[f"{f}={v}" for f, v, _ in CHANGES_THE_LORA])
-def test_changing_a_flag_changes_the_lora(train, flag, value, others):
-    before, after = train(**others), train(**(others | {flag: value}))
+def test_changing_a_flag_changes_the_lora(train, plain_run, flag, value, others):
+    before, after = plain_run(**others), train(**(others | {flag: value}))
     assert not same(lora_of(before), lora_of(after))
 
 

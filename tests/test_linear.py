@@ -1,5 +1,7 @@
 """Frozen layers: the same numbers as torch's in any blocks of rows, stored in fewer bits, kept where they were put."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -137,19 +139,19 @@ def test_held_layers_train_the_same_lora_bit_for_bit(train, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp8", "int8", "nf4"])
-def test_a_lora_trains_on_a_base_of_fewer_bits_and_goes_on_with_the_same_bits(train, tmp_path, precision):
+def test_a_lora_trains_on_a_base_of_fewer_bits_and_goes_on_with_the_same_bits(train, plain_run, tmp_path, precision):
     settings = {"base_precision": precision, "max_train_steps": 4, "checkpointing_steps": 2, "eval_clips": 1}
     folder = train(**settings)
     straight = lora_of(folder)
-    assert not same(straight, lora_of(train(**settings | {"base_precision": "stored"})))
+    assert not same(straight, lora_of(plain_run(**settings | {"base_precision": "stored"})))
     stopped = train(output=tmp_path / "two", **settings | {"max_train_steps": 2})
     train(output=stopped, resume_from_checkpoint="latest", **settings)
     assert same(straight, lora_of(stopped))
 
 
 @pytest.mark.slow
-def test_another_base_precision_is_another_run(train, tmp_path, capsys):
-    train(output=tmp_path / "out")
+def test_another_base_precision_is_another_run(train, plain_run, tmp_path, capsys):
+    shutil.copytree(plain_run(), tmp_path / "out")
     with pytest.raises(SystemExit) as stop:
         train(output=tmp_path / "out", resume_from_checkpoint="latest", base_precision="int8", max_train_steps=4)
     assert stop.value.code == 4
@@ -157,8 +159,8 @@ def test_another_base_precision_is_another_run(train, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_offloading_changes_no_bit(train):
-    assert same(lora_of(train()), lora_of(train(offload=True)))
+def test_offloading_changes_no_bit(train, plain_run):
+    assert same(lora_of(plain_run()), lora_of(train(offload=True)))
 
 
 @pytest.mark.slow

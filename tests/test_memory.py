@@ -292,7 +292,7 @@ def test_auto_of_the_tool_recomputes_no_more_than_has_to_be():
         assert room == 1 or parts["training"] <= room
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_step_of_the_whole_2b_runs_and_takes_what_is_predicted():
     """All 30 blocks in fp32, random weights, few latents: most of the time goes into the 226 text tokens."""
     config, shape = {"num_layers": 30}, (2, 16, 8, 8)

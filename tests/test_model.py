@@ -167,7 +167,7 @@ def test_a_broken_model_folder_names_the_file(tiny_model, tmp_path):
     (folder / "vae/diffusion_pytorch_model.safetensors").rename(folder / "vae/diffusion_pytorch_model.bin")
     problems = folder_of.check_model_folder(folder)
     assert any("transformer/diffusion_pytorch_model.safetensors: truncated" in problem for problem in problems)
-    assert any("pickled weights are not read" in problem for problem in problems)
+    assert any("pickled weights are unsupported" in problem for problem in problems)
     shutil.rmtree(folder / "text_encoder")
     assert any("no text_encoder/config.json" in problem for problem in folder_of.check_model_folder(folder))
 
@@ -296,8 +296,8 @@ def test_what_a_block_keeps_is_measured(tiny_model):
         (0, "2 of 2 blocks are recomputed, their attention too"),
     ],
 )
-def test_auto_takes_what_fits_and_trains_the_same_bits(train, monkeypatch, capsys, room, words):
-    straight = lora_of(train())
+def test_auto_takes_what_fits_and_trains_the_same_bits(train, plain_run, monkeypatch, capsys, room, words):
+    straight = lora_of(plain_run())
     capsys.readouterr()
     monkeypatch.setattr(rehearsal, "free_bytes", lambda device: room)
     monkeypatch.setattr(rehearsal, "kept_bytes", lambda block, args, kwargs: (100, 10))

@@ -83,9 +83,9 @@ def test_tensorboard_gets_the_numbers_and_the_videos_but_no_token(train, capfd):
 
 
 @pytest.mark.slow
-def test_logging_steps_average_what_lies_between(train):
+def test_logging_steps_average_what_lies_between(plain_run):
     def losses(**flags):
-        folder = train(max_train_steps=4, **flags)
+        folder = plain_run(max_train_steps=4, **flags)
         return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
     each, pairs = losses(), losses(logging_steps=2)
@@ -93,8 +93,8 @@ def test_logging_steps_average_what_lies_between(train):
 
 
 @pytest.mark.slow
-def test_an_earlier_run_is_not_written_over_unasked(train, capsys):
-    folder = train()
+def test_an_earlier_run_is_not_written_over_unasked(train, plain_run, tmp_path, capsys):
+    folder = shutil.copytree(plain_run(), tmp_path / "run")
     before = lora_of(folder)
     with pytest.raises(SystemExit) as stop:
         train(output=folder, seed=9)
@@ -164,14 +164,10 @@ def spoiled(folder, how):
         (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_model, six_clips, encodings):
+@pytest.fixture
+def finished(plain_run):
     """A run of two steps with a checkpoint after each."""
-    from tests.conftest import words
-
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    script.main(script.parse_args(words(tiny_model, six_clips, folder, encodings, checkpointing_steps=1)))
-    return folder
+    return plain_run(checkpointing_steps=1)
 
 
 HOW = ["cut", "a flipped bit", "a missing file", "no manifest", "half a manifest", "an empty folder", "a name that leaves the folder"]
@@ -191,10 +187,10 @@ def test_latest_takes_the_newest_whole_checkpoint_and_says_what_it_skipped(finis
         checkpoint.choose_checkpoint("checkpoint-2", folder)
 
 
-def test_latest_with_nothing_there_starts_at_step_0_and_says_so(train, capsys):
+def test_latest_with_nothing_there_starts_at_step_0_and_says_so(train, plain_run, capsys):
     folder = train(resume_from_checkpoint="latest")
     assert "starting at step 0" in capsys.readouterr().err
-    assert same(lora_of(folder), lora_of(train()))
+    assert same(lora_of(folder), lora_of(plain_run()))
 
 
 def test_a_named_checkpoint_has_to_be_there_and_is_found_by_its_full_path(finished, train, tmp_path, capsys):
@@ -243,10 +239,10 @@ def test_resuming_on_another_base_model_is_refused(finished, train, tmp_path, ti
     assert "the base model's transformer changed" in capsys.readouterr().err
 
 
-def test_resuming_with_flags_that_only_watch_or_move_things_is_allowed(finished, train, tmp_path):
+def test_resuming_with_flags_that_only_watch_or_move_things_is_allowed(finished, train, plain_run, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "run")
     train(output=folder, resume_from_checkpoint="latest", max_train_steps=3, checkpointing_steps=7, eval_clips=1, logging_steps=3)
-    assert same(lora_of(folder), lora_of(train(max_train_steps=3)))
+    assert same(lora_of(folder), lora_of(plain_run(max_train_steps=3)))
 
 
 def test_a_checkpoint_holds_no_pickle_and_its_files_follow_the_umask(finished):
@@ -377,11 +373,11 @@ def test_hub_flags_reach_the_hub_client(monkeypatch, tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_variant_loads_the_files_of_that_name(tiny_model, tmp_path, train):
+def test_a_variant_loads_the_files_of_that_name(tiny_model, tmp_path, train, plain_run):
     folder = shutil.copytree(tiny_model, tmp_path / "variant")
     for part, stem in (("transformer", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
         (folder / part / f"{stem}.safetensors").rename(folder / part / f"{stem}.fp16.safetensors")
-    assert same(lora_of(train(model=folder, variant="fp16")), lora_of(train()))
+    assert same(lora_of(train(model=folder, variant="fp16")), lora_of(plain_run()))
     with pytest.raises(SystemExit):
         train(model=folder)
 

@@ -64,8 +64,8 @@ def test_the_guides_settings_are_those_of_its_script():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--seeds", "0"], "--seeds 0: at least 1"),
-        (["--target", "2"], "--target 2.0: above 0 and below 1"),
+        (["--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["--target", "2"], "--target 2.0: must be above 0 and below 1"),
         (["--model", "nowhere"], "--model nowhere: no such folder"),
     ],
 )
@@ -77,8 +77,8 @@ def test_mistakes_are_told_before_anything_runs(words, sentence, capsys):
     assert sentence in told.err
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_the_command_trains_compares_and_does_not_train_again(tmp_path):
     some_clips(tmp_path / "old_film")
     words = ["--work_dir", tmp_path, "--seeds", 1, "--steps", 6, "--eval_steps", 3, "--target", 0.0001, "--json", tmp_path / "all.json"]

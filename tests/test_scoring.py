@@ -65,10 +65,10 @@ def test_the_base_is_the_model_with_the_lora_off_whatever_the_run_starts_from(tr
 
 
 @pytest.mark.slow
-def test_scoring_disturbs_nothing(train):
+def test_scoring_disturbs_nothing(train, plain_run):
     watched = train(max_train_steps=4, eval_clips=2, eval_steps=1, lora_dropout=0.3)
-    alone = train(max_train_steps=4, eval_clips=0, lora_dropout=0.3)
-    other = train(max_train_steps=4, eval_clips=0, lora_dropout=0.3, seed=1)
+    alone = plain_run(max_train_steps=4, lora_dropout=0.3)  # without scores, as all runs here
+    other = plain_run(max_train_steps=4, lora_dropout=0.3, seed=1)
     assert losses_of(watched) == losses_of(alone) != losses_of(other)
     assert same(lora_of(watched), lora_of(alone))
     assert len(scores_of(watched)) == 5
@@ -456,7 +456,7 @@ def test_the_size_of_the_update_is_that_of_the_products():
     assert scoring.update_share(model) == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_the_plot_has_what_was_scored(train):
+def test_the_plot_has_what_was_scored(train, with_plot):
     folder = train(eval_share=0.34, eval_clips=2, max_train_steps=2)
     assert os.path.getsize(folder / "loss.png") > 10_000
 

@@ -1,6 +1,7 @@
 """The whole script, in this process: what it writes, what it changes, and what it must not."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -46,8 +47,8 @@ def test_training_lowers_the_loss_on_fixed_noise_and_a_learning_rate_of_zero_doe
     assert end == start
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(train):
-    first, again, other = train(), train(), train(seed=43)
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(train, plain_run):
+    first, again, other = plain_run(), train(), plain_run(seed=43)
     assert same(lora_of(first), lora_of(again))
     assert not same(lora_of(first), lora_of(other))
     assert all(tensor.abs().max() > 0 for tensor in lora_of(first).values())
@@ -123,7 +124,7 @@ def test_the_file_says_how_to_use_it_and_carries_no_alpha(train):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 3, 4])
-def test_a_resumed_run_ends_with_the_same_bits_as_an_unbroken_one(train, stop):
+def test_a_resumed_run_ends_with_the_same_bits_as_an_unbroken_one(train, plain_run, tmp_path, stop):
     settings = {
         "gradient_accumulation_steps": 2,
         "lr_scheduler": "cosine",
@@ -131,10 +132,12 @@ def test_a_resumed_run_ends_with_the_same_bits_as_an_unbroken_one(train, stop):
         "lora_dropout": 0.2,
         "random_flip": True,
     }
-    straight = train(max_train_steps=6, checkpointing_steps=1, **settings)
-    broken = train(max_train_steps=6, checkpointing_steps=1, output=straight.parent / "broken", **settings)
+    straight = plain_run(max_train_steps=6, checkpointing_steps=1, **settings)
+    broken = shutil.copytree(straight, tmp_path / "broken")
+    (broken / "pytorch_lora_weights.safetensors").unlink()
     for step in range(stop + 1, 7):  # as if the run had ended here
         (broken / f"checkpoint-{step}" / "manifest.json").unlink()
+        (broken / f"checkpoint-{step}" / "optimizer.safetensors").unlink()
     train(max_train_steps=6, checkpointing_steps=1, resume_from_checkpoint=f"checkpoint-{stop}", output=broken, **settings)
     assert same(lora_of(straight), lora_of(broken))
     for name in ("optimizer.safetensors", "state.json"):
@@ -142,12 +145,12 @@ def test_a_resumed_run_ends_with_the_same_bits_as_an_unbroken_one(train, stop):
     lines = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (straight, broken)]
     exact = ("step", "loss", "grad_norm", "learning_rate")
     assert [[line[name] for name in exact] for line in lines[0]] == [[line[name] for name in exact] for line in lines[1]]
-    assert not same(lora_of(straight), lora_of(train(max_train_steps=6, seed=7, **settings)))
+    assert not same(lora_of(straight), lora_of(plain_run(max_train_steps=6, seed=7, **settings)))
 
 
 @pytest.mark.slow
-def test_resuming_a_finished_run_trains_nothing(train, capsys):
-    folder = train()
+def test_resuming_a_finished_run_trains_nothing(train, plain_run, tmp_path, capsys):
+    folder = shutil.copytree(plain_run(), tmp_path / "run")
     before = (folder / "pytorch_lora_weights.safetensors").read_bytes()
     train(output=folder, resume_from_checkpoint="latest")
     assert "already complete" in capsys.readouterr().err
@@ -155,8 +158,8 @@ def test_resuming_a_finished_run_trains_nothing(train, capsys):
 
 
 @pytest.mark.slow
-def test_validation_changes_no_bit_of_training(train):
-    plain = train(max_train_steps=4)
+def test_validation_changes_no_bit_of_training(train, plain_run):
+    plain = plain_run(max_train_steps=4)
     watched = train(max_train_steps=4, validation_prompt="a rabbit", validation_steps=1, eval_clips=3, checkpointing_steps=1)
     assert same(lora_of(plain), lora_of(watched))
 
@@ -173,18 +176,6 @@ def test_validation_with_the_same_seed_differs_only_by_the_lora(train):
     assert videos(moved, 4) != videos(moved, 0)
 
 
-def test_a_failing_validation_is_told_and_training_goes_on(train, monkeypatch, capsys):
-    from cogvideox import validation
-
-    def broken(*args, **kwargs):
-        raise RuntimeError("no memory for this video")
-
-    monkeypatch.setattr(validation, "sample_latents", broken)
-    folder = train(validation_prompt="a rabbit")
-    assert (folder / "pytorch_lora_weights.safetensors").exists()
-    assert "no memory for this video" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rotary_model", "temporal_patch_model"])
 def test_rotary_and_temporal_patch_models_train_and_validate(train, request, kind):
@@ -199,15 +190,15 @@ def test_rotary_and_temporal_patch_models_train_and_validate(train, request, kin
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_number_of_loader_workers_changes_nothing(train, workers):
-    assert same(lora_of(train(max_train_steps=3)), lora_of(train(max_train_steps=3, dataloader_num_workers=workers)))
+def test_the_number_of_loader_workers_changes_nothing(train, plain_run, workers):
+    assert same(lora_of(plain_run(max_train_steps=3)), lora_of(train(max_train_steps=3, dataloader_num_workers=workers)))
 
 
 @pytest.mark.slow
-def test_one_batch_of_two_trains_what_two_accumulated_batches_train(train):
-    batch = lora_of(train(train_batch_size=2, max_train_steps=4))
+def test_one_batch_of_two_trains_what_two_accumulated_batches_train(train, plain_run):
+    batch = lora_of(plain_run(train_batch_size=2, max_train_steps=4))
     accumulated = lora_of(train(gradient_accumulation_steps=2, max_train_steps=4))
-    single = lora_of(train(max_train_steps=4))
+    single = lora_of(plain_run(max_train_steps=4))
     worst = max((batch[name] - accumulated[name]).abs().max() for name in batch)
     assert worst < 1e-5
     assert max((batch[name] - single[name]).abs().max() for name in batch) > 100 * worst
