@@ -89,6 +89,15 @@ def try_writing(folder):
     (folder / ".write_test").unlink(missing_ok=True)
 
 
+def why_unwritable(folder):
+    """The system's reason why a folder cannot be made or written to, or None."""
+    try:
+        try_writing(folder)
+    except OSError as error:
+        return error.strerror
+    return None
+
+
 def key_of(*parts):
     """A hash of JSON-ready values, usable as a file name."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]

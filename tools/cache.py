@@ -52,7 +52,7 @@ def parse(words):
         "folder", nargs="?", default="~/.cache/cogvideox-encodings", help="as in --encoding_cache_dir (default: %(default)s)"
     )
     flag = flags.flag_group(parser, "prune")
-    flag("--older_than", None, "remove entries that no run has read for so many days, too", type=float, at_least=0)
+    flag("--older_than", None, "also remove entries that no run has read for so many days", type=float, at_least=0)
     return flags.parse(parser, words, check_flags)
 
 

@@ -230,6 +230,7 @@ def torment(options, clips, work, processes, chance, counts):
 def parse(words):
     """The checked flags. Ends with exit code 2 and all problems."""
     parser = flags.new_parser(__doc__)
+    parser.prog = "python -m tools.chaos"
     flag = flags.flag_group(parser, "chaos")
     flag("--strikes", 30, "strikes that hit a running process, on each training (one process, two processes)", at_least=1)
     flag("--steps", 400, "optimizer steps of the training", at_least=4)

@@ -72,6 +72,7 @@ def advice(clips, static, pairs):
 def main(words=None):
     """The command line."""
     parser = flags.new_parser(__doc__)
+    parser.prog = "python -m tools.check_dataset"
     parser.add_argument("root", nargs="?", help="the data folder; or --instance_data_root, or --dataset_name")
     parser.add_argument("--tokenizer", default=str(DEMO), help="model folder whose tokenizer counts (default: CogVideoX's own)")
     parser.add_argument("--sheet", default="contact_sheet.png", help="where the picture goes")

@@ -36,6 +36,7 @@ def usable(card):
 def parse(words):
     """(this tool's options, the trainer's flags, configs). Ends with exit code 2 and all problems where flags are wrong."""
     parser = flags.new_parser(__doc__)
+    parser.prog = "python -m tools.estimate"
     flag = flags.flag_group(parser, "estimate")
     flag("--preset", "2b", "a model whose configs are known here", choices=("2b", "5b"))
     flag("--model", None, "folder of another model, whose configs are read")

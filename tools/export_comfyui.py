@@ -79,6 +79,7 @@ def check(file, output):
 def main(words=None):
     """The command line."""
     parser = flags.new_parser(__doc__)
+    parser.prog = "python -m tools.export_comfyui"
     flag = flags.flag_group(parser, "export")
     flag("--lora", None, "folder of a run, its best/, a checkpoint-N/, or the .safetensors file", required=True)
     flag("--output", None, "the file to write, in ComfyUI's models/loras; an older one is replaced", required=True)

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 from cogvideox import flags
 from cogvideox.console import BAD_OUTPUT, fail, progress, say
-from cogvideox.files import file_sha256, read_json, try_writing, write_bytes
+from cogvideox.files import file_sha256, read_json, why_unwritable, write_bytes
 from cogvideox.folder import check_geometry, check_model_folder, find_model, read_facts, stored_dtype
 from cogvideox.launch import free
 from cogvideox.model import usable_dtype
@@ -39,6 +39,7 @@ GRID_WIDTH, GRID_HEIGHT, LABEL_HEIGHT = 1920, 2160, 18  # pixels; larger videos 
 def build_parser():
     """All flags."""
     parser = flags.new_parser(__doc__)
+    parser.prog = "python -m tools.generate"
     flag = flags.flag_group(parser, "videos")
     flag("--pretrained_model_name_or_path", None, "folder or hub id of the base model, such as THUDM/CogVideoX-2b", required=True)
     flag("--lora", None, "folder of a run, its best/, a checkpoint-N/, or the .safetensors file")
@@ -130,11 +131,8 @@ def parse(words):
         columns = [base] * (args.compare_base and base not in columns) + columns
     except ValueError as error:
         problems += str(error).split("\n")
-    try:
-        if not problems:
-            try_writing(args.output_dir)
-    except OSError as error:
-        problems.append(f"--output_dir {args.output_dir}: cannot be written to ({error.strerror})")
+    if not problems and (reason := why_unwritable(args.output_dir)):
+        problems.append(f"--output_dir {args.output_dir}: cannot be written to ({reason})")
     if problems:
         flags.refuse(parser, problems)
     return args, folder, columns

@@ -22,7 +22,7 @@ import torch
 
 from cogvideox import flags
 from cogvideox.console import BAD_OUTPUT, fail, progress
-from cogvideox.files import read_json, try_writing, write_bytes
+from cogvideox.files import read_json, why_unwritable, write_bytes
 from cogvideox.folder import COMPONENTS, TORCH_DTYPES, check_model_folder, find_model, safetensors_header, weight_files
 from cogvideox.sft import link_or_copy
 from tools.lora_file import check_fit, find_lora, load_pairs, read_layers
@@ -122,6 +122,7 @@ def check(base, target, lora, scale, bar):
 def parse(words):
     """(flags, model folder, LoRA file, its layers, weights of the base). Ends with exit code 2 and all problems."""
     parser = flags.new_parser(__doc__)
+    parser.prog = "python -m tools.merge"
     flag = flags.flag_group(parser, "merge")
     flag("--pretrained_model_name_or_path", None, "folder or hub id of the model that the LoRA was trained on", required=True)
     flag("--lora", None, "folder of a run, its best/, a checkpoint-N/, or the .safetensors file", required=True)
@@ -157,11 +158,8 @@ def parse(words):
         problems.append(str(error))
     if not args.overwrite and any(path.name != PARTIAL for path in args.output_dir.glob("*")):
         problems.append(f"--output_dir {args.output_dir}: is not empty; name another folder, or give --overwrite")
-    try:
-        if not problems:
-            try_writing(args.output_dir)
-    except OSError as error:
-        problems.append(f"--output_dir {args.output_dir}: cannot be written to ({error.strerror})")
+    if not problems and (reason := why_unwritable(args.output_dir)):
+        problems.append(f"--output_dir {args.output_dir}: cannot be written to ({reason})")
     if problems:
         flags.refuse(parser, problems)
     return args, folder, file, layers, base

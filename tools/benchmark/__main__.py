@@ -141,12 +141,12 @@ def build_parser():
         prog="python -m tools.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     subparsers = parser.add_subparsers(dest="what", required=True, metavar="|".join((*MEASUREMENTS, "quality")))
-    subparsers.add_parser("quality", help="steps and seconds to a held-out loss, by settings", add_help=False)  # has its own flags
     commands = {}
     for name, summary, *defaults in COMMANDS:
         commands[name] = subparsers.add_parser(name, help=summary, description=summary)
         add_shared_flags(name, commands[name].add_argument, *defaults)
     add_own_flags(commands)
+    subparsers.add_parser("quality", help="steps and seconds to a held-out loss, by settings", add_help=False)  # has its own flags
     for each in (parser, *commands.values()):
         each.error = functools.partial(end, each)
     return parser
