@@ -1,5 +1,6 @@
 """Validation, trackers, checkpoints, the model card and the hub: what a run leaves behind."""
 
+import gc
 import json
 import shutil
 import stat
@@ -99,6 +100,8 @@ def test_an_earlier_run_is_not_written_over_unasked(train, plain_run, tmp_path, 
     with pytest.raises(SystemExit) as stop:
         train(output=folder, seed=9)
     assert stop.value.code == 4
+    del stop
+    gc.collect()  # the traceback held the run's lock of its folder
     assert "--resume_from_checkpoint latest" in capsys.readouterr().err
     assert same(before, lora_of(folder))
     train(output=folder, seed=9, overwrite_output_dir=True, max_train_steps=1)
