@@ -82,11 +82,16 @@ def fail(code, problems):
 
 
 class LogFile:
-    """stderr for a progress bar without a terminal: every update is a new line."""
+    """stderr for a progress bar without a terminal: every new count is a line."""
+
+    def __init__(self):
+        self.count = ""
 
     def write(self, text):
-        if text := text.strip("\r\n "):
-            sys.stderr.write(text + "\n")
+        count = text.strip("\r\n ").partition("[")[0]  # "training:  10%|#         | 30/300 "
+        if count and count != self.count:
+            sys.stderr.write(text.strip("\r\n ") + "\n")
+            self.count = count
 
     def flush(self):
         sys.stderr.flush()

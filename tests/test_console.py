@@ -74,6 +74,9 @@ def test_a_bar_in_a_log_file_prints_a_line_every_30_seconds(capsys, monkeypatch)
     lines = capsys.readouterr().err.splitlines()
     steps = [int(re.search(r"(\d+)/100", line)[1]) for line in lines]
     assert steps == [0, 30, 60, 90, 100]
+    bar.refresh()
+    bar.close()
+    assert capsys.readouterr().err == ""  # the last count once
     assert all(line.startswith("training:") for line in lines)
     assert "loss 0.1" in lines[-1]
 
