@@ -221,9 +221,12 @@ def table_rows(path):
             for row in reader:
                 yield reader.line_num, row
     elif path.suffix == ".jsonl":
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # a caption may hold U+2028
             if line.strip():
-                yield number, json.loads(line)
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"line {number} is no object")
+                yield number, row
     elif path.suffix == ".parquet":
         try:
             import pyarrow.parquet

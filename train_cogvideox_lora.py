@@ -109,10 +109,10 @@ def build_parser():
 
     flag = flags.flag_group(parser, "optimizer and learning rate")
     flag("--optimizer", "adamw", "AdamW, Adam, Prodigy, AdamW8bit or Adam8bit, case-insensitive", type=str.lower, choices=OPTIMIZER_NAMES)
-    flag("--use_8bit_adam", False, "the same as --optimizer AdamW8bit or Adam8bit (needs bitsandbytes)")
+    flag("--use_8bit_adam", False, "the same as --optimizer AdamW8bit or Adam8bit (needs bitsandbytes)", free=True)
     flag("--lr_scheduler", "constant", "learning-rate schedule, in optimizer steps", choices=SCHEDULE_NAMES)
     flag("--lr_warmup_steps", 0, "optimizer steps of warm-up", at_least=0)
-    flag("--lr_num_cycles", 1, "restarts of cosine_with_restarts", at_least=1)
+    flag("--lr_num_cycles", 1, "cycles of cosine_with_restarts", at_least=1)
     flag("--lr_power", 1.0, "power of polynomial", at_least=0)
     flag("--scale_lr", False, "multiply the learning rate by the clips per step")
     flag("--max_grad_norm", 1.0, "clip the gradient norm to this (0: off)", at_least=0)
@@ -138,6 +138,10 @@ def build_parser():
 def check_flags(args):
     """Problems of the flags beyond their bounds, one sentence each. Fills in the defaults that depend on other flags."""
     problems = flags.check_data_flags(args)
+    if args.lr_warmup_steps and args.lr_scheduler == "constant":
+        problems.append(f"--lr_warmup_steps {args.lr_warmup_steps}: --lr_scheduler constant has no warm-up; use constant_with_warmup")
+    if args.learning_rate == 0 and args.optimizer == "prodigy":
+        problems.append("--learning_rate 0: Prodigy needs a learning rate above 0, usually 1")
     if args.training_type == "sft":
         for name, off in (("init_lora", None), ("lora_dropout", 0.0), ("base_precision", "stored"), ("offload", False)):
             if getattr(args, name) != off:
@@ -271,6 +275,7 @@ def train_step(args, trained, batches, compute_loss, step):
                 result.finite = math.isfinite(result.grad_norm)
                 if result.finite or accelerator.scaler:
                     optimizer.step()
+                if result.finite:
                     trained.update_average()
                 optimizer.zero_grad()
         result.losses.append(loss.detach())
@@ -392,7 +397,7 @@ def main(args):
     # Checkpoints, scores, metrics and videos; each is a no-op while its flag is off. The base model is scored before a checkpoint loads.
     run_facts = {"flags": flags.public_flags(args), "clips_per_step": plan.clips_per_step, **identities}
     checkpointer = checkpoint.Checkpointer(args, trained, run_facts, result_facts)
-    scorer = scoring.Scorer(args, trained, clip_losses, encodings, data, facts.scaling_factor, num_timesteps)
+    scorer = scoring.Scorer(args, trained, clip_losses, encodings, data, facts.scaling_factor, num_timesteps, tuple(identities.values()))
     # No random state to restore: clip, noise and timestep are functions of the seed and the position.
     first_step = checkpointer.load()
     meter = metrics.Meter(args, trained, plan, first_step)

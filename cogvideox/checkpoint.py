@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -342,10 +342,13 @@ def resume(args, trained, facts):
         fail(BAD_OUTPUT, problem)
     if path is None:
         return 0
+    problem = None
     try:
         load_checkpoint(path, trained)
     except BadCheckpoint as error:
-        fail(BAD_OUTPUT, str(error))
+        problem = str(error)
+    if problem := next((problem for problem in gather_object([problem]) if problem), None):
+        fail(BAD_OUTPUT, problem)
     say(f"resuming from {path}, step {step}")
     if trained.is_main:
         for aside in set_aside_newer(args.output_dir, step):

@@ -37,8 +37,9 @@ class Console(logging.Handler):
         stamp = time.strftime("%H:%M:%S ", time.localtime(record.created)) + f"[rank {rank()}] " if verbose else ""
         text = record.getMessage()
         start = len(text) - len(text.lstrip("\n"))  # keep blank lines before the prefix
-        tqdm.write(text[:start] + stamp + level + text[start:], file=sys.stderr)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # a terminal that was closed, or `tee` that was killed: the run continues
+            tqdm.write(text[:start] + stamp + level + text[start:], file=sys.stderr)
+            sys.stderr.flush()
 
 
 def configure(verbose=False):
@@ -90,8 +91,9 @@ class LogFile:
     def write(self, text):
         count = text.strip("\r\n ").partition("[")[0]  # "training:  10%|#         | 30/300 "
         if count and count != self.count:
-            sys.stderr.write(text.strip("\r\n ") + "\n")
             self.count = count
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(text.strip("\r\n ") + "\n")
 
     def flush(self):
         sys.stderr.flush()

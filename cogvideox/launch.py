@@ -1,5 +1,6 @@
 """Starting a run: processes, the output folder, barriers."""
 
+import errno
 import os
 import platform
 import re
@@ -20,7 +21,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from diffusers.training_utils import free_memory
 from filelock import FileLock, Timeout
 
-from cogvideox.console import BAD_FLAGS, BAD_OUTPUT, fail, say
+from cogvideox.console import BAD_FLAGS, BAD_OUTPUT, fail, say, warn
 from cogvideox.files import LORA_FILE, try_writing
 
 # Their bars show short loads; ours show hours of work.
@@ -105,10 +106,14 @@ def lock_folder(folder):
 
     Returns None on a file system without locks. Raises Timeout if another run holds the lock, OSError if the folder is not writable.
     """
-    lock = FileLock(Path(folder) / ".lock", timeout=0)
+    # Its soft locks would survive a killed process, and keep a requeued job out.
+    lock = FileLock(Path(folder) / ".lock", timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
-    except NotImplementedError:
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        warn(f"--output_dir {folder}: its file system has no locks ({error.strerror}); do not start a second run there")
         return None
     return lock
 

@@ -4,21 +4,21 @@
 # shellcheck source=cogvideox/cluster.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 
-# pass_signals_as SIGNAL COMMAND...: runs the command, forwards SIGTERM, SIGINT and SIGUSR1 to it as SIGNAL, and returns its exit
-# code. `received` then holds the names of the received signals, such as " USR1 TERM".
+# pass_signals_as SIGNAL COMMAND...: runs the command, forwards SIGTERM, SIGINT, SIGHUP and SIGUSR1 to it as SIGNAL, and returns
+# its exit code. `received` then holds the names of the received signals, such as " USR1 TERM".
 #
 # accelerate needs SIGTERM: it forwards SIGTERM to the trainer, which finishes its step, saves and exits within 30 seconds. SIGUSR1
-# (Slurm's warning) would kill accelerate and leave the trainer running, so accelerate is started with SIGUSR1 ignored.
+# (Slurm's warning) and SIGHUP (a closed terminal) would kill accelerate itself, so accelerate is started with both ignored.
 pass_signals_as() {
   local signal=$1 name
   shift
   received="" running=""
-  for name in TERM INT USR1; do
+  for name in TERM INT HUP USR1; do
     # shellcheck disable=SC2064  # expand the names now
     trap "received+=' $name'; signal_running $signal" "$name"
   done
   {
-    [[ "$signal" == USR1 ]] || trap '' USR1
+    [[ "$signal" == USR1 ]] || trap '' USR1 HUP
     exec "$@"
   } &
   running=$!

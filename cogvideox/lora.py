@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from diffusers import CogVideoXPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
@@ -122,12 +123,13 @@ def load_exported(transformer, path):
 
 
 def load_initial(transformer, path):
-    """Load the LoRA of another run (--init_lora). Returns the problem as a sentence, or None."""
+    """Load the LoRA of another run (--init_lora). Returns the first problem of any rank as a sentence, or None. A collective."""
+    problem = None
     try:
         load_exported(transformer, path)
     except ValueError as error:
-        return f"--init_lora {path}: {error}"
-    return None
+        problem = f"--init_lora {path}: {error}"
+    return next((problem for problem in gather_object([problem]) if problem), None)
 
 
 def export(transformer, live, stored_dtype=None):

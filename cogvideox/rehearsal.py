@@ -208,7 +208,7 @@ def free_bytes(device):
     return available
 
 
-def report(args, seconds, peak, checkpoint_mib, total_steps, device, trained):
+def report(args, seconds, peak, checkpoint_mib, total_steps, device, num_trained):
     """Print the rehearsal's measurements and the run's needs. Returns a problem, or None."""
     kept = -(-total_steps // args.checkpointing_steps)
     kept = min(kept, args.checkpoints_total_limit + 1) if args.checkpoints_total_limit else kept
@@ -216,7 +216,7 @@ def report(args, seconds, peak, checkpoint_mib, total_steps, device, trained):
     capacity = f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f}" if device.type == "cuda" else ""
     say(
         f"rehearsal: {seconds:.2f} seconds per step, {total_steps * seconds / 3600:.2f} hours for {total_steps} steps without validation; "
-        f"peak {peak:.2f}{capacity} GiB; {trained / 1e6:.2f} M trainable parameters;\n"
+        f"peak {peak:.2f}{capacity} GiB; {num_trained / 1e6:.2f} M trainable parameters;\n"
         f"           {checkpoint_mib:.1f} MiB per checkpoint, {kept * checkpoint_mib:.0f} MiB for {kept} of them, {free:.0f} MiB free"
     )
     if checkpoint_mib * 1.5 > free:

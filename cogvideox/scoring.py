@@ -4,7 +4,6 @@ The training loss is mostly noise: every step draws other clips, noise and times
 a run differ only by the training in between.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from torch.utils.data import default_collate
 
 from cogvideox import report
 from cogvideox.console import progress, say, timed
-from cogvideox.files import read_json_lines
+from cogvideox.files import key_of, read_json_lines
 from cogvideox.launch import free
 from cogvideox.lora import lora_modules
 from cogvideox.validation import undisturbed
@@ -189,17 +188,20 @@ class Scorer:
     """Scores fixed clips on fixed noise at every checkpoint, with every validation, and every --eval_steps.
 
     Create it before a checkpoint is loaded: it scores the base model, unless a resumed run finds that score in metrics.jsonl.
-    clip_losses: (model, batch) -> the loss of each clip. Every rank calls every method and scores its share.
+    clip_losses: (model, batch) -> the loss of each clip. run_identity: hashes of the encoded clips and of the base model. Every rank
+    calls every method and scores its share.
     """
 
-    def __init__(self, args, trained, clip_losses, encodings, data, scaling_factor, num_train_timesteps):
+    def __init__(self, args, trained, clip_losses, encodings, data, scaling_factor, num_train_timesteps, run_identity=()):
         self.args, self.trained, self.clip_losses, self.encodings = args, trained, clip_losses, encodings
         self.noise, self.num_train_timesteps = (args.seed, scaling_factor, num_train_timesteps), num_train_timesteps
         self.output_dir, self.captions = Path(args.output_dir), [record.caption for record in data.records]
         self.sets = {"train": spread(data.trained, args.eval_clips), "held_out": spread(data.held_out, args.eval_clips)}
-        contents = "".join(data.clips[clip]["sha256"] for clips in self.sets.values() for clip in clips)
+        # Only scores of the same model, clips, captions and noise compare.
+        settings = [*run_identity, args.seed, args.base_precision, args.mixed_precision]
+        settings += [(data.clips[clip]["sha256"], self.captions[clip]) for clips in self.sets.values() for clip in clips]
         self.clips = {name: len(clips) for name, clips in self.sets.items()}
-        self.clips["sha256"] = hashlib.sha256(contents.encode()).hexdigest()[:12]  # only scores of the same clips are comparable
+        self.clips["sha256"] = key_of(settings)[:12]
         self.lines, self.watched = [], None
         self.base = base_of(self.earlier_lines()) if args.resume_from_checkpoint else None
         if args.eval_clips and not self.base:

@@ -1,7 +1,8 @@
 """Stopping early without losing work: signals, the launcher's death, out of memory, the status file.
 
-The first SIGTERM, SIGINT or SIGUSR1 (Slurm's warning) sets a flag: the run finishes the current step or clip, all ranks stop
-together, a checkpoint is written, and the exit code is 128 + the signal's number. A second signal kills the process at once.
+The first SIGTERM, SIGINT, SIGHUP (a closed terminal) or SIGUSR1 (Slurm's warning) sets a flag: the run finishes the current
+step or clip, all ranks stop together, a checkpoint is written, and the exit code is 128 + the signal's number. A second signal
+kills the process at once.
 torch is imported inside functions, because `end_with_launcher` runs before the flags are parsed.
 """
 
@@ -40,9 +41,10 @@ def listen(output_dir=None):
     output_dir: the folder of `status.json` if the run is stopped before training.
     """
     received["output_dir"] = output_dir
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):  # Windows has no SIGUSR1
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), note)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):  # Windows has not all of them
+        number = getattr(signal, name, None)
+        if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup: a hang-up is ignored
+            signal.signal(number, note)
 
 
 def note(number, frame):

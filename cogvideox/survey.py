@@ -7,6 +7,7 @@ clips are checked once, not at every start.
 import functools
 import importlib.util
 import json
+import platform
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -126,7 +127,11 @@ def survey_clips(records, framing, seed, cache, readers, show_progress=True):
             facts[number] = {"reason": record.reason, "path": record.path}
             continue
         own = clip_framing(record, framing, seed)
-        content = hash_file(record.path, cache)
+        try:
+            content = hash_file(record.path, cache)
+        except OSError as error:  # the main process saw the file: another machine may not
+            facts[number] = {"reason": f"cannot be read on {platform.node()} ({error.strerror})", "path": record.path}
+            continue
         known = cache / "surveys" / f"{survey_key(content, own)}.json"
         try:
             facts[number] = read_json(known)

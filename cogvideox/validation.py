@@ -27,7 +27,9 @@ def undisturbed(transformer):
     was_training = transformer.training
     transformer.eval()
     try:
-        with torch.random.fork_rng(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        device = next(transformer.parameters()).device
+        generators = [device] if device.type == "cuda" else []  # of all GPUs by default, with a warning
+        with torch.random.fork_rng(generators), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         transformer.train(was_training)

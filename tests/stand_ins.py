@@ -31,6 +31,8 @@ FLAGS = {
     "use_dynamic_cfg": False,
     "fps": 8,
     "seed": 42,
+    "base_precision": "stored",
+    "mixed_precision": "no",
 }
 
 

@@ -196,7 +196,7 @@ def start_listener(tmp_path, script):
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "examples/finetune_sft.sh"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_the_scripts_pass_each_signal_on_as_sigterm_and_end_with_the_launchers_exit_code(tmp_path, script, number):
     process = start_listener(tmp_path, script)
     process.send_signal(number)

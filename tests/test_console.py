@@ -2,12 +2,13 @@
 
 import logging
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from cogvideox import console
+from cogvideox import console, stopping
 from tests.conftest import ROOT
 
 
@@ -94,3 +95,29 @@ def test_nothing_heavy_is_imported_for_messages_and_flags():
     code = "import sys; import cogvideox.console, cogvideox.flags, cogvideox.stopping; print({'torch', 'numpy', 'diffusers'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert found.stdout.strip() == "set()"
+
+
+def test_a_closed_terminal_costs_messages_and_not_the_run(monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+        def flush(self):
+            raise OSError(5, "Input/output error")
+
+        def isatty(self):
+            return False
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    console.say("nobody reads this")
+    assert list(console.progress(range(3), "training")) == [0, 1, 2]
+
+
+def test_a_hang_up_is_noted_unless_nohup_has_the_process_ignore_it(monkeypatch):
+    for before, noted in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+        handlers = {signal.SIGHUP: before}
+        monkeypatch.setattr(signal, "getsignal", handlers.get)
+        monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+        stopping.listen()
+        assert (handlers[signal.SIGHUP] == stopping.note) == noted
+        assert handlers[signal.SIGTERM] == stopping.note

@@ -1,7 +1,9 @@
 """Data folders: pairs that never shift, every fault named at once, frames by time."""
 
+import dataclasses
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import train_cogvideox_lora as script
 from cogvideox import survey
 from cogvideox.decode import BadClip, Framing, choose_frames, exact_scale, fit, longest_legal_length, read_clip, source_box
 from cogvideox.files import read_json
+from cogvideox.reader import Readers
 from dataset import read_records
 from tests.conftest import lora_of, same, words
 
@@ -378,3 +381,26 @@ def test_a_random_crop_depends_on_the_seed_and_the_file_alone(six_clips):
     assert places == [survey.clip_framing(r, wide, 1).crop_x for r in records]
     assert len(set(places)) > 3
     assert places != [survey.clip_framing(r, wide, 2).crop_x for r in records]
+
+
+def test_a_caption_in_a_json_table_may_hold_a_line_separator_and_a_row_is_an_object(six_clips, tmp_path):
+    for name in ("04.mp4", "05.mp4"):
+        (tmp_path / name).symlink_to(six_clips / "videos" / name)
+    rows = [{"text": "a rabbit\u2028in the grass", "video": "04.mp4"}, {"text": "a squirrel", "video": "05.mp4"}]
+    table = tmp_path / "metadata.jsonl"
+    table.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    records, problems, _ = read_records(tmp_path, allow_external_paths=True)
+    assert problems == []
+    assert [record.caption for record in records] == ["a rabbit in the grass", "a squirrel"]
+    table.write_text('["no", "object"]\n')
+    assert "line 1 is no object" in read_records(tmp_path)[1][0]
+
+
+def test_a_file_that_only_another_machine_sees_is_named_with_the_machine(six_clips, tmp_path):
+    records, _, _ = read_records(six_clips)
+    framing = survey.Framing(8.0, 5, ((32, 48),))
+    gone = dataclasses.replace(records[0], path=str(tmp_path / "not here.mp4"))
+    with Readers(1) as readers:
+        found = survey.survey_clips([gone, records[1]], framing, 42, tmp_path, readers, show_progress=False)
+    assert re.fullmatch(r"cannot be read on \S+ \(No such file or directory\)", found[0]["reason"])
+    assert "reason" not in found[1]

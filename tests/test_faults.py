@@ -63,7 +63,7 @@ def wait_for(condition, seconds=90):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "launch"),
-    [(signal.SIGINT, "python"), (signal.SIGTERM, "forked"), (signal.SIGUSR1, "forked")],
+    [(signal.SIGINT, "python"), (signal.SIGTERM, "forked"), (signal.SIGHUP, "forked"), (signal.SIGUSR1, "forked")],
 )
 def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
     forked, plain_run, tiny_model, six_clips, encodings, tmp_path, number, launch

@@ -199,6 +199,8 @@ WRONG = [
     ({"adam_beta2": 1}, "--adam_beta2 1"),
     ({"checkpoints_total_limit": 0}, "--checkpoints_total_limit 0"),
     ({"fps": 0}, "--fps 0"),
+    ({"lr_warmup_steps": 5}, "--lr_warmup_steps 5: --lr_scheduler constant has no warm-up"),
+    ({"optimizer": "prodigy", "learning_rate": 0}, "--learning_rate 0: Prodigy"),
     ({"optimizer": "sgd"}, "--optimizer: invalid choice: 'sgd'"),
     ({"lr_scheduler": "cosinus"}, "--lr_scheduler: invalid choice"),
     ({"gradient_checkpointing": "some"}, "--gradient_checkpointing some"),

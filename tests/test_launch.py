@@ -1,5 +1,6 @@
 """The launchers: python, torchrun, accelerate launch, the shipped scripts, the guide's command; one process and two."""
 
+import errno
 import json
 import os
 import shlex
@@ -242,3 +243,19 @@ def test_a_bad_folder_prints_sentences_and_no_traceback(forked, clips, tiny_mode
     assert output.rstrip().splitlines()[-1].startswith("ERROR[3]: videos.txt:3: videos/05.mp4: empty file")
     assert "Traceback" not in output
     assert set(os.listdir(tmp_path / "out")) == {".lock", "dataset.json", "dataset_report.txt"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS])
+def test_a_file_system_without_locks_is_used_with_a_warning(number, tmp_path, monkeypatch, capsys):
+    from cogvideox import launch
+
+    def refuse(self):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(launch.FileLock, "_acquire_native", refuse)
+    if number == errno.EROFS:
+        with pytest.raises(OSError, match="Read-only"):
+            launch.lock_folder(tmp_path)
+        return
+    assert launch.lock_folder(tmp_path) is None
+    assert "its file system has no locks" in capsys.readouterr().err

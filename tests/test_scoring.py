@@ -226,11 +226,11 @@ def loss_of_weight(model, batch):
     return model.trained.mean().expand(len(batch["latents"]))
 
 
-def scorer_of(output_dir, trained=None, saves=(), videos=(), held_out=2, **flags):
+def scorer_of(output_dir, trained=None, saves=(), videos=(), held_out=2, run_identity=(), **flags):
     """A scorer of a new run. saves, videos: the steps at which a checkpoint and videos are due. Returns (scorer, watcher)."""
     trained, data = trained or make_trained(), clips_of(4, held_out)
     args = flags_of(output_dir, **{"eval_clips": 2} | flags)
-    scorer = scoring.Scorer(args, trained, loss_of_weight, Noise(), data, 1.0, 1000)
+    scorer = scoring.Scorer(args, trained, loss_of_weight, Noise(), data, 1.0, 1000, run_identity)
     watcher = Watcher(saves)
     scorer.begin(watcher, watcher, SimpleNamespace(is_due=lambda step, last=False: step in videos))
     return scorer, watcher
@@ -505,3 +505,17 @@ def test_captions_are_swapped_at_the_first_and_the_last_score_of_enough_clips(tr
     assert between is None
     assert last != first
     assert len(last) == 2
+
+
+@pytest.mark.parametrize(
+    ("identity", "flags", "scored_again"), [(("model",), {}, False), (("other",), {}, True), (("model",), {"seed": 1}, True)]
+)
+def test_the_base_of_another_model_or_other_noise_is_scored_again(identity, flags, scored_again, tmp_path, monkeypatch):
+    scorer, _ = scorer_of(tmp_path, run_identity=("model",))
+    line = scoring.line_of(0, scorer.base, scorer.base, scorer.clips, None, [], 1000)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    asked, score_base = [], scoring.base_score
+    monkeypatch.setattr(scoring, "base_score", lambda *args: asked.append(1) or score_base(*args))
+    resumed, _ = scorer_of(tmp_path, run_identity=identity, resume_from_checkpoint="latest", **flags)
+    assert bool(asked) == scored_again
+    assert (resumed.earlier_lines() == []) == scored_again

@@ -1,6 +1,9 @@
 """The whole script, in this process: what it writes, what it changes, and what it must not."""
 
+import contextlib
+import itertools
 import json
+import math
 import shutil
 
 import pytest
@@ -8,7 +11,9 @@ import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors import safe_open
 
+import train_cogvideox_lora as script
 from tests.conftest import lora_of, same
+from tests.stand_ins import OneProcess, flags_of, make_trained
 
 
 def test_a_run_writes_exactly_these_files(train):
@@ -228,3 +233,25 @@ def test_a_step_is_logged_then_saved_then_scored_then_shown(train, monkeypatch):
     assert order[:6] == ["base", "load", "score 0", "report", "videos 0", "report"]
     assert order[6:13] == ["loss 1", "loss 2", "save 2", "score 2", "report", "videos 2", "report"]
     assert order[13:] == ["loss 3", "save 3", "score 3", "report", "videos 3", "report", "report"]
+
+
+@pytest.mark.parametrize(("norm", "moved"), [(1.0, True), (math.inf, False)])
+def test_a_step_that_fp16_skips_does_not_move_the_average(norm, moved, tmp_path):
+    class Scaled(OneProcess):
+        scaler, sync_gradients, gradient_accumulation_steps = object(), True, 1
+
+        def accumulate(self, model):
+            return contextlib.nullcontext()
+
+        def backward(self, loss):
+            loss.backward()
+
+        def clip_grad_norm_(self, parameters, most):
+            return torch.tensor(norm)
+
+    trained = make_trained(Scaled(), ema_decay=0.5)
+    args = flags_of(tmp_path, max_grad_norm=1.0)
+    batch = {"position": torch.zeros(1), "timestep": torch.zeros(1)}
+    outcome = script.train_step(args, trained, itertools.repeat(batch), lambda model, batch: model.trained.sum(), 1)
+    assert outcome.finite == moved
+    assert (trained.average.optimization_step == 1) == moved
