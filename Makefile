@@ -51,7 +51,7 @@ test-kinds: setup
 quick: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not long"
 
-# A real training under sixty random kills and full disks; ends with the weights of an undisturbed one.
+# A real training under random kills and full disks; ends with the weights of an undisturbed one.
 chaos: demo/tiny_model/model_index.json
 	$(BIN)/python -m tools.chaos
 
