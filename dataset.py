@@ -61,7 +61,7 @@ def list_eval_clips(args):
     if not records and not problems:
         problems = ["contains no clips"]
     records = [replace(record, where=f"--eval_data_root {record.where}") for record in records]
-    return records, [f"--eval_data_root: {problem}" for problem in problems]
+    return records, [f"--eval_data_root: {problem.removeprefix('--instance_data_root ')}" for problem in problems]
 
 
 def read_hub_dataset(args):

@@ -58,7 +58,7 @@ def build_parser():
     flag = flags.flag_group(parser, "training")
     flag("--num_train_epochs", 10, "passes over the clips, unless --max_train_steps is given", at_least=1, free=True)
     flag("--max_train_steps", None, "optimizer steps (default: from --num_train_epochs)", type=int, at_least=1, free=True)
-    flag("--learning_rate", None, "peak learning rate (default: 5e-4; sft: 1e-5; Prodigy: 1; the guide: 1e-4)", type=float, at_least=0)
+    flag("--learning_rate", None, "peak learning rate (default: 5e-4; sft: 1e-5; Prodigy: 1; the scripts: 1e-4)", type=float, at_least=0)
     flag("--train_batch_size", 1, "clips per batch and process", at_least=1, free=True)
     flag("--gradient_accumulation_steps", 1, "batches per optimizer step", at_least=1, free=True)
     flag("--mixed_precision", None, "compute precision; trained weights are fp32 (default: as stored)", choices=PRECISION_NAMES)
@@ -69,7 +69,7 @@ def build_parser():
     flag("--rank", 128, "rank of the LoRA matrices; 64 or above for new concepts", at_least=1)
     flag("--lora_alpha", None, "the LoRA is scaled by alpha / rank (default: equal to --rank)", type=float, above=0)
     flag("--lora_dropout", 0.0, "dropout on the LoRA's input", at_least=0, below=1)
-    flag("--target_modules", DEFAULT_TARGETS, "linear layers that get a LoRA, by name suffix", nargs="+", type=str)
+    flag("--target_modules", DEFAULT_TARGETS, "linear layers that get a LoRA, by name suffix (default: to_q to_k to_v to_out.0)", nargs="+", type=str)
     flag("--init_lora", None, "start from this LoRA file or folder, of the same rank and targets", free=True)
 
     flag = flags.flag_group(parser, "validation")

@@ -142,7 +142,7 @@ def test_wrong_data_is_told_before_a_model_loads(train, capsys, what):
     with pytest.raises(SystemExit) as stop:
         train(**flags)
     assert stop.value.code == 3
-    assert ("--eval_data_root" if what == "missing" else "clips for training") in capsys.readouterr().err
+    assert ("--eval_data_root: /nowhere: no such folder" if what == "missing" else "clips for training") in capsys.readouterr().err
 
 
 @pytest.mark.slow
