@@ -69,7 +69,7 @@ def build_parser():
     flag("--rank", 128, "rank of the LoRA matrices; 64 or above for new concepts", at_least=1)
     flag("--lora_alpha", None, "the LoRA is scaled by alpha / rank (default: equal to --rank)", type=float, above=0)
     flag("--lora_dropout", 0.0, "dropout on the LoRA's input", at_least=0, below=1)
-    flag("--target_modules", DEFAULT_TARGETS, "linear layers that get a LoRA, by name suffix (default: to_q to_k to_v to_out.0)", nargs="+", type=str)
+    flag("--target_modules", DEFAULT_TARGETS, "LoRA layers, by name suffix (default: to_q to_k to_v to_out.0)", nargs="+", type=str)
     flag("--init_lora", None, "start from this LoRA file or folder, of the same rank and targets", free=True)
 
     flag = flags.flag_group(parser, "validation")
