@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -24,6 +25,9 @@ from tests.forked import ForkServer
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 shortcuts.take()
+# Under nohup, or in the background of a shell, these are ignored, and the programs that tests start would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # With a file's tests on one worker (--dist loadfile), a long file that comes last leaves the other workers without work.
