@@ -197,7 +197,6 @@ def charts_of(lines):
                 ("base model", "one base", points_of(lines, "eval_train_base_loss")),
                 ("held-out clips", "two", points_of(lines, "eval_held_out_loss")),
                 ("base model on them", "two base", points_of(lines, "eval_held_out_base_loss")),
-                ("fixed clips", "one", points_of(lines, "fixed_loss")),
             ],
             mark=(best, f"best step: {best:.0f}") if best is not None else None,
         ),

@@ -15,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cogvideox import engine, lora, report, sft
 from cogvideox.console import BAD_OUTPUT, fail, say, timed, warn
 from cogvideox.files import file_sha256, read_json, write_durably, write_tensors
+from cogvideox.launch import problem_of_any_rank
 
 FORMAT = 1
 RESULTS = {"lora": lora, "sft": sft}  # --training_type: the module that builds the trained model and exports it
@@ -347,7 +348,7 @@ def resume(args, trained, facts):
         load_checkpoint(path, trained)
     except BadCheckpoint as error:
         problem = str(error)
-    if problem := next((problem for problem in gather_object([problem]) if problem), None):
+    if problem := problem_of_any_rank(problem):
         fail(BAD_OUTPUT, problem)
     say(f"resuming from {path}, step {step}")
     if trained.is_main:

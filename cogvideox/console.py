@@ -89,11 +89,12 @@ class LogFile:
         self.count = ""
 
     def write(self, text):
-        count = text.strip("\r\n ").partition("[")[0]  # "training:  10%|#         | 30/300 "
+        line = text.strip("\r\n ")
+        count = line.partition("[")[0]  # "training:  10%|#         | 30/300 "
         if count and count != self.count:
             self.count = count
             with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write(text.strip("\r\n ") + "\n")
+                sys.stderr.write(line + "\n")
 
     def flush(self):
         sys.stderr.flush()

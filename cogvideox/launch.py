@@ -168,6 +168,11 @@ def remove_earlier_run(output_dir, logging_dir):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
+def problem_of_any_rank(problem):
+    """The first rank's problem that is not None, the same on every rank. A collective."""
+    return next((problem for problem in gather_object([problem]) if problem), None)
+
+
 def folders_not_shared(accelerator, folders):
     """A sentence for each (flag, folder) that some rank does not share with rank 0. Every rank calls it."""
     names = [None]

@@ -5,7 +5,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from diffusers import CogVideoXPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save
 
 from cogvideox.engine import trained_state, trained_weights, write_trained
 from cogvideox.files import LORA_FILE, write_durably
+from cogvideox.launch import problem_of_any_rank
 from cogvideox.model import load_transformer
 
 # Shared interface with sft.py: the result's name and files, and the file of the trained weights.
@@ -129,7 +129,7 @@ def load_initial(transformer, path):
         load_exported(transformer, path)
     except ValueError as error:
         problem = f"--init_lora {path}: {error}"
-    return next((problem for problem in gather_object([problem]) if problem), None)
+    return problem_of_any_rank(problem)
 
 
 def export(transformer, live, stored_dtype=None):

@@ -26,7 +26,6 @@ MOST_STEPS, MOST_VIDEOS = 16, 160  # columns, and players: browsers limit how ma
 SHEET_MIB = 8
 MOST_CLIPS = 200
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
-DERIVED_FLAGS = {"prompts", "bucket_sizes", "bucket_lengths", "hub_token"}  # copies of other flags, and the secret
 SETTINGS = {
     "num_frames": "frames",
     "width": "pixels wide",
@@ -66,7 +65,7 @@ def run_facts(flags, facts, defaults=None):
     flags, defaults: {name: value}; the report shows which differ. facts: the names of `hub.NO_FACTS`, for the card, and device,
     processes, engine and total_steps. Tokens and the home folder's path are removed.
     """
-    flags = {name: value for name, value in flags.items() if name not in DERIVED_FLAGS}
+    flags = {name: value for name, value in flags.items() if name != "hub_token"}
     defaults = {name: value for name, value in (defaults or {}).items() if name in flags}
     record = {"started": time.time(), "flags": flags, "defaults": defaults, "versions": versions(), "facts": dict(facts)}
     return hub.without_secrets(record)

@@ -176,7 +176,7 @@ def state_of(folder):
 
 @pytest.fixture(scope="session")
 def trained_runs():
-    """The plain runs of this session: flags -> (folder, its state)."""
+    """The plain runs so far: flags -> (folder, its state)."""
     return {}
 
 

@@ -18,25 +18,18 @@ def losses_of(folder):
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
 
 
+def really_run(*command, timeout=200):
+    """Run a program that is started, not forked, to its end; its messages are in `stdout`."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.run(command, cwd=ROOT, env=environment(), timeout=timeout, **pipes)
+
+
 @pytest.mark.slow
 def test_two_forked_processes_write_the_bits_of_two_that_accelerate_started(forked, tiny_model, six_clips, tmp_path):
     flags = {"max_train_steps": 4, "checkpointing_steps": 2, "validation_prompt": "a rabbit:::a bird"}
     config = ["--config_file", "accelerate_config_machine_multi.yaml", "--num_processes", "2", "--main_process_port", str(free_port())]
-    started = subprocess.run(
-        [
-            "accelerate",
-            "launch",
-            *config,
-            "train_cogvideox_lora.py",
-            *words(tiny_model, six_clips, tmp_path / "real", tmp_path / "cache of real", **flags),
-        ],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=200,
-    )
+    line = words(tiny_model, six_clips, tmp_path / "real", tmp_path / "cache of real", **flags)
+    started = really_run("accelerate", "launch", *config, "train_cogvideox_lora.py", *line)
     assert started.returncode == 0, started.stdout[-3000:]
     assert "process 1 of 2" in started.stdout
     for name, seed in (("forked", 42), ("other", 43)):
@@ -54,15 +47,7 @@ def test_two_forked_processes_write_the_bits_of_two_that_accelerate_started(fork
 
 def test_a_forked_process_has_the_exit_code_and_the_messages_of_a_real_one(forked, tiny_model, six_clips, tmp_path):
     line = words(tiny_model, six_clips, tmp_path / "out", tmp_path / "cache", rank=0)
-    real = subprocess.run(
-        [sys.executable, "train_cogvideox_lora.py", *line],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60,
-    )
+    real = really_run(sys.executable, "train_cogvideox_lora.py", *line, timeout=60)
     assert forked.run(line) == ([real.returncode], real.stdout)
     assert real.returncode == 2
     assert "ERROR[2]: --rank 0" in real.stdout
