@@ -89,8 +89,10 @@ class Meter:
         self.since_log, self.waited, self.logged_step, self.losses = now, 0.0, step, []
 
     def log(self, line):
-        """Write a line to metrics.jsonl and its numbers to the trackers."""
+        """Write a line to metrics.jsonl and its numbers to the trackers, some of which reject a step below the last one."""
         self.file.write(line)
+        if line["step"] < self.logged_step:
+            return
         numbers = {name: value for name, value in line.items() if name != "step" and isinstance(value, (int, float))}
         self.trained.accelerator.log(numbers, step=line["step"])
 

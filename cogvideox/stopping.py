@@ -75,12 +75,37 @@ def stop_requested_anywhere(device):
     return int(number)
 
 
+@contextlib.contextmanager
+def interruptible(module):
+    """In the block, every forward pass of a module raises InterruptedError once a signal has requested a stop.
+
+    For work of minutes that consists of many passes, such as the VAE's tiles: the launcher kills a process 30 seconds after a signal.
+    """
+
+    def look(*_):
+        if stop_requested():
+            raise InterruptedError("a signal requested a stop")
+
+    handle = module.register_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def exit_if_requested():
     """End this process if it received a signal. Call it where all work is on disk."""
     if number := stop_requested():
         if received["output_dir"] and rank() == 0:
             write_status(received["output_dir"], 128 + number, f"stopped by {signal.Signals(number).name} before training", None)
         raise SystemExit(128 + number)
+
+
+def exit_if_requested_anywhere(device):
+    """`exit_if_requested` on every rank if any rank received a signal. A collective."""
+    if number := stop_requested_anywhere(device):
+        received["signal"] = number
+    exit_if_requested()
 
 
 def write_status(output_dir, code, reason, step, checkpoint=None, **more):
