@@ -195,7 +195,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 
-from cogvideox import base_model, checkpoint, engine, hub, lora, memory, metrics, rehearsal, report, scoring, stopping, validation
+from cogvideox import base_model, checkpoint, engine, hub, lora, memory, metrics, price, rehearsal, report, scoring, stopping, validation
 from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, configure, fail, say, timed, warn
 from cogvideox.encodings import encode_data
 from cogvideox.folder import PRECISIONS, open_model, stored_precision
@@ -397,30 +397,39 @@ def main(args):
     with memory_explained("in the rehearsal of one step at the largest shape"), timed("rehearsal"):
         batch = clips.largest_batch(plan, data.clips, args.train_batch_size)
         measured = rehearsal.rehearse(args, trained, result_facts, batch, compute_loss, train_step)
-    if problem := rehearsal.report(args, *measured, plan.total_steps, device, num_trained):
+    if problem := rehearsal.report(args, measured, plan.total_steps, device, num_trained):
         fail(BAD_OUTPUT, problem)
+
+    # Checkpoints, scores and videos; each is a no-op while its flag is off.
+    run_facts = {"flags": flags.public_flags(args), "clips_per_step": plan.clips_per_step, **identities}
+    checkpointer = checkpoint.Checkpointer(args, trained, run_facts, result_facts)
+    base_identity = base_model.identity_of(args, identities["transformer"], scheduler, device)
+    vae = functools.partial(load_vae, folder, device, args.variant, args.enable_slicing, args.enable_tiling)
+    validator = validation.Validator(args, trained, scheduler, encodings, vae, data.most_common_shape(), plan, base_identity)
+    scorer = scoring.Scorer(
+        args, trained, clip_losses, encodings, data, facts.scaling_factor, num_timesteps, tuple(identities.values()), base_identity
+    )
+    scorer.follow(checkpointer, validator)
+    say_price = functools.partial(
+        price.say_price_of, args, plan, measured, transformer, folder, facts, batch["latents"].shape[1:], accelerator.num_processes,
+        (checkpointer, scorer, validator),
+    )  # fmt: skip
     if args.dry_run:
+        say_price(first_step=0)
         say("--dry_run: nothing was trained")
         accelerator.end_training()
         return
 
-    # Checkpoints, scores, metrics and videos; each is a no-op while its flag is off.
-    run_facts = {"flags": flags.public_flags(args), "clips_per_step": plan.clips_per_step, **identities}
-    checkpointer = checkpoint.Checkpointer(args, trained, run_facts, result_facts)
-    base_identity = base_model.identity_of(args, identities["transformer"], scheduler, device)
-    scorer = scoring.Scorer(
-        args, trained, clip_losses, encodings, data, facts.scaling_factor, num_timesteps, tuple(identities.values()), base_identity
-    )
-    # No random state to restore: clip, noise and timestep are functions of the seed and the position.
+    # Resume, if asked. No random state to restore: clip, noise and timestep are functions of the seed and the position.
+    scorer.score_what_training_changes()
     first_step = checkpointer.load()
     meter = metrics.Meter(args, trained, plan, first_step)
-    vae = functools.partial(load_vae, folder, device, args.variant, args.enable_slicing, args.enable_tiling)
-    validator = validation.Validator(args, trained, scheduler, encodings, vae, data.most_common_shape(), plan, base_identity)
+    scorer.begin(meter)
     preview = Preview(args, trained, data, encodings, vae)
-    scorer.begin(meter, checkpointer, validator)
     guard = metrics.NonFiniteGuard(args, trained, plan.clip_of, data.records, checkpointer)
     metrics.start_trackers(args, accelerator, run_facts)
     say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, num_parameters)
+    say_price(first_step=first_step)
     run = report.describe_run(args, accelerator, engine.engine_of(accelerator), plan, data, validator.settings, num_trained)
     if is_main and (problem := report.write_run_facts(output_dir, run)):
         warn(problem)

@@ -31,9 +31,9 @@ def identity_of(args, transformer_identity, scheduler, device):
     if args.init_lora:
         path = Path(args.init_lora)
         initial = file_sha256(path / LORA_FILE if path.is_dir() else path)
-    noise = type(scheduler).__name__, dict(scheduler.config)
+    noise = type(scheduler).__name__, {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     precision = args.training_type, args.base_precision, args.mixed_precision
-    return key_of(VERSION, diffusers.__version__, transformer_identity, initial, repr(noise), precision, device.type)
+    return key_of(VERSION, diffusers.__version__, transformer_identity, initial, noise, precision, device.type)
 
 
 @contextlib.contextmanager

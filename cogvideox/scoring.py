@@ -185,8 +185,7 @@ def percent(share):
 class Scorer:
     """Scores fixed clips on fixed noise at every checkpoint, with every validation, and every --eval_steps.
 
-    The base model's score comes from metrics.jsonl (of a resumed run) or the cache, and is otherwise computed: with the first score,
-    or at once where training changes the base's weights, so create a Scorer before a checkpoint is loaded.
+    The base model's score comes from metrics.jsonl (of a resumed run) or the cache, and is otherwise computed with the first score.
     clip_losses: (model, batch) -> the loss of each clip. run_identity: hashes of the encoded clips and of the base model.
     base_identity: `base_model.identity_of`. Every rank calls every method and scores its share.
     """
@@ -203,14 +202,10 @@ class Scorer:
         self.clips["sha256"] = key_of(settings)[:12]
         entries = [[(encodings.clip_keys[clip], encodings.prompt_keys[clip]) for clip in clips] for clips in self.sets.values()]
         self.base_key = key_of("base score", base_identity, BANDS, *self.noise, entries)
-        self.lines, self.watched = [], None
+        self.lines, self.meter, self.checkpointer, self.validator = [], None, None, None
         self.base = base_of(self.earlier_lines()) if args.resume_from_checkpoint else None
         if args.eval_clips and not self.base:
             self.base = self.stored_base()
-        if args.eval_clips and not self.base and not base_model.stays_available(args, trained.transformer):
-            with trained.full_model() as full_model:
-                self.base = self.score_base(full_model)
-            exit_if_requested_anywhere(trained.device)
 
     def stored_base(self):
         """The base model's score in the cache, the same on all ranks, or None."""
@@ -230,9 +225,20 @@ class Scorer:
         lines = evaluations(read_json_lines(self.output_dir / "metrics.jsonl"), self.clips) if self.trained.is_main else None
         return broadcast_object_list([lines])[0]
 
-    def begin(self, meter, checkpointer, validator):
+    def follow(self, checkpointer, validator):
+        """Score whenever these two are due."""
+        self.checkpointer, self.validator = checkpointer, validator
+
+    def score_what_training_changes(self):
+        """Score the base model now if a step or a checkpoint changes its weights, so call it before either."""
+        if self.args.eval_clips and not self.base and not base_model.stays_available(self.args, self.trained.transformer):
+            with self.trained.full_model() as full_model:
+                self.base = self.score_base(full_model)
+            exit_if_requested_anywhere(self.trained.device)
+
+    def begin(self, meter):
         """Start scoring, after the checkpoint is loaded and metrics.jsonl is truncated to its step."""
-        self.watched, self.lines = (meter, checkpointer, validator), self.earlier_lines()
+        self.meter, self.lines = meter, self.earlier_lines()
 
     def score(self, transformer, with_gap=True):
         """The function `score` on this run's clips."""
@@ -252,9 +258,8 @@ class Scorer:
         """Whether the clips are scored after this step."""
         if not self.args.eval_clips:
             return False
-        _, checkpointer, validator = self.watched
         by_steps = self.args.eval_steps and step % self.args.eval_steps == 0
-        return bool(by_steps) or checkpointer.is_due(step, last) or validator.is_due(step, last)
+        return bool(by_steps) or self.checkpointer.is_due(step, last) or self.validator.is_due(step, last)
 
     def offer(self, step, last=False):
         """Score and log if due, and export the weights with the lowest held-out loss so far to best/."""
@@ -275,7 +280,7 @@ class Scorer:
             return  # a signal requested a stop
         line = self.log(step, now, share)
         if line["best_step"] == step:
-            self.watched[1].save_best(step)
+            self.checkpointer.save_best(step)
         self.trained.barrier()
         if self.trained.is_main:
             report.refresh(self.output_dir)
@@ -284,7 +289,7 @@ class Scorer:
         """Log one score. Returns its line of metrics.jsonl."""
         line = line_of(step, scores, self.base, self.clips, share, self.lines, self.num_train_timesteps)
         self.lines.append(line)
-        self.watched[0].log(line)
+        self.meter.log(line)
         say(sentence_of(line))
         return line
 

@@ -192,7 +192,10 @@ class Validator:
         count, at_once = len(self.args.prompts), self.args.validation_prompts_at_once
         if step in (0, self.plan.total_steps) or not at_once or at_once >= count:
             return self.jobs
-        turn = sum(is_due(past, self.plan.clips_per_step, self.plan.epoch_clips, self.args) for past in range(1, step))
+        if self.args.validation_steps:
+            turn = step // self.args.validation_steps
+        else:
+            turn = step * self.plan.clips_per_step // (self.plan.epoch_clips * max(1, self.args.validation_epochs))
         chosen = {(turn * at_once + number) % count for number in range(at_once)}
         return [job for job in self.jobs if job["prompt"] in chosen]
 
