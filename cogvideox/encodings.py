@@ -46,7 +46,11 @@ def identify(folder, part, cache, variant=None):
         return known["identity"], getattr(torch, known["dtype"])
     dtype = stored_dtype(folder, part, variant) if files else torch.float32
     files = files or sorted(p for p in (Path(folder) / part).iterdir() if p.is_file())
-    value = key_of(config, [(file.name, hash_file(file, cache)) for file in files])
+    hashes = []
+    for file in files:
+        exit_if_requested()  # 10 GB take half a minute
+        hashes.append((file.name, hash_file(file, cache)))
+    value = key_of(config, hashes)
     content = json.dumps({"identity": value, "dtype": str(dtype).removeprefix("torch.")}).encode()
     if not note.exists() or note.read_bytes() != content:
         write_bytes(note, content)

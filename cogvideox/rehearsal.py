@@ -21,6 +21,7 @@ from cogvideox.flags import public_flags
 from cogvideox.launch import peak_memory_gib
 from cogvideox.model import checkpoint_blocks
 from cogvideox.report import run_facts
+from cogvideox.stopping import exit_if_requested
 from cogvideox.video import read_video, write_video
 
 
@@ -59,6 +60,7 @@ def rehearse(args, trained, result_facts, batch, compute_loss, train_step):
             started = time.perf_counter()
             finite, tries = False, 0
             while not finite and tries < 20:  # fp16's scaler starts high, and halves its scale after an overflow
+                exit_if_requested()
                 outcome = train_step(args, live, itertools.repeat(batch), timed_loss, 0)
                 finite, tries = outcome.finite or not accelerator.scaler, tries + 1
             synchronize(device)

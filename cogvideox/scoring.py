@@ -15,7 +15,7 @@ from cogvideox.console import progress, say, timed
 from cogvideox.files import key_of, read_json_lines
 from cogvideox.launch import free
 from cogvideox.lora import lora_modules
-from cogvideox.stopping import exit_if_requested_anywhere, stop_requested, stop_requested_anywhere
+from cogvideox.stopping import exit_if_requested_anywhere, stop_noticed, stop_requested_anywhere
 from cogvideox.validation import undisturbed
 from dataset import TrainingClips
 
@@ -57,7 +57,7 @@ def score(accelerator, transformer, losses, encodings, sets, captions, seed, sca
     with undisturbed(transformer):
         mine = range(accelerator.process_index, len(jobs), accelerator.num_processes)
         for number in progress(mine, "scoring", unit="clip", leave=False, delay=3, disable=not accelerator.is_main_process):
-            if stop_requested():
+            if stop_noticed():
                 break
             _, clip, other, band = jobs[number]
             source = TrainingClips(WithCaptionOf(encodings, other), None, f"{seed}/fixed/{band}", scaling_factor, num_train_timesteps)

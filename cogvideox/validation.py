@@ -18,7 +18,7 @@ from cogvideox.console import say, timed, warn
 from cogvideox.files import key_of, write_bytes
 from cogvideox.launch import free
 from cogvideox.model import decode_latents
-from cogvideox.stopping import interruptible, stop_requested
+from cogvideox.stopping import interruptible, raise_if_noticed
 from cogvideox.video import contact_sheet, read_video, write_video
 
 
@@ -71,14 +71,8 @@ def sampler_of(scheduler, name):
 
 def stop_sampling_if_requested(pipeline, step, timestep, tensors):
     """Abort a video when a signal requests a stop; the loop then saves."""
-    raise_if_requested()
+    raise_if_noticed()
     return tensors
-
-
-def raise_if_requested():
-    """Raise InterruptedError if a signal requested a stop."""
-    if stop_requested():
-        raise InterruptedError("a signal requested a stop")
 
 
 def validate(folder, jobs, rank, world_size, transformer, scheduler, embeddings, load_vae, device, fps, settings):
@@ -92,7 +86,7 @@ def validate(folder, jobs, rank, world_size, transformer, scheduler, embeddings,
     with undisturbed(transformer):
         for job in jobs[rank::world_size]:
             try:
-                raise_if_requested()
+                raise_if_noticed()
                 latents.append(
                     (job, sample_latents(transformer, scheduler, prompts[job["prompt"]], negative, job["seed"], device, **settings))
                 )

@@ -311,3 +311,26 @@ def test_a_signal_ends_decoding_between_two_passes_of_the_decoder(monkeypatch):
             decoder(1)
     decoder(1)  # the hook is gone
     assert len(passes) == 3
+
+
+def test_a_signal_to_one_rank_is_noticed_by_the_others_without_a_collective(monkeypatch):
+    monkeypatch.setitem(stopping.received, "signal", 0)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        shared = torch.distributed.distributed_c10d._get_default_store()
+        assert stopping.stop_noticed() == 0
+        shared.set("stop", "15")  # what another rank leaves
+        assert stopping.stop_noticed() == 15
+        with pytest.raises(InterruptedError, match="SIGTERM"):
+            stopping.raise_if_noticed()
+        with pytest.raises(SystemExit) as ended:
+            stopping.exit_if_requested()
+        assert ended.value.code == 128 + 15
+        shared.delete_key("stop")
+        assert stopping.stop_noticed() == 0
+        stopping.received["signal"] = 10
+        assert stopping.stop_noticed() == 10
+        assert shared.get("stop") == b"10"  # and it leaves its own
+    finally:
+        torch.distributed.destroy_process_group()
