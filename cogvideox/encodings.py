@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -236,10 +237,11 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
 def plan_encodings(args, folder, facts, data, captions, cache, device):
     """The keys of all captions and clips, and which are missing. Returns problems as sentences, and raises none."""
     remember_survey(data.clips, cache)
-    text_identity, text_dtype = identify(folder, "text_encoder", cache, args.variant)
-    vae_identity, vae_dtype = identify(folder, "vae", cache, args.variant)
-    tokenizer_identity, _ = identify(folder, "tokenizer", cache)
-    transformer_identity, _ = identify(folder, "transformer", cache, args.variant)
+    parts = {"text_encoder": args.variant, "vae": args.variant, "tokenizer": None, "transformer": args.variant}
+    with timed("hash the model's files"), ThreadPoolExecutor() as threads:  # hashing releases Python's lock
+        found = dict(zip(parts, threads.map(lambda part: identify(folder, part, cache, parts[part]), parts), strict=True))
+    (text_identity, text_dtype), (vae_identity, vae_dtype) = found["text_encoder"], found["vae"]
+    tokenizer_identity, transformer_identity = found["tokenizer"][0], found["transformer"][0]
     text = (key_of(text_identity, tokenizer_identity), usable_dtype(text_dtype, device), facts.max_text_seq_length)
     vae = (vae_identity, usable_dtype(vae_dtype, device), args.enable_slicing, args.enable_tiling)
     keys = {caption: caption_key(caption, *text) for caption in captions}

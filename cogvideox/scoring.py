@@ -234,6 +234,7 @@ class Scorer:
         if self.args.eval_clips and not self.base and not base_model.stays_available(self.args, self.trained.transformer):
             with self.trained.full_model() as full_model:
                 self.base = self.score_base(full_model)
+                del full_model  # a copy is freed at the end of the block
             exit_if_requested_anywhere(self.trained.device)
 
     def begin(self, meter):
