@@ -194,7 +194,7 @@ from cogvideox.launch import (
     claim_output_dir,
     holds_earlier_run,
     patient_barrier_maker,
-    peak_memory_gib,
+    peak_memory_text,
     remove_earlier_run,
     start_processes,
 )
@@ -381,7 +381,7 @@ def main(args):
     # Rehearsal: an error of the first save or video shows up in the first minute, not after ten hours.
     result_facts = kind.facts(args, transformer) | {"trigger": args.id_token or "", "example_prompt": data.records[0].caption}
     memory_explained = functools.partial(
-        stopping.explained_memory, blocks=len(transformer.transformer_blocks), peak=lambda: peak_memory_gib(device),
+        stopping.explained_memory, blocks=len(transformer.transformer_blocks), peak=lambda: peak_memory_text(device),
         sharded=engine.splits_weights(accelerator),
     )  # fmt: skip
     with memory_explained("in the rehearsal of one step at the largest shape"), timed("rehearsal"):

@@ -217,6 +217,18 @@ def peak_memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def peak_memory_text(device, peak=None):
+    """The peak as text. On a GPU also what torch reserved, which other programs and the driver see; tensors do not fill all of it.
+
+    peak: GiB, as `peak_memory_gib` returned it earlier (default: now).
+    """
+    text = f"{peak_memory_gib(device) if peak is None else peak:.2f} GiB"
+    if device.type != "cuda":
+        return text
+    reserved, total = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+    return f"{text} in tensors, {reserved / 2**30:.2f} reserved, of {total / 2**30:.1f}"
+
+
 def free(device):
     """Release the memory of a deleted model."""
     free_memory()

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cogvideox import engine, hub
 from cogvideox.console import BAD_OUTPUT, fail, say, warn
 from cogvideox.flags import public_flags
-from cogvideox.launch import peak_memory_gib
+from cogvideox.launch import peak_memory_gib, peak_memory_text
 from cogvideox.model import checkpoint_blocks
 from cogvideox.report import run_facts
 from cogvideox.video import read_video, write_video
@@ -31,9 +31,10 @@ def rehearse(args, trained, result_facts, batch, compute_loss, train_step):
     (seconds per optimizer step, peak GiB, MiB per checkpoint).
     """
     accelerator, device = trained.accelerator, trained.device
-    fit_to_memory(args, trained, lambda: compute_loss(trained.model, {name: value.to(device) for name, value in batch.items()}))
     live = dataclasses.replace(trained, average=None)
     with undone(args, trained):
+        create_optimizer_states(trained)  # before the memory is measured: every step but the first runs beside them
+        fit_to_memory(args, trained, lambda: compute_loss(trained.model, {name: value.to(device) for name, value in batch.items()}))
         for _ in range(2 if args.dry_run else 1):
             started = time.perf_counter()
             finite, tries = False, 0
@@ -60,7 +61,8 @@ def undone(args, trained):
     it changes the weights even if a warm-up starts at 0.
     """
     accelerator, parameters, deepspeed = trained.accelerator, trained.parameters, engine.uses_deepspeed(trained.accelerator)
-    weights = [engine.read_weight(p).cpu() if deepspeed else p.detach().clone() for p in parameters]
+    # In host memory: beside the model, a second copy of all weights would take memory that training has.
+    weights = [(engine.read_weight(p) if deepspeed else engine.local(p.detach())).to("cpu", copy=True) for p in parameters]
     groups = [dict(group) for group in trained.optimizer.param_groups]
     schedule, scaler = copy.deepcopy(trained.schedule.state_dict()), accelerator.scaler and accelerator.scaler.state_dict()
     accelerator.gradient_accumulation_steps = 1
@@ -70,7 +72,7 @@ def undone(args, trained):
     accelerator.gradient_accumulation_steps, accelerator.step = args.gradient_accumulation_steps, 0
     with torch.no_grad():
         for parameter, value in zip(parameters, weights, strict=True):
-            engine.write_weight(parameter, value) if deepspeed else parameter.copy_(value)
+            engine.write_weight(parameter, value) if deepspeed else engine.local(parameter).copy_(value)
     if deepspeed:
         engine.load_optimizer_state(trained.optimizer, parameters, {"state": {}, "param_groups": groups})
     else:
@@ -81,6 +83,21 @@ def undone(args, trained):
     trained.schedule.load_state_dict(schedule)
     if scaler:
         accelerator.scaler.load_state_dict(scaler)
+
+
+def create_optimizer_states(trained):
+    """Have the optimizer allocate its states, by a step with gradients of zero. Call it inside `undone`.
+
+    An optimizer allocates them in its first step, after the peak of the first backward pass: that the second step does not fit
+    would show only then. DeepSpeed's are there from the start.
+    """
+    if engine.uses_deepspeed(trained.accelerator):
+        return
+    for parameter in trained.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    engine.inner_optimizer(trained.optimizer).step()  # not accelerate's, whose fp16 scaler has no scale yet
+    for parameter in trained.parameters:
+        parameter.grad = None
 
 
 def checkpoint_mebibytes(args, trained):
@@ -197,10 +214,15 @@ def kept_bytes(block, args, kwargs):
 
 
 def free_bytes(device):
-    """Free bytes: on a GPU, beyond the peak since its last reset; on a CPU, of this machine or container."""
+    """Free bytes: on a GPU, beyond the peak since its last reset; on a CPU, of this machine or container.
+
+    What torch has reserved on the GPU is free where no tensor lies, except between the tensors of one segment, where a larger
+    tensor does not fit and which cannot be given back.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+        gaps = torch.cuda.memory_stats(device).get("inactive_split_bytes.all.peak", 0)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device) - gaps
     available = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and limit.read_text().strip().isdecimal():
@@ -213,10 +235,9 @@ def report(args, seconds, peak, checkpoint_mib, total_steps, device, num_trained
     kept = -(-total_steps // args.checkpointing_steps)
     kept = min(kept, args.checkpoints_total_limit + 1) if args.checkpoints_total_limit else kept
     free = shutil.disk_usage(args.output_dir).free / 2**20
-    capacity = f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f}" if device.type == "cuda" else ""
     say(
         f"rehearsal: {seconds:.2f} seconds per step, {total_steps * seconds / 3600:.2f} hours for {total_steps} steps without validation; "
-        f"peak {peak:.2f}{capacity} GiB; {num_trained / 1e6:.2f} M trainable parameters;\n"
+        f"peak {peak_memory_text(device, peak)}; {num_trained / 1e6:.2f} M trainable parameters;\n"
         f"           {checkpoint_mib:.1f} MiB per checkpoint, {kept * checkpoint_mib:.0f} MiB for {kept} of them, {free:.0f} MiB free"
     )
     if checkpoint_mib * 1.5 > free:
