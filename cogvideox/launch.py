@@ -29,6 +29,18 @@ diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
 
+def use_deterministic_algorithms(wanted):
+    """Have torch, cuDNN and cuBLAS use kernels that give the same bits each time, or any. Call it before a GPU starts.
+
+    torch then raises RuntimeError for an operation that has no such kernel; the trainer uses none.
+    """
+    if wanted and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and only shows who reads such memory
+    torch.backends.cudnn.benchmark = False  # it would choose kernels by their time
+
+
 def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minutes):
     """Create the Accelerator, check the number of processes, and print each process and its device.
 

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cogvideox import engine, hub
+from cogvideox import attention, engine, hub
 from cogvideox.console import BAD_OUTPUT, fail, say, warn
 from cogvideox.flags import public_flags
 from cogvideox.launch import peak_memory_gib, peak_memory_text
@@ -31,6 +31,7 @@ def rehearse(args, trained, result_facts, batch, compute_loss, train_step):
     (seconds per optimizer step, peak GiB, MiB per checkpoint).
     """
     accelerator, device = trained.accelerator, trained.device
+    attention.settle(args, trained, batch)
     live = dataclasses.replace(trained, average=None)
     with undone(args, trained):
         create_optimizer_states(trained)  # before the memory is measured: every step but the first runs beside them
