@@ -1,6 +1,5 @@
 """Attention kernels: the chosen one runs everywhere, auto takes the fastest that is exact, deterministic runs."""
 
-import json
 import os
 from types import SimpleNamespace
 
@@ -9,6 +8,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 import train_cogvideox_lora as script
 from cogvideox import attention, engine, model
@@ -62,6 +62,24 @@ def test_the_chosen_kernel_runs_forward_in_recomputation_and_backward(tiny_model
     for ours, true in zip(flash[0], exact[0], strict=True):
         torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-5 * largest.item())
     assert not all(torch.equal(a, b) for a, b in zip(flash[0], exact[0], strict=True))
+
+
+ATEN = torch.ops.aten
+
+
+@pytest.mark.parametrize(
+    ("operation", "saved"),
+    [
+        (ATEN._scaled_dot_product_flash_attention.default, True),  # FlashAttention 3 takes the place of this one
+        (ATEN._scaled_dot_product_efficient_attention.default, True),
+        (ATEN._scaled_dot_product_cudnn_attention.default, True),
+        (ATEN._scaled_dot_product_flash_attention_for_cpu.default, True),
+        (ATEN.mm.default, False),
+        (ATEN.native_layer_norm.default, False),
+    ],
+)
+def test_selective_checkpointing_saves_every_kernels_output(operation, saved):
+    assert (model.keep_attention_outputs(None, operation) == CheckpointPolicy.MUST_SAVE) == saved
 
 
 @pytest.mark.slow
@@ -194,12 +212,9 @@ def test_kernels_are_compared_with_the_exact_result(dtype, monkeypatch):
 
 def test_a_kernel_that_fails_is_not_taken(monkeypatch):
     measured = attention.measure(["flash", "cudnn"], CPU, torch.float32, (1, 2, 64, 16))
-    assert measured["cudnn"] == (float("inf"), float("inf"))
+    assert measured["cudnn"] == attention.FAILED
     assert attention.pick(measured, torch.float32)[0] == "flash"
     assert attention.pick(measured, torch.float32)[1].endswith("; cudnn failed")
-
-
-INFINITE = (float("inf"), float("inf"))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +230,7 @@ INFINITE = (float("inf"), float("inf"))
         ({"flash": (0.041, 0.004), "cudnn": (0.024, 0.004)}, False, "flash", "attention: flash, 41.0 ms forward and backward; cudnn 24.0"),
         ({"efficient": (1.5, 0.004)}, True, "efficient", "attention: efficient, 1500.0 ms forward and backward"),
         ({"flash": (0.041, float("nan"))}, True, "default", "attention: torch's default; flash 41.0 (differs by nan %, not used)"),
-        ({"flash": INFINITE}, True, "default", "attention: torch's default; flash failed"),
+        ({"flash": attention.FAILED}, True, "default", "attention: torch's default; flash failed"),
         ({}, True, "default", "attention: torch's default"),
     ],
 )
@@ -284,6 +299,7 @@ def test_on_a_cpu_auto_measures_and_says_nothing(tiny_model, monkeypatch, capsys
 # --deterministic
 
 
+@pytest.mark.slow
 def test_deterministic_runs_use_only_deterministic_algorithms_and_end_with_the_same_bits(train, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
     seen, real = [], script.velocity_loss
@@ -310,20 +326,39 @@ def test_deterministic_runs_use_only_deterministic_algorithms_and_end_with_the_s
     assert seen[-1][0] is False
 
 
-def test_torch_refuses_a_kernel_without_a_deterministic_backward_pass(monkeypatch):
-    """What torch does for cuDNN on a GPU, with a stand-in: `usable` asks torch, so it needs no list of its own."""
-    real = attention.attend
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def without_determinism(backend, *tensors, attend=attention.attend):
+    """A stand-in for cuDNN: torch refuses it where only deterministic algorithms may run."""
+    if backend == "cudnn" and torch.are_deterministic_algorithms_enabled():
+        raise RuntimeError("No available kernel. Aborting execution.")
+    return attend("math" if backend == "cudnn" else backend, *tensors)
+
+
+def test_a_kernel_that_torch_refuses_in_a_deterministic_run_is_not_usable(monkeypatch, deterministic):
+    monkeypatch.setattr(attention, "attend", without_determinism)
+    assert attention.usable(CPU, torch.float32, 16) == ["flash", "math"]
+    torch.use_deterministic_algorithms(False)
+    assert attention.usable(CPU, torch.float32, 16) == ["flash", "cudnn", "math"]
+
+
+def test_a_kernel_with_other_bits_in_another_pass_is_not_taken_in_a_deterministic_run(monkeypatch, deterministic):
+    calls, real = [], attention.attend
 
     def attend(backend, *tensors):
-        if backend == "cudnn" and torch.are_deterministic_algorithms_enabled():
-            raise RuntimeError("No available kernel. Aborting execution.")
-        return real("math" if backend == "cudnn" else backend, *tensors)
+        calls.append(backend)
+        output, *gradients = real("math", *tensors)
+        return output, gradients[0] * (1 + 1e-6 * len(calls) * (backend == "efficient")), *gradients[1:]
 
     monkeypatch.setattr(attention, "attend", attend)
-    assert attention.usable(CPU, torch.float32, 16) == ["flash", "cudnn", "math"]
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert attention.usable(CPU, torch.float32, 16) == ["flash", "math"]
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert json.dumps(attention.usable(CPU, torch.float32, 16)) == '["flash", "cudnn", "math"]'
+    measured = attention.measure(["efficient", "flash"], CPU, torch.float32, (1, 2, 64, 16))
+    assert measured["efficient"] == attention.FAILED
+    assert attention.pick(measured, torch.float32)[0] == "flash"
+    torch.use_deterministic_algorithms(False)
+    measured = attention.measure(["efficient", "flash"], CPU, torch.float32, (1, 2, 64, 16))
+    assert attention.FAILED not in measured.values()
