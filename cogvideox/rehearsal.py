@@ -153,23 +153,28 @@ def fit_to_memory(args, trained, loss):
 def fit_checkpointing(accelerator, transformer, step):
     """Recompute as few blocks as fit in the free memory. step: runs a forward and a backward pass at the largest shape.
 
-    Runs the step with every block recomputed, which needs the least memory, and measures the memory left free and the memory
-    that one block would keep. 15 % of the free memory stay unused, for fragmentation and other programs. Every rank calls it,
-    and all use the plan of the rank with the least free memory.
+    Measures the memory that one block would keep. Unless all blocks fit twice, runs the step with every block recomputed, which needs
+    the least memory, and measures the memory left free: 15 % of it stay unused, for fragmentation and other programs. Every rank
+    calls it, and all use the plan of the rank with the least free memory.
     """
-    blocks, inputs = transformer.transformer_blocks, []
-    handle = blocks[-1].register_forward_pre_hook(lambda block, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True)
-    if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(accelerator.device)
-    step()
-    handle.remove()
-    room = free_bytes(accelerator.device)
+    blocks, device, processes = transformer.transformer_blocks, accelerator.device, accelerator.num_processes
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    args, kwargs = first_inputs(blocks[0], step)
     with accelerator.autocast():
-        kept, attention = kept_bytes(blocks[-1], *inputs[0])
-    inputs.clear()
-    if accelerator.device.type == "cpu":  # the step's own memory is free again, and was not subtracted
-        room = room / max(1, accelerator.num_processes) - 2 * kept
-    plan = max(gather_object([fewest_recomputed(len(blocks), kept, attention, 0.85 * room)]), key=lambda plan: (plan[0], not plan[1]))
+        kept, attention = kept_bytes(blocks[0], args, kwargs)
+    room = free_bytes(device) / (1 if device.type == "cuda" else processes)
+    gradients = sum(weight.nbytes for weight in transformer.parameters() if weight.requires_grad)
+    plan = 0, True
+    # In its backward pass a block takes about as much again as it keeps; the other layers take less than three more blocks.
+    if not all(gather_object([2 * ((len(blocks) + 4) * kept + gradients) <= room])):
+        checkpoint_blocks(transformer, len(blocks), False)
+        step()
+        room = free_bytes(device)
+        if device.type == "cpu":  # the step's own memory is free again, and was not subtracted
+            room = room / processes - 2 * kept
+        plans = gather_object([fewest_recomputed(len(blocks), kept, attention, 0.85 * room)])
+        plan = max(plans, key=lambda plan: (plan[0], not plan[1]))
     checkpoint_blocks(transformer, *plan)
     recomputed, keep_attention = plan
     attention_note = "" if recomputed == 0 else ", except attention" if keep_attention else ", including attention"
@@ -177,6 +182,26 @@ def fit_checkpointing(accelerator, transformer, step):
         f"gradient checkpointing: {recomputed} of {len(blocks)} blocks are recomputed{attention_note} "
         f"(a block keeps {kept / 2**20:.0f} MiB; {room / 2**30:.1f} GiB were free)"
     )
+
+
+class BlockReached(Exception):
+    """The inputs of a block: (args, kwargs)."""
+
+
+@torch.no_grad()  # nothing is checkpointed then: an exception would leave torch's hooks behind
+def first_inputs(block, step):
+    """The (args, kwargs) of a block's first call in `step()`, which ends there."""
+
+    def stop(block, args, kwargs):
+        raise BlockReached(args, kwargs)
+
+    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        step()
+    except BlockReached as reached:
+        return reached.args
+    finally:
+        handle.remove()
 
 
 def fewest_recomputed(blocks, kept, attention, room):
@@ -206,7 +231,10 @@ def kept_bytes(block, args, kwargs):
                 attention.extend(one.untyped_storage().nbytes() for one in result if torch.is_tensor(one))
             return result
 
-    args = [one.detach().requires_grad_(one.is_floating_point()) if torch.is_tensor(one) else one for one in args]
+    def trainable(one):
+        return one.detach().requires_grad_(one.is_floating_point()) if torch.is_tensor(one) else one
+
+    args, kwargs = [trainable(one) for one in args], {name: trainable(one) for name, one in kwargs.items()}
     weights = {weight.untyped_storage().data_ptr() for weight in block.parameters()}
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Watch():
         outputs = block(*args, **kwargs)

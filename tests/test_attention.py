@@ -282,7 +282,8 @@ def test_processes_that_measure_other_times_train_with_one_kernel(tiny_model, si
         "attention.usable = lambda *where: ['flash', 'cudnn', 'math']\n"
         "attention.measure = lambda *what: {'flash': (1 + rank, 0.0), 'cudnn': (2 - rank, 0.0)}\n"
     )
-    codes, output = forked.run(words(tiny_model, six_clips, tmp_path / "out", encodings), processes=2, before=fake)
+    line = words(tiny_model, six_clips, tmp_path / "out", encodings, gradient_checkpointing="auto")
+    codes, output = forked.run(line, processes=2, before=fake)
     assert codes == [0, 0], output[-2000:]
     assert "rank 0 takes flash" in output
     assert "rank 1 takes flash" in output
