@@ -25,8 +25,10 @@ class FrozenLinear(torch.nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype, self.resident, self.bias = linear.weight.dtype, resident, linear.bias
         self.precision, self.held = precision, held_tensors(linear.weight.detach(), precision)
+        self.device = linear.weight.device  # where the layer computes, as torch's modules follow `to`
 
     def _apply(self, function, recurse=True):
+        self.device = function(torch.empty(0, device=self.device)).device
         if self.resident:
             self.held = [function(tensor) for tensor in self.held]
         elif torch.cuda.is_available():  # copies from pinned memory are asynchronous
@@ -35,8 +37,8 @@ class FrozenLinear(torch.nn.Module):
 
     @property
     def weight(self):
-        """The weight [out, in] in its original dtype, on its current device. peft reads both from it."""
-        return self.dense(self.held[0].device, self.dtype)
+        """The weight [out, in] in its original dtype, on the layer's device. peft reads both, and puts a loaded adapter there."""
+        return self.dense(self.device, self.dtype)
 
     def dense(self, device, dtype):
         """The weight [out, in] for one product."""
