@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 from torch._inductor import cpp_builder
 
-from cogvideox import linear, lora, model
+from cogvideox import linear, lora, model, offload
 from demo.make_model import make_model
 from tests.conftest import ROOT, environment, lora_of, words
 
@@ -37,12 +37,14 @@ def without_backend(monkeypatch):
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "g++")
 
 
-def prepared(folder, precision="stored", recomputed=5, keep_attention=True, dropout=0.1, compiled=True):
+def prepared(folder, precision="stored", recomputed=5, keep_attention=True, dropout=0.1, compiled=True, offloaded=False):
     """A transformer as the trainer prepares it in bf16."""
     transformer = model.load_transformer(folder, torch.bfloat16)
     lora.add_lora(transformer, 4, 4.0, dropout, ["to_q", "ff.net.2"], seed=0)
     lora.fit_to_autocast(transformer, torch.bfloat16)
-    linear.hold_linears(transformer, precision)
+    linear.hold_linears(transformer, precision, offloaded)
+    if offloaded:
+        offload.offload_blocks(transformer, torch.device("cpu"))
     model.checkpoint_blocks(transformer, recomputed, keep_attention)
     if compiled:
         model.compile_blocks(transformer, torch.device("cpu"))
@@ -86,6 +88,21 @@ def test_other_shapes_add_at_most_two_graphs_each(deep_model, without_backend):
     for number, shape in enumerate([(2, 4, 6), (3, 4, 6), (2, 6, 4), (4, 6, 8), (3, 8, 8), (1, 4, 4)], start=1):
         assert equal(gradients(compiled, shape), gradients(plain, shape))
         assert graphs() <= 2 * number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["stored", "fp8", "nf4"])
+@pytest.mark.parametrize("recomputed", [0, 5])
+def test_offloaded_blocks_share_two_graphs_and_find_their_own_weights(deep_model, without_backend, precision, recomputed, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile.func, backend="aot_eager"))  # saves for the backward pass
+    straight = gradients(prepared(deep_model, precision, recomputed, compiled=False))
+    compiled = prepared(deep_model, precision, recomputed, offloaded=True)
+    assert equal(gradients(compiled), straight)
+    assert not equal(gradients(compiled, seed=1), straight)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.compiler.set_stance("force_eager"):  # a score between two steps
+        compiled(torch.zeros(1, 2, 16, 4, 6).bfloat16(), torch.zeros(1, 226, 32).bfloat16(), torch.tensor([10]))
+    assert equal(gradients(compiled), straight)
+    assert graphs() == 2
 
 
 @pytest.mark.slow

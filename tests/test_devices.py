@@ -85,6 +85,8 @@ def test_a_step_mixes_no_devices(tiny_model, rotary_model, offload, checkpointin
         transformer = on_gpu(args)
         frozen = [tensor for module in transformer.modules() if isinstance(module, linear.FrozenLinear) for tensor in module.held]
         assert {tensor.device.type for tensor in frozen} == ({"cpu"} if offload else set())
+        layers = [module for module in transformer.modules() if isinstance(module, linear.FrozenLinear)]
+        assert {copy.device for layer in layers for copy in layer.copies} == ({GPU} if offload else set())
         with OneDevice() as watch:
             compute_loss, clip_losses = script.make_losses(args, transformer, CogVideoXDDIMScheduler(), torch.float32, GPU)
             compute_loss(transformer, batch_on_gpu()).backward()
