@@ -102,7 +102,7 @@ def build_parser():
     flag = flags.flag_group(parser, "memory and speed")
     flag("--gradient_checkpointing", "auto", CHECKPOINTING_HELP, nargs="?", const="all", free=True)
     flag("--base_precision", "stored", "precision of the frozen weights: as stored, fp8, int8 or nf4", choices=BASE_PRECISIONS)
-    flag("--offload", False, "keep the blocks' frozen weights in host memory and copy each to the GPU on use", free=True)
+    flag("--offload", False, "keep frozen weights in host memory; copy each block's to the GPU while another computes", free=True)
     flag("--compile", False, "compile the transformer's blocks with torch.compile; the first step takes minutes", free=True)
     flag("--attention_backend", "auto", ATTENTION_HELP, choices=ATTENTION_BACKENDS, free=True)
     flag("--deterministic", False, "use deterministic kernels only, so that a resumed run ends with the same bits on a GPU too", free=True)
@@ -233,6 +233,7 @@ from cogvideox.launch import (
 )
 from cogvideox.linear import hold_linears
 from cogvideox.model import blocks_to_recompute, checkpoint_blocks, compile_blocks, load_scheduler, load_vae, rotary_tables
+from cogvideox.offload import offload_blocks
 from cogvideox.optimizer import make_optimizer, make_schedule
 from cogvideox.order import Plan, positions_of, seeded_generator
 from cogvideox.preview import Preview
@@ -334,6 +335,8 @@ def prepare_transformer(transformer, args, accelerator, dtype, hold=True):
         if hold:
             hold_linears(transformer, args.base_precision, args.offload, accelerator.device)
         transformer.to(accelerator.device)
+        if hold and args.offload and accelerator.device.type != "cpu":
+            offload_blocks(transformer, accelerator.device)
     # auto starts with every block recomputed; the rehearsal then keeps the activations of as many blocks as fit.
     checkpoint_blocks(transformer, *blocks_to_recompute(args.gradient_checkpointing, len(transformer.transformer_blocks)))
     if args.compile:

@@ -16,8 +16,9 @@ class FrozenLinear(torch.nn.Module):
 
     stored: the original dtype. fp8: float8_e4m3fn, int8: 8-bit integers, both with one fp32 scale per output (absmax of the row).
     nf4: bitsandbytes' 4-bit normal floats (Dettmers et al., 2023, "QLoRA") in blocks of 64. resident: whether the weight moves
-    to the GPU with the model, or stays in host memory and is copied for each product. The held tensors are not parameters, so
-    DDP does not broadcast them and an optimizer does not see them.
+    to the GPU with the model, or stays in host memory; then `offload_blocks` sets `copies`, the held tensors' places in its
+    block's device buffer, and `fetch`, a function that fills it. The held tensors are not parameters, so DDP does not broadcast
+    them and an optimizer does not see them.
     """
 
     def __init__(self, linear, precision="stored", resident=True):
@@ -25,22 +26,30 @@ class FrozenLinear(torch.nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dtype, self.resident, self.bias = linear.weight.dtype, resident, linear.bias
         self.precision, self.held = precision, held_tensors(linear.weight.detach(), precision)
+        self.device = linear.weight.device  # where the layer computes; it follows `to`
+        self.copies = self.fetch = None
 
     def _apply(self, function, recurse=True):
+        self.device = function(torch.empty(0, device=self.device)).device
         if self.resident:
             self.held = [function(tensor) for tensor in self.held]
-        elif torch.cuda.is_available():  # copies from pinned memory are asynchronous
-            self.held = [tensor.pin_memory() for tensor in self.held]
         return super()._apply(function, recurse)
 
     @property
     def weight(self):
-        """The weight [out, in] in its original dtype, on its current device. peft reads both from it."""
-        return self.dense(self.held[0].device, self.dtype)
+        """The weight [out, in] in its original dtype, on the layer's device. peft reads both, and puts a loaded adapter there."""
+        return self.unpacked([tensor.to(self.device) for tensor in self.held], self.dtype)
 
     def dense(self, device, dtype):
         """The weight [out, in] for one product."""
-        held = [tensor.to(device, non_blocking=True) for tensor in self.held]
+        if self.copies is None:
+            return self.unpacked([tensor.to(device) for tensor in self.held], dtype)
+        if not torch.compiler.is_compiling():  # a compiled block's weights are fetched by its hooks
+            self.fetch()
+        return self.unpacked(self.copies, dtype)
+
+    def unpacked(self, held, dtype):
+        """The weight [out, in] in `dtype`, from its held tensors or copies of them."""
         if self.precision == "stored":
             return held[0].to(dtype)
         if self.precision == "nf4":

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from transformers import T5Config, T5EncoderModel
 
-from cogvideox import linear, lora
+from cogvideox import linear, lora, offload
 from cogvideox.console import say
 from cogvideox.engine import engine_of
 from cogvideox.files import read_json
@@ -152,16 +152,6 @@ def counting(attention_extra=False):
 # One training step
 
 
-class HostTensor:
-    """A stand-in for a weight in host memory, which is not counted; each copy to the device is a new tensor."""
-
-    def __init__(self, shape, dtype):
-        self.shape, self.dtype, self.device = shape, dtype, torch.device("cpu")
-
-    def to(self, *args, **kwargs):
-        return torch.empty(self.shape, dtype=self.dtype)
-
-
 @contextlib.contextmanager
 def without_data(dtype):
     """Inside, modules are created on the meta device, with parameters of this dtype, like those of from_pretrained."""
@@ -177,7 +167,7 @@ def without_data(dtype):
 def bring_to_device(model, in_host=False):
     """Replace a model's meta tensors by fake ones, which are counted.
 
-    in_host: except the weights of FrozenLinear, which stay in host memory.
+    in_host: except the weights of FrozenLinear, which stay in host memory; instead, two blocks' buffers are counted.
     """
     replaced = {}  # a parameter shared by two modules stays shared
     for module in model.modules():
@@ -189,9 +179,10 @@ def bring_to_device(model, in_host=False):
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-        if isinstance(module, linear.FrozenLinear):
-            make = HostTensor if in_host else torch.empty
-            module.held = [make(tensor.shape, dtype=tensor.dtype) for tensor in module.held]
+        if isinstance(module, linear.FrozenLinear) and not in_host:
+            module.held = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in module.held]
+    if in_host:
+        offload.share_device_buffers(offload.frozen_layers(model.transformer_blocks), "cpu", fetch=lambda block: None)
 
 
 def define_transformer(configs, args, device, layers):
@@ -310,11 +301,11 @@ def size_of(tensor):
 
 
 def frozen_tensors(module):
-    """The frozen tensors of a module on the device."""
+    """The frozen tensors of a module on the device, without the buffers that blocks share."""
     for part in module.modules():
         yield from (p for p in [*part.parameters(recurse=False), *part.buffers(recurse=False)] if not p.requires_grad)
-        if isinstance(part, linear.FrozenLinear):
-            yield from (tensor for tensor in part.held if not isinstance(tensor, HostTensor))
+        if isinstance(part, linear.FrozenLinear) and part.copies is None:
+            yield from part.held
 
 
 def training_pieces(configs, args, compute_loss, shape, recomputed, keep_attention, device="cuda"):

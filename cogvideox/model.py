@@ -185,7 +185,8 @@ def keep_attention_outputs(context, operation, *args, **kwargs):
 def compile_blocks(transformer, device):
     """Compile the repeated blocks in place (regional compilation: one graph for all blocks), if a compiler is installed.
 
-    Only training steps run compiled: validation and the checks have other shapes and adapters, and would recompile.
+    Only training steps run compiled: validation and the checks have other shapes and adapters, and would recompile. A block's hooks
+    stay outside of its graph: those of --offload copy weights.
     """
     try:
         if device.type == "cuda":
@@ -196,4 +197,4 @@ def compile_blocks(transformer, device):
         warn(f"--compile: no compiler found ({str(error).splitlines()[0][:100]}); training without it")
         return
     for block in transformer.transformer_blocks:
-        block.compile()
+        block.forward = torch.compile(block.forward)

@@ -141,7 +141,7 @@ def write_status(output_dir, code, reason, step, checkpoint=None, **more):
 
 OUT_OF_MEMORY = """out of memory ({where}). Flags that save memory, the largest saving first:
   --gradient_checkpointing all        keeps the activations of one block instead of all {blocks}
-  --base_precision int8               halves the frozen weights; nf4 quarters them; --offload keeps one layer on the GPU
+  --base_precision int8               halves the frozen weights; nf4 quarters them; --offload keeps two blocks on the GPU
   --train_batch_size 1                with --gradient_accumulation_steps for the same clips per step
   --max_num_frames, --height, --width activations grow with frames x height x width, attention with its square
   --use_8bit_adam                     quarters the optimizer states

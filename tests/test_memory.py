@@ -12,7 +12,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 import train_cogvideox_lora as script
-from cogvideox import linear, lora, memory, model
+from cogvideox import linear, lora, memory, model, offload
 from tools import estimate
 
 MID = {"num_layers": 2}  # the 2B's blocks: all else is its default
@@ -61,6 +61,8 @@ def real_transformer(config, args):
         parameters = lora.add_lora(transformer, args.rank, float(args.rank), 0.0, args.target_modules, seed=0)
     lora.fit_to_autocast(transformer, dtype)
     linear.hold_linears(transformer, args.base_precision, args.offload, torch.device("cpu"))
+    if args.offload:
+        offload.offload_blocks(transformer, torch.device("cpu"))
     layers = len(transformer.transformer_blocks)
     model.checkpoint_blocks(transformer, *model.blocks_to_recompute(args.gradient_checkpointing, layers))
     return Accelerator(cpu=True, mixed_precision=args.mixed_precision).prepare(transformer).train(), parameters
@@ -119,6 +121,23 @@ def test_a_step_of_full_fine_tuning_takes_what_is_predicted(precision, within):
 def test_fewer_bits_and_more_clips_are_predicted(changed):
     args = flags(mixed_precision="no", gradient_checkpointing="all", **changed)
     assert agree(predicted_step(TINY, args, (3, 16, 12, 20)), measured_step(TINY, args, (3, 16, 12, 20)))
+
+
+@pytest.mark.parametrize("precision", ["stored", pytest.param("int8", marks=pytest.mark.slow), pytest.param("nf4", marks=pytest.mark.slow)])
+def test_offloaded_blocks_take_two_buffers_and_no_copy_of_a_layer(precision, monkeypatch):
+    args, shape = flags(mixed_precision="no", gradient_checkpointing="all", offload=True, base_precision=precision), (3, 16, 12, 20)
+    transformer, _ = real_transformer(TINY, args)
+    frozen = [*transformer.parameters(), *transformer.buffers()]
+    buffers = {copy.untyped_storage().data_ptr(): copy.untyped_storage().nbytes() for layer in held(transformer) for copy in layer.copies}
+    assert len(buffers) == 2
+    parts = memory.training_parts(configs_of(**TINY), args, script.velocity_loss, shape, 3, False)
+    assert parts["base_weights"] == sum(memory.size_of(t) for t in frozen if not t.requires_grad) + sum(buffers.values())
+    monkeypatch.setattr(memory, "counting", lambda attention_extra, counting=memory.counting: counting())  # of a GPU's kernel
+    assert agree(predicted_step(TINY, args, shape, "cuda"), measured_step(TINY, args, shape))
+
+
+def held(transformer):
+    return [module for module in transformer.modules() if isinstance(module, linear.FrozenLinear)]
 
 
 @pytest.mark.slow
@@ -187,7 +206,7 @@ def test_what_a_gpu_does_otherwise():
     assert parts("cuda")["activations"] == parts("cpu")["activations"]
     stored, offloaded = parts("cuda")["base_weights"], parts("cuda", offload=True)["base_weights"]
     inside = TINY["num_layers"] * 12 * 64 * 64 * 2  # to_q, to_k, to_v, to_out, ff.net.0, ff.net.2 of width 64, in bf16
-    assert offloaded == stored - inside
+    assert offloaded == stored - inside + 2 * inside // TINY["num_layers"]  # two blocks' buffers
     assert parts("cpu", offload=True)["base_weights"] == parts("cpu")["base_weights"]
 
 
