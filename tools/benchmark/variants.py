@@ -64,20 +64,16 @@ def write_sources(job):
 
 
 def our_flags(job):
-    """The trainer's checked flags for a job: its shape, rank and precision, and job["flags"], words of the command line."""
+    """The trainer's checked flags for a job: its shape, rank and precision, nothing recomputed, and job["flags"] on top, words of
+    the command line.
+    """
     import train_cogvideox_lora as script
 
     frames, height, width = job["shape"]
     words = ["--pretrained_model_name_or_path", "none", "--instance_data_root", "none", "--report_to", "none"]
     words += ["--max_num_frames", frames, "--height", height, "--width", width, "--rank", job["rank"]]
-    words += [
-        "--mixed_precision",
-        job["precision"],
-        "--train_batch_size",
-        job.get("batch", 1),
-        "--training_type",
-        job.get("training_type", "lora"),
-    ]
+    words += ["--mixed_precision", job["precision"], "--training_type", job.get("training_type", "lora")]
+    words += ["--train_batch_size", job.get("batch", 1), "--gradient_checkpointing", "none"]
     return script.parse_args([*map(str, words), *job.get("flags", ())])
 
 
@@ -104,7 +100,6 @@ def our_run(job, folder):
     else:
         lora.add_lora(transformer, args.rank, args.lora_alpha, args.lora_dropout, args.target_modules, args.seed)
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    args.gradient_checkpointing = "none"  # the FLOPs are counted before the checkpointing is set
     script.prepare_transformer(transformer, args, accelerator, dtype, hold=job["variant"] != "ours, plain linears")
     compute_loss, clip_losses = script.make_losses(args, transformer, scheduler, dtype, accelerator.device)
 
@@ -127,7 +122,10 @@ def our_run(job, folder):
 
 
 def our_step(job, folder):
-    """(a function that trains one step as train_cogvideox_lora.py does, one that sets the checkpointing), on encodings in `folder`."""
+    """(a function that trains one step as train_cogvideox_lora.py does, one that sets the checkpointing), on encodings in `folder`.
+
+    The FLOPs are counted before the checkpointing is set.
+    """
     run = our_run(job, folder)
     return run.step, functools.partial(set_checkpointing, run.trained.transformer, job["gradient_checkpointing"])
 

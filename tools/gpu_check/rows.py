@@ -6,7 +6,7 @@ import math
 from tools.benchmark.harness import table
 
 PASSES, FAILS, NOT_RUN, NOTED = "passes", "fails", "not run", "noted"
-DIGITS = {"GiB": 2, "MiB": 1, "s": 3, "": 5, "%": 1, "TFLOP/s": 0}
+DIGITS = {"GiB": 2, "MiB": 1, "s": 3, "ms": 2, "TFLOP/s": 0}
 
 
 def row(claim, predicted, measured, unit="", holds=None, remark="", **numbers):
@@ -39,7 +39,7 @@ def spell(value, unit):
         return ""
     if isinstance(value, str) or not math.isfinite(value):
         return str(value)
-    return f"{value:.{DIGITS[unit]}f} {unit}".strip()
+    return f"{value:.5g}" if unit == "" else f"{value:.{DIGITS[unit]}f} {unit}"
 
 
 def table_of(rows):
@@ -61,4 +61,4 @@ def table_of(rows):
 def summary_of(rows):
     """How many rows have each verdict, in words."""
     counts = collections.Counter(row["verdict"] for row in rows)
-    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in (PASSES, FAILS, NOT_RUN, NOTED) if counts[verdict])
+    return ", ".join(f"{verdict} {counts[verdict]}" for verdict in (PASSES, FAILS, NOT_RUN, NOTED) if counts[verdict])
