@@ -20,7 +20,7 @@ from tools.benchmark.counters import peak_bytes, waited
 from tools.benchmark.harness import ROOT, seconds_of
 from tools.benchmark.models import demo_captions
 from tools.benchmark.sizes import TEXT_LENGTH, spell
-from tools.gpu_check.rows import not_run, row, within
+from tools.gpu_check.rows import not_run, row, unit_of, within
 from tools.gpu_check.worker import attempt, build_text_encoder, build_vae, configs_of, resident_bytes, step_job
 
 SHARE = 0.1  # by which a measured peak may differ from the predicted one
@@ -32,7 +32,7 @@ def memory_row(claim, predicted, peaks, remark="", no_claim="", **numbers):
     allocated, reserved = peaks
     remark = "; ".join(filter(None, [f"{reserved / 2**30:.2f} GiB reserved", remark, no_claim]))
     sizes = {"predicted_bytes": predicted, "allocated": allocated, "reserved": reserved}
-    unit, size = ("GiB", 2**30) if predicted > 2**28 else ("MiB", 2**20)
+    unit, size = unit_of(predicted)
     holds = None if no_claim else within(predicted, allocated, SHARE)
     return row(claim, predicted / size, allocated / size, unit, holds, remark, **sizes, **numbers)
 

@@ -6,7 +6,7 @@ import math
 from tools.benchmark.harness import table
 
 PASSES, FAILS, NOT_RUN, NOTED = "passes", "fails", "not run", "noted"
-DIGITS = {"GiB": 2, "MiB": 1, "s": 3, "ms": 2, "TFLOP/s": 0}
+DIGITS = {"GiB": 2, "MiB": 1, "KiB": 1, "s": 3, "ms": 2, "TFLOP/s": 0}
 
 
 def row(claim, predicted, measured, unit="", holds=None, remark="", **numbers):
@@ -26,6 +26,11 @@ def not_run(claim, reason):
 def failed(claim, reason):
     """A claim whose measurement ended with an error."""
     return {"claim": claim, "predicted": None, "measured": None, "unit": "", "verdict": FAILS, "remark": reason}
+
+
+def unit_of(size):
+    """(name, bytes) of the unit in which a number of bytes is shown."""
+    return ("GiB", 2**30) if size > 2**28 else ("MiB", 2**20) if size > 2**18 else ("KiB", 2**10)
 
 
 def within(predicted, measured, share):

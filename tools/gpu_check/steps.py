@@ -17,7 +17,7 @@ from tools.benchmark.counters import peak_bytes, step_flops, synchronize
 from tools.benchmark.harness import seconds_of
 from tools.benchmark.measurements import CONFIGS, sent_on_a_ring
 from tools.benchmark.sizes import spell
-from tools.gpu_check.rows import not_run, row, within
+from tools.gpu_check.rows import not_run, row, unit_of, within
 from tools.gpu_check.worker import attempt, configs_of, reason_of, resident_bytes, start_afresh, step_job
 
 # The variants of `flags`: flags on top of the plain step's, how far the losses of two steps may be off, as a share, and whether a
@@ -120,7 +120,7 @@ def measure_plain(job, plain):
     """Fill `plain` with what was measured of a step with no such flag."""
     plain |= measure_steps(job, ["--gradient_checkpointing", "none"])
     remark = spell_cost(plain)
-    yield row("the plain step: its loss", None, plain["losses"][0], remark=remark, **plain)
+    yield row("the plain step: its loss", None, plain["losses"][-1], remark=remark, **plain)
 
 
 def compare_with_plain(job, claim, words, share, saves, plain):
@@ -244,21 +244,21 @@ def check_engines(job):
 def measure_one_process(job, one):
     """Fill `one` with what was measured of one process, whose batch has the clips of all."""
     one |= measure_engine(job, "ddp", 1)
-    yield row("one process: its loss", None, one["losses"][0], remark=f"{statistics.median(one['seconds']):.3f} s a step", **one)
+    yield row("one process: its loss", None, one["losses"][-1], remark=f"{statistics.median(one['seconds']):.3f} s a step", **one)
 
 
 def compare_with_one(job, engine, claim, one):
     """The rows of one engine."""
     measured = measure_engine(job, engine, PROCESSES)
-    loss, ours = one["losses"][0], measured["losses"][0]
+    off = max(abs(ours / loss - 1) for loss, ours in zip(one["losses"], measured["losses"], strict=True))
     sent, held = sent_on_a_ring(measured["payload"], PROCESSES), max(measured["held_mib"])
     seconds = statistics.median(measured["seconds"])
-    remark = f"{seconds:.3f} s a step, {sent / 2**20:.1f} MiB sent a process, {held:.0f} MiB of tensors in each"
-    yield row(claim, loss, ours, "", within(loss, ours, ROUNDING), remark, sent=sent, **measured)
+    remark = f"off by {100 * off:.2g} %; {seconds:.3f} s a step, {sent / 2**20:.1f} MiB sent a process, {held:.0f} MiB of tensors in each"
+    yield row(claim, one["losses"][-1], measured["losses"][-1], "", off <= ROUNDING, remark, sent=sent, **measured)
     if engine == "ddp":
-        gradients = adapters_bytes(job) / 2**20
-        reduced = measured["payload"].get("all_reduce", 0) / 2**20
-        yield row("ddp: MiB that are reduced are the gradients", gradients, reduced, "MiB", within(gradients, reduced, 0.01))
+        gradients, reduced = adapters_bytes(job), measured["payload"].get("all_reduce", 0)
+        unit, size = unit_of(gradients)
+        yield row("ddp: what is reduced are the gradients", gradients / size, reduced / size, unit, within(gradients, reduced, 0.01))
 
 
 def adapters_bytes(job):
@@ -270,7 +270,7 @@ def adapters_bytes(job):
 
 def measure_engine(job, engine, processes):
     """What `time_scale` measures: steps under an engine, on so many processes."""
-    chosen = step_job(job, short=True, steps=2, batch=PROCESSES // processes) | {
+    chosen = step_job(job, short=True, steps=2, warmup=2, batch=PROCESSES // processes) | {
         "job": "scale", "engine": engine, "config": CONFIGS[engine], "processes": processes, "variant": f"{engine} x {processes}",
         "result": str(Path(job["folder"]) / "engine.json"),
     }  # fmt: skip
