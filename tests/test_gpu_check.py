@@ -36,6 +36,7 @@ def check(monkeypatch, tmp_path, capsys):
 
     def run(*flags):
         monkeypatch.setattr(command, "run_worker", in_this_process)
+        monkeypatch.setattr(variants, "matmul_peak", functools.partial(counters.matmul_peak, tries=1, budget=0))
         code = 0
         try:
             command.main([*ON_CPU, *flags, "--json", str(tmp_path / "check.json")])
@@ -94,7 +95,6 @@ def collect(generator):
 @pytest.mark.timeout(300)
 def test_every_case_measures_something_on_a_cpu(check, quick_trainings, one_process, quick_compiler):
     code, found, printed = check()
-    print(found["seconds"])
     failures = [(row["claim"], row["remark"]) for row in found["rows"] if row["verdict"] == "fails"]
     assert (code, failures) == (0, [])
     for case in CASES:
@@ -142,6 +142,7 @@ def test_one_case_in_a_process_of_its_own(tmp_path, capsys):
 # Verdicts
 
 
+@pytest.mark.slow
 def test_a_prediction_that_is_ten_times_off_fails_and_the_exit_code_is_1(check, monkeypatch):
     flags_for = estimate.flags_for
 
@@ -149,7 +150,6 @@ def test_a_prediction_that_is_ten_times_off_fails_and_the_exit_code_is_1(check, 
         saving, changed, plan, parts = flags_for(*inputs)
         return saving, changed, plan, parts | {"training": 10 * parts["training"]}
 
-    assert check("--only", "memory")[0] == 0
     monkeypatch.setattr(estimate, "flags_for", ten_times)
     code, found, printed = check("--only", "memory")
     assert code == 1
@@ -363,6 +363,7 @@ def test_one_gpu_runs_no_engine_and_says_so(monkeypatch):
     assert [(row["verdict"], row["remark"]) for row in found] == [("not run", "this machine has 1 GPU")] * 4
 
 
+@pytest.mark.slow
 def test_two_gpus_run_every_engine_and_a_wrong_loss_fails(monkeypatch, tmp_path):
     Card(monkeypatch, cards=2)
 

@@ -39,8 +39,8 @@ GOLDEN_CLIPS = 6
 # The losses on record have six digits; ten steps of Adam make more of a first difference of rounding.
 FIRST_LOSS, ALL_LOSSES = 1e-5, 2e-4
 # A model whose attention has more tokens than a kernel takes at once: within a block no backward pass adds in random order.
-RESUME_MODEL = {"layers": 4, "heads": 4, "head_width": 64}
-RESUME_RUN = {"height": 128, "width": 192, "max_num_frames": 17, "max_train_steps": 4, "checkpointing_steps": 2} | SMALL_RUN
+RESUME_MODEL = {"layers": 2, "heads": 4, "head_width": 64}
+RESUME_RUN = {"height": 128, "width": 192, "max_num_frames": 9, "max_train_steps": 4, "checkpointing_steps": 2} | SMALL_RUN
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,

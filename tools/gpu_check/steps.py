@@ -188,7 +188,7 @@ def check_overlap(job):
 
 
 def median_step(job, words):
-    """Median seconds of three steps at the full shape with these flags. All blocks are recomputed only where the card asks for it."""
+    """Median seconds of three steps at the smaller shape with these flags, nothing recomputed."""
     start_afresh()
     with tempfile.TemporaryDirectory(dir=job["folder"]) as folder:
         run = variants.our_run(step_job(job, short=True, steps=5, flags=words), Path(folder))
