@@ -12,7 +12,6 @@ import torch
 
 import train_cogvideox_lora as script
 from cogvideox import checkpoint, memory, model, rehearsal, scoring, validation
-from cogvideox.encodings import CAPTIONS_PER_BATCH
 from cogvideox.folder import COGVIDEOX_2B, load_tokenizer
 from tools import estimate
 from tools.benchmark import variants
@@ -149,7 +148,7 @@ def check_encode(job):
         apart = ((tiled - untiled).square().mean() / untiled.square().mean()).sqrt().item()
         yield row("latents, tiled against untiled: relative difference", None, apart, remark="random weights")
     yield from attempt("VAE, decoding tiled", measure_decoding(job))
-    yield from attempt("T5 on a group of captions", measure_captions(job))
+    yield from attempt("T5 on a caption", measure_captions(job))
 
 
 def measure_encoding(job, name, tiling, moments):
@@ -178,16 +177,15 @@ def measure_decoding(job):
 
 
 def measure_captions(job):
-    """The row of T5 on one group of captions."""
+    """The row of T5 on one caption."""
     device, tokenizer = job["device"], load_tokenizer(ROOT / "demo")
     weights, working = memory.captions_bytes(configs_of(job))
-    encoder, captions = build_text_encoder(job), demo_captions(CAPTIONS_PER_BATCH)
+    encoder, captions = build_text_encoder(job), demo_captions(1)
     encode = waited(functools.partial(model.encode_captions, tokenizer, encoder, captions, TEXT_LENGTH), device)
     encode()
     seconds, _ = seconds_of(encode, 1, "wall")
     peaks = peak_bytes(encode, device, weights)
-    claim = f"T5 on {CAPTIONS_PER_BATCH} captions"
-    yield memory_row(claim, weights + working, peaks, f"{seconds[0]:.2f} s", seconds=seconds)
+    yield memory_row("T5 on a caption", weights + working, peaks, f"{seconds[0]:.2f} s", seconds=seconds)
 
 
 # -----------------------------------------------------------------------------
