@@ -64,7 +64,8 @@ def check_memory(job):
         phases_too = words not in {words for words, _ in seen}
         seen.add((words, plan))
         with card_of(card, device):
-            yield from attempt(f"training, {settings}", measure_preset(job, settings, words.split(), plan, parts, changed, phases_too))
+            rows = measure_preset(job, settings, words.split(), plan, parts, changed, phases_too)
+            yield from attempt(f"training, {settings}", rows, promised=True)
 
 
 @contextlib.contextmanager
@@ -197,8 +198,8 @@ def check_looking(job):
     shape = spell(step_job(job)["shape"])
     with tempfile.TemporaryDirectory(dir=job["folder"]) as folder:
         folder = Path(folder)
-        run = variants.our_run(step_job(job, steps=2), folder)
-        run.step()
+        run = variants.our_run(step_job(job, steps=2, flags=["--gradient_checkpointing", "all"]), folder)
+        run.step()  # makes the optimizer's states, which a checkpoint holds
         make_video(job, run, folder, 1)  # loads what the first video loads
         two, four = (seconds_of(functools.partial(make_video, job, run, folder, steps), 1, "wall")[0][0] for steps in (2, 4))
         each = (four - two) / 2

@@ -18,7 +18,7 @@ from tools.benchmark.harness import seconds_of
 from tools.benchmark.measurements import CONFIGS, sent_on_a_ring
 from tools.benchmark.sizes import spell
 from tools.gpu_check.rows import not_run, row, unit_of, within
-from tools.gpu_check.worker import attempt, configs_of, reason_of, resident_bytes, start_afresh, step_job
+from tools.gpu_check.worker import OUT_OF_MEMORY, attempt, configs_of, reason_of, resident_bytes, start_afresh, step_job
 
 # The variants of `flags`: flags on top of the plain step's, how far the losses of two steps may be off, as a share, and whether a
 # step takes less memory. Recomputing, offloading and compiling change no number but by rounding; the first loss under an 8-bit
@@ -61,7 +61,7 @@ def check_step(job):
         try:
             theirs, ours = (time_variant(chosen | {"variant": variant}) for variant in ("reference", "ours"))
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if (reason := reason_of(error)).startswith("out of memory"):
+            if (reason := reason_of(error)).startswith(OUT_OF_MEMORY):
                 continue
             raise
         yield from compare_steps(spell(shape), checkpointing, theirs, ours)
@@ -113,7 +113,7 @@ def check_flags(job):
         if package and importlib.util.find_spec(package) is None:
             yield not_run(claim, f"{package} is not installed")
         else:
-            yield from attempt(claim, compare_with_plain(job, claim, words, share, saves, plain))
+            yield from attempt(claim, compare_with_plain(job, claim, words, share, saves, plain), promised=True)
 
 
 def measure_plain(job, plain):
@@ -270,7 +270,7 @@ def adapters_bytes(job):
 
 def measure_engine(job, engine, processes):
     """What `time_scale` measures: steps under an engine, on so many processes."""
-    chosen = step_job(job, short=True, steps=2, warmup=2, batch=PROCESSES // processes) | {
+    chosen = step_job(job, short=True, steps=2, warmup=2, batch=PROCESSES // processes, gradient_checkpointing="all") | {
         "job": "scale", "engine": engine, "config": CONFIGS[engine], "processes": processes, "variant": f"{engine} x {processes}",
         "result": str(Path(job["folder"]) / "engine.json"),
     }  # fmt: skip

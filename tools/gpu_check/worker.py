@@ -19,10 +19,12 @@ from cogvideox import memory
 from tools.benchmark.models import make_text_encoder, make_vae
 from tools.benchmark.sizes import SIZES, VAES
 from tools.gpu_check.cases import CASES, SHAPES, SHORT_SHAPES
-from tools.gpu_check.rows import failed
+from tools.gpu_check.rows import failed, not_run
 
 # The messages of GPU libraries that are short of memory, which are no OutOfMemoryError.
 ALLOCATIONS = ("out of memory", "ALLOC_FAILED")
+OUT_OF_MEMORY = "out of memory"
+SMALL_CARD = 20 * 2**30  # bytes; a card of 24 GB has room for every case but the baseline at the full size
 
 
 def step_job(job, short=False, **changed):
@@ -88,22 +90,32 @@ def start_afresh():
         torch.cuda.reset_peak_memory_stats()
 
 
+def is_small_card():
+    """Whether the GPU has less memory than the cases of one size are made for."""
+    return torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory < SMALL_CARD
+
+
 def reason_of(error):
     """An exception as a sentence."""
     text = (str(error).splitlines() or [""])[0][:300]
     if any(words in str(error) for words in ALLOCATIONS) or isinstance(error, torch.OutOfMemoryError):
-        return f"out of memory: {text}"
+        return f"{OUT_OF_MEMORY}: {text}"
     return f"{type(error).__name__}: {text}"
 
 
-def attempt(claim, rows):
-    """The rows of a generator; an error in it becomes a row that fails. Memory is freed before and after."""
+def attempt(claim, rows, promised=False):
+    """The rows of a generator; an error in it becomes a row that fails. Memory is freed before and after.
+
+    promised: whether the memory was predicted to be enough; otherwise running out of it on a small card is no failure.
+    """
     start_afresh()
     try:
         yield from rows
     except (Exception, SystemExit) as error:
         traceback.print_exc()  # into the case's log
-        yield failed(claim, reason_of(error))
+        reason = reason_of(error)
+        small = reason.startswith(OUT_OF_MEMORY) and not promised and is_small_card()
+        yield not_run(claim, f"this card is too small: {reason}") if small else failed(claim, reason)
         error.__traceback__ = None  # its frames hold the model
     finally:
         rows.close()
