@@ -44,9 +44,11 @@ class KernelProcessor(CogVideoXAttnProcessor2_0):
 
 def use(transformer, backend):
     """Have a transformer's blocks use a backend: a key of KERNELS, or "default". Returns the transformer."""
+    processor = CogVideoXAttnProcessor2_0()
     if backend != "default":
         select_flash(backend)
-        transformer.set_attn_processor(KernelProcessor(KERNELS[backend]))
+        processor = KernelProcessor(KERNELS[backend])
+    transformer.set_attn_processor(processor)
     return transformer
 
 

@@ -32,7 +32,7 @@ transformers.utils.logging.disable_progress_bar()
 def use_deterministic_algorithms(wanted):
     """Have torch, cuDNN and cuBLAS use kernels that give the same bits each time, or any. Call it before a GPU starts.
 
-    torch then raises RuntimeError for an operation that has no such kernel; the trainer uses none.
+    torch then raises RuntimeError for an operation without such a kernel, and gives attention's backward pass one, but not cuDNN's.
     """
     if wanted and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts

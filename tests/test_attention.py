@@ -181,6 +181,8 @@ def test_flash_attention_3_takes_the_place_of_torchs_own_only_where_it_is_asked_
     assert {processor.kernel for processor in transformer.attn_processors.values()} == {SDPBackend.FLASH_ATTENTION}
     attention.use(transformer, "flash")
     assert active == []
+    attention.use(transformer, "default")
+    assert not any(isinstance(processor, attention.KernelProcessor) for processor in transformer.attn_processors.values())
 
 
 # -----------------------------------------------------------------------------
@@ -198,11 +200,19 @@ def test_kernels_are_compared_with_the_exact_result(dtype, monkeypatch):
             found[broken[-1]][:, :, 256:] *= 1.1
         return tuple(found)
 
+    def in_tf32(backend, *tensors):  # 13 bits fewer than fp32
+        few = [(one.view(torch.int32) & ~0x1FFF).view(torch.float32) if one.dtype == torch.float32 else one for one in tensors]
+        return real("math", *(few if backend == "cudnn" else tensors))
+
     measured = attention.measure(["flash", "math"], CPU, dtype, shape)
     assert all(0 < difference <= attention.tolerance(dtype) for _, difference in measured.values())
     assert all(0 < seconds < float("inf") for seconds, _ in measured.values())
     if dtype != torch.float32:
         assert measured["flash"][1] > attention.tolerance(dtype) / 8  # it is not so wide that it accepts three bits less
+    else:
+        monkeypatch.setattr(attention, "attend", in_tf32)
+        measured = attention.measure(["cudnn", "math"], CPU, dtype, shape)
+        assert measured["cudnn"][1] > 10 * attention.tolerance(dtype) > 10 * measured["math"][1]
     monkeypatch.setattr(attention, "attend", attend)
     for part in range(4):  # the output, and the gradients of query, key and value
         broken.append(part)
