@@ -203,7 +203,22 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 
-from cogvideox import attention, base_model, checkpoint, engine, hub, lora, memory, metrics, price, rehearsal, report, scoring, stopping, validation
+from cogvideox import (
+    attention,
+    base_model,
+    checkpoint,
+    engine,
+    hub,
+    lora,
+    memory,
+    metrics,
+    price,
+    rehearsal,
+    report,
+    scoring,
+    stopping,
+    validation,
+)
 from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, configure, fail, say, timed, warn
 from cogvideox.encodings import encode_data
 from cogvideox.folder import PRECISIONS, open_model, stored_precision
