@@ -84,7 +84,7 @@ def our_run(job, folder):
     The model is made on its device, so that the host needs no memory for it; a sharding engine takes it from the host.
     """
     import train_cogvideox_lora as script
-    from cogvideox import checkpoint, engine, lora
+    from cogvideox import attention, checkpoint, engine, lora
 
     dtype, steps, batch_size = PRECISIONS[job["precision"]], job["steps"] + job["warmup"] + 1, job.get("batch", 1)
     args = our_flags(job)
@@ -110,6 +110,7 @@ def our_run(job, folder):
     wrapped, optimizer, parameters = engine.prepare(accelerator, transformer, optimizer, batch_size, args.max_grad_norm, dtype)
     kind = checkpoint.RESULTS[args.training_type]
     trained = engine.Trained(accelerator, transformer, wrapped, parameters, optimizer, schedule, dtype=dtype, kind=kind)
+    attention.settle(args, trained, next(our_batches(stored, args.seed, accelerator, batch_size, 1, scheduler)))  # as the rehearsal does
     numbers = itertools.count(1)
 
     def step():

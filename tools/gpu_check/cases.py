@@ -3,7 +3,7 @@
 # name -> (module with `check_NAME`, a generator of rows; seconds expected on an A100; seconds after which it is ended; the claim)
 CASES = {
     "golden": ("exactness", 40, 150, "the losses of a small run in fp32 are the CPU's, in tests/golden_losses.json"),
-    "attention": ("exactness", 25, 90, "each attention kernel of torch, forward and backward: exact, and the default is the fastest"),
+    "attention": ("exactness", 25, 90, "each attention kernel is exact, and --attention_backend auto takes the fastest"),
     "step": ("steps", 70, 240, "a step of the 2B is no slower than the baseline's and takes less memory"),
     "memory": ("phases", 120, 300, "training, scoring and validation take the predicted memory, for each preset of the README"),
     "flags": ("steps", 150, 360, "offload, compile, 8-bit and 4-bit weights, 8-bit optimizers and every checkpointing train alike"),

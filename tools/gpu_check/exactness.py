@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import shutil
 import subprocess
 import tempfile
@@ -10,9 +11,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import train_cogvideox_lora as script
+from cogvideox import attention
 from cogvideox.files import LORA_FILE, read_json, read_json_lines
 from demo.make_model import make_model
 from tools.benchmark import variants
@@ -41,11 +41,6 @@ FIRST_LOSS, ALL_LOSSES = 1e-5, 2e-4
 # A model whose attention has more tokens than a kernel takes at once: within a block no backward pass adds in random order.
 RESUME_MODEL = {"layers": 2, "heads": 4, "head_width": 64}
 RESUME_RUN = {"height": 128, "width": 192, "max_num_frames": 9, "max_train_steps": 4, "checkpointing_steps": 2} | SMALL_RUN
-KERNELS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-}
 ROWS_COMPARED = 64  # of the output, with one computed in fp32
 
 
@@ -101,8 +96,7 @@ def check_golden(job):
 
 def check_resume(job):
     """A run, and the same one resumed in its middle: with --deterministic the same bits."""
-    known = "deterministic" in script.build_parser().declared
-    kinds = {"without --deterministic": {}} | ({"with --deterministic": {"deterministic": True}} if known else {})
+    kinds = {"without --deterministic": {}, "with --deterministic": {"deterministic": True}}
     with tempfile.TemporaryDirectory(dir=job["folder"]) as folder:
         folder = Path(folder)
         source, clips = make_model(folder / "model", **RESUME_MODEL), write_clips(folder / "clips", 4)
@@ -126,8 +120,6 @@ def check_resume(job):
             claim = f"resumed {kind}: largest difference of a weight"
             holds = (apart == 0 and trained > 0) if kind.startswith("with ") or job["device"] == "cpu" else None
             yield row(claim, 0.0 if holds is not None else None, apart, "", holds, remark, moved=trained)
-    if not known:
-        yield not_run("resumed with --deterministic: largest difference of a weight", "this version has no such flag")
 
 
 # -----------------------------------------------------------------------------
@@ -141,13 +133,7 @@ def attention_inputs(job):
     shape = 4, 1, heads, tokens_of(step_job(job)["shape"]), width
     dtype = torch.bfloat16 if job["device"] == "cuda" else torch.float32
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(job["device"], dtype)
-    return [tensor.requires_grad_(number < 3) for number, tensor in enumerate(drawn.unbind())]
-
-
-def attend(query, key, value, gradient):
-    """The output and the gradients of one attention, forward and backward."""
-    output = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    return output, *torch.autograd.grad(output, (query, key, value), gradient)
+    return drawn.unbind()
 
 
 def exact_rows(query, key, value, gradient):
@@ -165,35 +151,32 @@ def error_of(result, exact):
 
 
 def check_attention(job):
-    """Seconds of each kernel, forward and backward, its error, and whether what the trainer runs is the fastest exact one."""
+    """Seconds of each kernel, forward and backward, its error, and whether --attention_backend auto takes the fastest exact one."""
     inputs = attention_inputs(job)
-    exact, tokens = exact_rows(*inputs), inputs[0].shape[2]
-    most = 2e-2 if inputs[0].dtype == torch.bfloat16 else 1e-5  # bf16 has three digits
-    fastest = {}
-    for name, kernel in KERNELS.items():
+    exact, (_, _, tokens, width) = exact_rows(*inputs), inputs[0].shape
+    device, dtype = torch.device(job["device"]), inputs[0].dtype
+    most = 2e-2 if dtype == torch.bfloat16 else 1e-5  # bf16 has three digits
+    found, seconds, fits = attention.usable(device, dtype, width), {}, {}
+    for name in attention.KERNELS:
         claim = f"{name} attention, {tokens} tokens: largest relative error"
-        try:
-            with sdpa_kernel(kernel):
-                error, seconds = measure_attention(inputs, exact, job["device"])
-        except RuntimeError as reason:
-            yield not_run(claim, f"torch has no such kernel here ({str(reason).splitlines()[0][:100]})")
+        if name == "math":
+            continue  # keeps tokens x tokens numbers
+        if name not in found:
+            yield not_run(claim, "torch has no such kernel here")
             continue
+        attention.select_flash(name)
+        call = waited(functools.partial(attention.attend, name, *inputs), device)
+        error = error_of(call(), exact)
+        seconds[name] = sorted(seconds_of(call, 5, "wall")[0])[2]
+        attention.select_flash("flash")
         if error <= most:
-            fastest[name] = seconds
-        yield row(claim, f"{most} or less", error, "", error <= most, f"{1000 * seconds:.2f} ms forward and backward", seconds=seconds)
-    error, seconds = measure_attention(inputs, exact, job["device"])
-    best = min(fastest, key=fastest.get)
-    claim = "the trainer's attention: its seconds, at most 1.1 times the fastest exact kernel's"
-    holds = None if job["device"] == "cpu" else error <= most and seconds <= 1.1 * fastest[best]
-    yield row(claim, 1000 * fastest[best], 1000 * seconds, "ms", holds, f"the fastest is {best}", kernels=fastest)
-
-
-def measure_attention(inputs, exact, device):
-    """(error, median seconds) of attention as the current context computes it."""
-    call = waited(functools.partial(attend, *inputs), device)
-    error = error_of(call(), exact)
-    seconds, _ = seconds_of(call, 5, "wall")
-    return error, sorted(seconds)[2]
+            fits[name] = seconds[name]
+        yield row(claim, f"{most} or less", error, "", error <= most, f"{1000 * seconds[name]:.2f} ms forward and backward")
+    best = min(fits, key=fits.get)
+    chosen, sentence = attention.pick(attention.measure(list(seconds), device, dtype, inputs[0].shape), dtype)
+    claim = "--attention_backend auto: its kernel's time, at most 1.1 times that of the fastest exact one"
+    holds = chosen in fits and (job["device"] == "cpu" or seconds[chosen] <= 1.1 * fits[best])
+    yield row(claim, 1000 * fits[best], 1000 * seconds.get(chosen, math.inf), "ms", holds, sentence, kernels=seconds, chosen=chosen)
 
 
 # -----------------------------------------------------------------------------

@@ -16,13 +16,12 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 from cogvideox import memory
+from cogvideox.stopping import is_out_of_memory
 from tools.benchmark.models import make_text_encoder, make_vae
 from tools.benchmark.sizes import SIZES, VAES
 from tools.gpu_check.cases import CASES, SHAPES, SHORT_SHAPES
 from tools.gpu_check.rows import failed, not_run
 
-# The messages of GPU libraries that are short of memory, which are no OutOfMemoryError.
-ALLOCATIONS = ("out of memory", "ALLOC_FAILED")
 OUT_OF_MEMORY = "out of memory"
 SMALL_CARD = 20 * 2**30  # bytes; a card of 24 GB has room for every case but the baseline at the full size
 
@@ -98,7 +97,7 @@ def is_small_card():
 def reason_of(error):
     """An exception as a sentence."""
     text = (str(error).splitlines() or [""])[0][:300]
-    if any(words in str(error) for words in ALLOCATIONS) or isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return f"{OUT_OF_MEMORY}: {text}"
     return f"{type(error).__name__}: {text}"
 
