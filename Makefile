@@ -3,6 +3,7 @@
 # make test-long    the longest: a series of kills, the whole 2B, two odd demos, the quality command, all engines
 # make test-kinds   the tests that compare numbers, with each instruction set of the CPU, one thread and two
 # make chaos   a training under random kills and full disks
+# make gpu-check    on a machine with a GPU: every claim about GPUs, predicted and measured, in ten minutes
 # make check   style
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 DEMO_FLAGS ?=
 DEMO_PROMPTS := OLDFILM the big white rabbit stretches in front of its mossy burrow in a green meadow.:::OLDFILM a brown flying squirrel and a red squirrel stand beside a tree trunk, a green nut in front of them.
 
-.PHONY: setup demo test test-long test-kinds quick chaos check clean
+.PHONY: setup demo test test-long test-kinds quick chaos gpu-check check clean
 
 setup: $(VENV)/installed
 
@@ -54,6 +55,9 @@ quick: setup
 # A real training under random kills and full disks; ends with the weights of an undisturbed one.
 chaos: demo/tiny_model/model_index.json
 	$(BIN)/python -m tools.chaos
+
+gpu-check: setup
+	$(BIN)/python -m tools.gpu_check
 
 check: setup
 	$(BIN)/ruff check .

@@ -8,12 +8,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
-from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile
 
 import train_cogvideox_lora as script
 from cogvideox import linear, lora, memory, model, offload
 from tools import estimate
+from tools.benchmark.counters import peak_above
 
 MID = {"num_layers": 2}  # the 2B's blocks: all else is its default
 TINY = {"num_attention_heads": 2, "attention_head_dim": 32, "text_embed_dim": 32, "time_embed_dim": 64, "num_layers": 3}
@@ -28,23 +27,6 @@ def flags(**changed):
 
 def configs_of(**transformer):
     return {**memory.PRESETS["2b"], "transformer": transformer}
-
-
-def measured_peak(work):
-    """The highest sum of allocations above the start, in bytes, that the CPU allocator reports to the profiler during `work()`."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    found, waiting = [], list(profiler.profiler.kineto_results.experimental_event_tree())
-    while waiting:
-        event = waiting.pop()
-        waiting += event.children
-        if event.tag == _EventType.Allocation:
-            found.append((event.start_time_ns, event.typed[1].alloc_size))
-    total = peak = 0
-    for _, size in sorted(found, key=lambda pair: pair[0]):
-        total += size
-        peak = max(peak, total)
-    return peak
 
 
 def real_transformer(config, args):
@@ -75,7 +57,7 @@ def measured_step(config, args, shape):
     batch = {name: torch.zeros_like(tensor) for name, tensor in batch.items()}
     rotary = model.rotary_tables(transformer, torch.device("cpu"))(batch)
     dtype, scheduler = memory.PRECISIONS[args.mixed_precision], CogVideoXDDIMScheduler()
-    return measured_peak(lambda: script.velocity_loss(transformer, scheduler, batch, rotary, dtype).mean().backward())
+    return peak_above(lambda: script.velocity_loss(transformer, scheduler, batch, rotary, dtype).mean().backward())
 
 
 def predicted_step(config, args, shape, device="cpu"):
@@ -253,8 +235,8 @@ def test_the_vae_takes_what_is_predicted_beside_its_convolutions(tiny_model, til
     assert weights == sum(memory.size_of(t) for t in [*vae.parameters(), *vae.buffers()])
     monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", result_only)
     monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", result_only)
-    assert agree(encode, measured_peak(lambda: model.encode_frames(vae, frames)), within=0.1)
-    assert agree(decode, measured_peak(lambda: model.decode_latents(vae, latents)), within=0.1)
+    assert agree(encode, peak_above(lambda: model.encode_frames(vae, frames)), within=0.1)
+    assert agree(decode, peak_above(lambda: model.decode_latents(vae, latents)), within=0.1)
 
 
 def test_t5_takes_what_is_predicted(tiny_model):
@@ -262,7 +244,7 @@ def test_t5_takes_what_is_predicted(tiny_model):
     weights, height = memory.captions_bytes(memory.read_configs(tiny_model))
     ids = torch.zeros(1, 226, dtype=torch.int64)
     with torch.no_grad():
-        assert agree(height, measured_peak(lambda: encoder(ids)), within=0.1)
+        assert agree(height, peak_above(lambda: encoder(ids)), within=0.1)
     assert weights == sum(memory.size_of(p) for p in encoder.parameters())
 
 
@@ -336,7 +318,7 @@ def test_a_step_of_the_whole_2b_runs_and_takes_what_is_predicted():
         losses.append(loss.item())
         loss.backward()
 
-    assert agree(predicted_step(config, args, shape), measured_peak(step))
+    assert agree(predicted_step(config, args, shape), peak_above(step))
     assert 0.5 < losses[0] < 10
     ups = [p for name, p in transformer.named_parameters() if "lora_B" in name]
     assert len(ups) == 120

@@ -121,20 +121,31 @@ def print_parts(memory, options, args, configs, compute_loss):
     return parts | {f"block_{name}": size for name, size in blocks.items()}
 
 
+def flags_for(card, memory, configs, args, compute_loss, device, phases):
+    """The first of SAVINGS that fits a card of so many GB, or the last: (saving, the flags with it, plan of recomputation, prediction)."""
+    room = usable(card)
+    for saving in SAVINGS:
+        changed = argparse.Namespace(**vars(args) | saving)
+        plan, parts = chosen_recomputation(memory, configs, changed, compute_loss, room, device, phases)
+        if max(parts["training"], parts["validation"], parts["clips"]) <= room:
+            break
+    return saving, changed, plan, parts
+
+
+def spell_flags(saving):
+    """One of SAVINGS as words of a command line."""
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in saving.items())
+
+
 def print_presets(memory, options, args, configs, compute_loss):
     """For each card the first of SAVINGS that fits it. Returns the rows."""
     layers, rows = configs["transformer"].get("num_layers", 30), []
     args.validation_prompt = args.validation_prompt or "x"  # a run that validates needs more
     phases = memory.phase_parts(configs, args, options.device)
     for card in CARDS:
-        for saving in SAVINGS:
-            changed = argparse.Namespace(**vars(args) | saving)
-            room = usable(card)
-            plan, parts = chosen_recomputation(memory, configs, changed, compute_loss, room, options.device, phases)
-            if max(parts["training"], parts["validation"], parts["clips"]) <= room:
-                break
-        flags = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in saving.items())
-        rows.append({"card_gb": card, "flags": flags, "recomputed": spell_recomputation(plan, layers), "room": room} | parts)
+        saving, _, plan, parts = flags_for(card, memory, configs, args, compute_loss, options.device, phases)
+        row = {"card_gb": card, "flags": spell_flags(saving), "recomputed": spell_recomputation(plan, layers), "room": usable(card)}
+        rows.append(row | parts)
     print("| card, GB | flags beside the defaults | blocks recomputed by auto | training | validation | clips | captions (T5) | fits |")
     print("| ---: | --- | --- | ---: | ---: | ---: | ---: | --- |")
     for row in rows:

@@ -11,18 +11,19 @@ from tools.benchmark.harness import ROOT
 from tools.benchmark.sizes import SIZES, VAES
 
 
-def random_model(build, dtype, seed=0):
+def random_model(build, dtype, seed=0, device="cpu"):
     """A frozen model with random weights, in `dtype`, made at the speed of copying. build: () -> model.
 
     Numbers are drawn once and repeated: drawing the 4.9 G of a T5-XXL one by one takes minutes. Weights are scaled by the root
-    of their inputs, one-dimensional ones are 1 and biases 0, so that activations stay of the size of 1.
+    of their inputs, one-dimensional ones are 1 and biases 0, so that activations stay of the size of 1. device: where the weights
+    are made; the host then holds none of them. The numbers are the same on every device.
     """
     with init_empty_weights(include_buffers=False):
         model = build()
-    block = torch.randn((1 << 20) + 7, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    block = torch.randn((1 << 20) + 7, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            filled = torch.zeros(parameter.shape, dtype=dtype)
+            filled = torch.zeros(parameter.shape, dtype=dtype, device=device)
             if parameter.dim() > 1:
                 flat, scale = filled.view(-1), (parameter.numel() / parameter.shape[0]) ** -0.5
                 scaled = block * scale
@@ -34,31 +35,31 @@ def random_model(build, dtype, seed=0):
             setattr(module, name, torch.nn.Parameter(filled, requires_grad=False))
     if hasattr(model, "tie_weights"):
         model.tie_weights()
-    return model.to(dtype).requires_grad_(False)
+    return model.to(device, dtype).requires_grad_(False)
 
 
-def make_transformer(size, dtype):
+def make_transformer(size, dtype, device="cpu"):
     """The transformer of a size."""
-    return random_model(lambda: CogVideoXTransformer3DModel(**SIZES[size]["transformer"]), dtype)
+    return random_model(lambda: CogVideoXTransformer3DModel(**SIZES[size]["transformer"]), dtype, device=device)
 
 
-def make_text_encoder(size, dtype):
+def make_text_encoder(size, dtype, device="cpu"):
     """The T5 encoder of a size."""
     config = T5Config(**SIZES[size]["t5"], feed_forward_proj="gated-gelu", tie_word_embeddings=False)
-    return random_model(lambda: T5EncoderModel(config), dtype).eval()
+    return random_model(lambda: T5EncoderModel(config), dtype, device=device).eval()
 
 
-def make_vae(kind, dtype):
+def make_vae(kind, dtype, device="cpu"):
     """The VAE, small or real.
 
     A small one is made as the demo's, and stays fp32: on CPUs the bf16 convolution of so few channels takes seconds.
     """
     if kind == "real":
-        return random_model(AutoencoderKLCogVideoX, dtype).eval()
+        return random_model(AutoencoderKLCogVideoX, dtype, device=device).eval()
     torch.manual_seed(0)
     vae = AutoencoderKLCogVideoX(**VAES[kind])
     imitate_trained_moments(vae)
-    return vae.requires_grad_(False).eval()
+    return vae.requires_grad_(False).eval().to(device)
 
 
 def demo_captions(count):

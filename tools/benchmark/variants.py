@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -62,42 +63,77 @@ def write_sources(job):
 # Steps
 
 
-def our_step(job, folder):
-    """(a function that trains one step as train_cogvideox_lora.py does, one that sets the checkpointing), on encodings in `folder`."""
+def our_flags(job):
+    """The trainer's checked flags for a job: its shape, rank and precision, nothing recomputed, and job["flags"] on top, words of
+    the command line.
+    """
     import train_cogvideox_lora as script
-    from cogvideox import engine, lora
+
+    frames, height, width = job["shape"]
+    words = ["--pretrained_model_name_or_path", "none", "--instance_data_root", "none", "--report_to", "none"]
+    words += ["--max_num_frames", frames, "--height", height, "--width", width, "--rank", job["rank"]]
+    words += ["--mixed_precision", job["precision"], "--training_type", job.get("training_type", "lora")]
+    words += ["--train_batch_size", job.get("batch", 1), "--gradient_checkpointing", "none"]
+    return script.parse_args([*map(str, words), *job.get("flags", ())])
+
+
+def our_run(job, folder):
+    """What train_cogvideox_lora.py has when it enters its loop, on encodings of random clips in `folder`: args, trained, compute_loss,
+    clip_losses, encodings, scheduler, and `step`, which trains one step and returns its loss.
+
+    The model is made on its device, so that the host needs no memory for it; a sharding engine takes it from the host.
+    """
+    import train_cogvideox_lora as script
+    from cogvideox import attention, checkpoint, engine, lora
 
     dtype, steps, batch_size = PRECISIONS[job["precision"]], job["steps"] + job["warmup"] + 1, job.get("batch", 1)
-    everything = job.get("training_type", "lora") == "sft"
-    args = script.parse_args(["--pretrained_model_name_or_path", "none", "--instance_data_root", "none", "--report_to", "none"])
+    args = our_flags(job)
+    everything = args.training_type == "sft"
     accelerator = script.start_processes(job["precision"], 1, 30.0)
     scheduler = make_scheduler()
     torch.manual_seed(0)
-    transformer = make_transformer(job["size"], torch.float32 if everything else dtype)
+    device = "cpu" if engine.splits_weights(accelerator) else accelerator.device
+    transformer = make_transformer(job["size"], torch.float32 if everything else dtype, device)
     model.keep_position_tables(transformer.patch_embed)  # as load_transformer does
     if everything:
         transformer.requires_grad_(True)
     else:
-        lora.add_lora(transformer, job["rank"], job["rank"], 0.0, script.DEFAULT_TARGETS, args.seed)
+        lora.add_lora(transformer, args.rank, args.lora_alpha, args.lora_dropout, args.target_modules, args.seed)
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    args.gradient_checkpointing = "none"  # the FLOPs are counted before the checkpointing is set
     script.prepare_transformer(transformer, args, accelerator, dtype, hold=job["variant"] != "ours, plain linears")
-    compute_loss, _ = script.make_losses(args, transformer, scheduler, dtype, accelerator.device)
+    compute_loss, clip_losses = script.make_losses(args, transformer, scheduler, dtype, accelerator.device)
 
     stored = write_encodings(folder, job["shape"], transformer.config.text_embed_dim, dtype)
     batches = our_batches(stored, args.seed, accelerator, batch_size, steps, scheduler)
     optimizer = script.make_optimizer(args, parameters, args.learning_rate)
     schedule = script.make_schedule(args, optimizer, steps)
     wrapped, optimizer, parameters = engine.prepare(accelerator, transformer, optimizer, batch_size, args.max_grad_norm, dtype)
-    trained = engine.Trained(accelerator, transformer, wrapped, parameters, optimizer, schedule, dtype=dtype)
+    kind = checkpoint.RESULTS[args.training_type]
+    trained = engine.Trained(accelerator, transformer, wrapped, parameters, optimizer, schedule, dtype=dtype, kind=kind)
+    attention.settle(args, trained, next(our_batches(stored, args.seed, accelerator, batch_size, 1, scheduler)))  # as the rehearsal does
     numbers = itertools.count(1)
 
     def step():
         result = script.train_step(args, trained, batches, compute_loss, next(numbers))
         return accelerator.reduce(result.losses[-1], "mean").item()  # as with --logging_steps 1
 
-    blocks = len(transformer.transformer_blocks)
-    return step, lambda: script.checkpoint_blocks(transformer, *script.blocks_to_recompute(job["gradient_checkpointing"], blocks))
+    return SimpleNamespace(
+        args=args, trained=trained, compute_loss=compute_loss, clip_losses=clip_losses, encodings=stored, scheduler=scheduler, step=step
+    )
+
+
+def our_step(job, folder):
+    """(a function that trains one step as train_cogvideox_lora.py does, one that sets the checkpointing), on encodings in `folder`.
+
+    The FLOPs are counted before the checkpointing is set.
+    """
+    run = our_run(job, folder)
+    return run.step, functools.partial(set_checkpointing, run.trained.transformer, job["gradient_checkpointing"])
+
+
+def set_checkpointing(transformer, setting):
+    """Set a --gradient_checkpointing value (auto: all) of a prepared transformer."""
+    model.checkpoint_blocks(transformer, *model.blocks_to_recompute(setting, len(transformer.transformer_blocks)))
 
 
 def write_encodings(folder, shape, width, dtype):
@@ -128,8 +164,8 @@ def reference_step(job, folder):
     dtype = PRECISIONS[job["precision"]]
     accelerator = reference.start_accelerator(job["precision"])
     scheduler, tokenizer = make_scheduler(), load_tokenizer(ROOT / "demo")
-    text_encoder = make_text_encoder(job["size"], dtype).to(accelerator.device)
-    transformer = make_transformer(job["size"], dtype).to(accelerator.device)
+    text_encoder = make_text_encoder(job["size"], dtype, accelerator.device)
+    transformer = make_transformer(job["size"], dtype, accelerator.device)
     parameters = reference.add_lora(transformer, job["rank"])
     posteriors = [DiagonalGaussianDistribution(clip[None].to(dtype)) for clip in random_moments(CLIPS, job["shape"])]
     loader = reference.batches_of(posteriors, demo_captions(CLIPS), COGVIDEOX_2B.scaling_factor)
@@ -152,16 +188,16 @@ def reference_step(job, folder):
 
 
 def time_steps(job):
-    """Seconds of optimizer steps of one variant; of ours also the FLOPs, counted without checkpointing."""
+    """Seconds of optimizer steps of one variant; of ours also the FLOPs: those that the job has, or counted without checkpointing."""
     with tempfile.TemporaryDirectory() as folder:
         ours = job["variant"] != "reference"
         step, checkpoint = (our_step if ours else reference_step)(job, Path(folder))
-        flops = count_flops(step) if ours else None
+        flops = job.get("flops") or (count_flops(step) if ours else None)
         checkpoint()
         for _ in range(job["warmup"]):
             step()
         gc.collect()
-        peak = matmul_peak(PRECISIONS[job["precision"]], job["clock"])
+        peak = matmul_peak(PRECISIONS[job["precision"]], job["clock"], device="cuda" if torch.cuda.is_available() else "cpu")
         losses = []
         seconds, others = seconds_of(lambda: losses.append(step()), job["steps"], job["clock"])
     resident_mib = psutil.Process().memory_info().rss / 2**20
@@ -179,8 +215,9 @@ def time_scale(job):
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         step, checkpoint = our_step(job, Path(folder))
         checkpoint()
+        losses = []
         for _ in range(job["warmup"]):
-            step()
+            losses.append(step())
         payload = count_collectives(step)
         seconds, _ = seconds_of(step, job["steps"], "wall")
         held = [tensors_mib()]
@@ -189,7 +226,8 @@ def time_scale(job):
             distributed.all_gather_object(held, tensors_mib())
             distributed.barrier()
     if os.environ.get("RANK", "0") == "0":
-        Path(job["result"]).write_text(json.dumps({"seconds": seconds, "payload": payload, "held_mib": held} | machine_facts()))
+        measured = {"seconds": seconds, "losses": losses, "payload": payload, "held_mib": held}
+        Path(job["result"]).write_text(json.dumps(measured | machine_facts()))
 
 
 # -----------------------------------------------------------------------------
