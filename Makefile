@@ -1,6 +1,6 @@
 # make demo    a LoRA that turns a small model's colour film into an old one, on a CPU, from nothing
 # make test    all tests but the longest, in a quarter of an hour on two cores (make quick: in two minutes)
-# make test-long    the longest: a series of kills, the whole 2B, two odd demos, the quality command, all engines
+# make test-long    the longest: a series of kills, the whole 2B, two odd demos, the quality command, the GPU check on a CPU, all engines
 # make test-kinds   the tests that compare numbers, with each instruction set of the CPU, one thread and two
 # make chaos   a training under random kills and full disks
 # make gpu-check    on a machine with a GPU: every claim about GPUs, predicted and measured, in ten minutes

@@ -31,7 +31,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # With a file's tests on one worker (--dist loadfile), a long file that comes last leaves the other workers without work.
-LONGEST_FIRST = ["test_demo.py", "test_engines.py", "test_cluster.py", "test_launch.py", "test_benchmark.py", "test_faults.py"]
+LONGEST_FIRST = [
+    "test_demo.py",
+    "test_engines.py",
+    "test_cluster.py",
+    "test_launch.py",
+    "test_gpu_check.py",
+    "test_benchmark.py",
+    "test_faults.py",
+]
 LONGEST_FIRST += ["test_fault_table.py", "test_encodings.py", "test_flags.py", "test_memory.py", "test_train.py", "test_output.py"]
 
 
