@@ -75,7 +75,7 @@ OUTPUT_ARGS=(
 
 # shellcheck source=cogvideox/launch.sh
 source "$HERE/cogvideox/launch.sh"
-find_machines
+find_machines "$@"
 pass_signals_as TERM accelerate launch --config_file "$CONFIG_PATH" \
   --num_processes "$((NNODES * GPUS_PER_NODE))" --num_machines "$NNODES" --machine_rank "$NODE_RANK" \
   --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \

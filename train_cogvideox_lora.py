@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogvideox import flags
+from cogvideox.device import cpu_is_wanted, hide_gpus
 from cogvideox.stopping import end_with_launcher
 
 # -----------------------------------------------------------------------------
@@ -93,6 +94,7 @@ def build_parser():
     flag("--base_precision", "stored", "precision of the frozen weights: as stored, fp8, int8 or nf4", choices=BASE_PRECISIONS)
     flag("--offload", False, "keep the blocks' frozen weights in host memory and copy each to the GPU on use", free=True)
     flag("--compile", False, "compile the transformer's blocks with torch.compile; the first step takes minutes", free=True)
+    flag("--cpu", False, "train on the CPU, even if there is a GPU", free=True)
     flag("--allow_tf32", False, "use TF32 matmuls on Ampere and later GPUs", free=True)
 
     flag = flags.flag_group(parser, "checkpoints and logs")
@@ -163,6 +165,7 @@ def check_flags(args):
     if Path(args.logging_dir).name != args.logging_dir or args.logging_dir in ("", "..", "validation", "encoded", "best"):
         problems.append(f"--logging_dir {args.logging_dir}: the name of a folder inside --output_dir, without slashes")
     flags.expand_home(args, "output_dir", "resume_from_checkpoint", "init_lora")
+    args.cpu = cpu_is_wanted(args.cpu)
     args.lora_alpha = args.lora_alpha or float(args.rank)
     if args.learning_rate is None:
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else LEARNING_RATES[args.training_type]
@@ -181,6 +184,8 @@ def parse_args(arguments=None):
 if __name__ == "__main__":
     end_with_launcher()
     ARGS = parse_args()
+    if ARGS.cpu:
+        hide_gpus()
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -191,6 +196,7 @@ from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, configure, fail, 
 from cogvideox.encodings import encode_data
 from cogvideox.folder import PRECISIONS, open_model, stored_precision
 from cogvideox.launch import (
+    check_gpu,
     claim_output_dir,
     holds_earlier_run,
     patient_barrier_maker,
@@ -328,9 +334,10 @@ def main(args):
     # Read the model's configs, not its weights; its problems are reported together with the data's.
     folder, facts, tokenizer, problems = open_model(args)
     problems += engine.unfit_flags(args)
+    check_gpu(args.cpu, problems)
 
     # Processes. From here on every line runs on every rank; the main one prints and writes.
-    accelerator = start_processes(args.mixed_precision, args.gradient_accumulation_steps, args.process_timeout_minutes)
+    accelerator = start_processes(args.mixed_precision, args.gradient_accumulation_steps, args.process_timeout_minutes, args.cpu)
     if __name__ == "__main__":  # from here on a signal stops the run at the next safe point
         stopping.listen(args.output_dir)
     barrier, device, is_main, output_dir = patient_barrier_maker(), accelerator.device, accelerator.is_main_process, Path(args.output_dir)

@@ -272,7 +272,7 @@ def choose_precision(requested, folder, variant):
     """The compute precision: the requested one, or that of the stored weights. Returns (precision, problem)."""
     on_gpu = torch.cuda.is_available()
     if requested == "fp16" and not on_gpu:
-        return requested, "--mixed_precision fp16: this machine has no GPU, and CPUs have no fast fp16; use bf16 or no"
+        return requested, "--mixed_precision fp16: this run has no GPU, and CPUs have no fast fp16; use bf16 or no"
     if requested == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         return requested, f"--mixed_precision bf16: {torch.cuda.get_device_name()} has no bf16; use fp16"
     if requested is None and folder:

@@ -21,7 +21,8 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from diffusers.training_utils import free_memory
 from filelock import FileLock, Timeout
 
-from cogvideox.console import BAD_FLAGS, BAD_OUTPUT, fail, say, warn
+from cogvideox.console import BAD_FLAGS, BAD_OUTPUT, fail, rank, say, warn
+from cogvideox.device import slow_convolutions, unusable_gpu
 from cogvideox.files import LORA_FILE, try_writing
 
 # Their bars show short loads; ours show hours of work.
@@ -29,10 +30,22 @@ diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
 
-def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minutes):
+def check_gpu(cpu, problems):
+    """End the run if this machine has a GPU that torch cannot use; `problems`, sentences, are printed too. cpu: --cpu.
+
+    Before the processes meet: on several machines a process on a CPU could not join those on GPUs.
+    """
+    if not (problem := unusable_gpu(cpu)):
+        return
+    if rank() != 0 and os.environ.get("LOCAL_RANK", "0") == "0":  # rank 0 may be on another machine, without this problem
+        print(f"\nERROR[{BAD_FLAGS}]: {platform.node()}: {problem}", file=sys.stderr, flush=True)
+    fail(BAD_FLAGS, [problem, *problems])
+
+
+def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minutes, cpu=False):
     """Create the Accelerator, check the number of processes, and print each process and its device.
 
-    Works with python, accelerate launch and torchrun, on CPUs (gloo) and on one or more GPUs.
+    Works with python, accelerate launch and torchrun, on CPUs (gloo) and on one or more GPUs. cpu: whether to leave the GPUs alone.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and os.environ.get("RANK", "0") != "0":
@@ -43,7 +56,7 @@ def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minute
             "note: the launcher set MASTER_ADDR but started one process; for several use "
             "--config_file accelerate_config_machine_multi.yaml --num_processes N"
         )
-    on_cpu, timeout = not torch.cuda.is_available(), timedelta(minutes=timeout_minutes)
+    on_cpu, timeout = cpu or not torch.cuda.is_available(), timedelta(minutes=timeout_minutes)
     if on_cpu and started > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         # FSDP2 works on CPUs, but accelerate allows it on GPUs only, and would silently train with DDP.
         PartialState(cpu=True, timeout=timeout).distributed_type = DistributedType.MULTI_GPU
@@ -75,8 +88,10 @@ def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minute
         else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     )
     backend = f", {distributed.get_backend()}" if distributed.is_initialized() else ""
-    rank = f"process {accelerator.process_index} of {accelerator.num_processes}"
-    say(f"{rank} on {platform.node()}: {device} ({kind}){backend}", on_every_rank=True)
+    place = f"process {accelerator.process_index} of {accelerator.num_processes}"
+    say(f"{place} on {platform.node()}: {device} ({kind}){backend}", on_every_rank=True)
+    if device.type == "cuda" and (sentence := slow_convolutions(torch.__version__)):
+        warn(sentence)
     return accelerator
 
 
