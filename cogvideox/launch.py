@@ -1,6 +1,7 @@
 """Starting a run: processes, the output folder, barriers."""
 
 import errno
+import ipaddress
 import os
 import platform
 import re
@@ -13,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import diffusers
+import psutil
 import torch
 import torch.distributed as distributed
 import transformers
@@ -50,6 +52,7 @@ def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minute
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and os.environ.get("RANK", "0") != "0":
         wait_for_main_process()
+    interface = choose_gloo_interface()
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         # accelerate's simple launcher silently drops --num_processes without a GPU.
         say(
@@ -88,6 +91,7 @@ def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minute
         else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     )
     backend = f", {distributed.get_backend()}" if distributed.is_initialized() else ""
+    backend += f", gloo over {interface}" if interface else ""
     place = f"process {accelerator.process_index} of {accelerator.num_processes}"
     say(f"{place} on {platform.node()}: {device} ({kind}){backend}", on_every_rank=True)
     if device.type == "cuda" and (sentence := slow_convolutions(torch.__version__)):
@@ -114,6 +118,39 @@ def wait_for_main_process(seconds=120):
         flush=True,
     )
     raise SystemExit(BAD_FLAGS)
+
+
+def choose_gloo_interface(environment=os.environ):
+    """On several machines, set GLOO_SOCKET_IFNAME to the interface towards MASTER_ADDR. Returns its name, or None if nothing is set.
+
+    Unset, gloo takes the address of the host's name. On many machines that is a loopback address, which no other machine can
+    reach, although NCCL connects (pytorch issue 68726). A value that the user set stays.
+    """
+    address, started = environment.get("MASTER_ADDR", ""), int(environment.get("WORLD_SIZE", "1"))
+    one_machine = started <= int(environment.get("LOCAL_WORLD_SIZE", "1")) or re.match(r"127\.|localhost$|::1$", address)
+    if not address or one_machine or environment.get("GLOO_SOCKET_IFNAME"):
+        return None
+    # On the first machine its own name may be a loopback address: then take the way to all other networks.
+    name = interface_towards(address) or interface_towards("1.1.1.1")
+    if name is None:
+        warn(f"no network interface found towards MASTER_ADDR={address}: if the processes do not meet, set GLOO_SOCKET_IFNAME")
+        return None
+    environment["GLOO_SOCKET_IFNAME"] = name
+    return name
+
+
+def interface_towards(address):
+    """The network interface from which this machine reaches an address; None if it is a loopback interface or there is no route."""
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)  # UDP: chooses the route and sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    found = psutil.net_if_addrs().items()
+    names = [name for name, addresses in found if any(one.address.split("%")[0] == own for one in addresses)]
+    return names[0] if names and not ipaddress.ip_address(own).is_loopback else None
 
 
 def lock_folder(folder):
