@@ -10,11 +10,13 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
+from cogvideox.console import say
 from cogvideox.decode import longest_legal_length
 from cogvideox.files import key_of, read_json
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SHARDING_ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by accelerate launch
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -269,7 +271,10 @@ def check_targets(folder, target_modules):
 
 
 def choose_precision(requested, folder, variant):
-    """The compute precision: the requested one, or that of the stored weights. Returns (precision, problem)."""
+    """The compute precision: the requested one, or that of the stored weights. Returns (precision, problem).
+
+    FSDP2 and DeepSpeed run without a scaler for an fp16 loss (`engine.unfit_flags`): they compute a base stored in fp16 in bf16.
+    """
     on_gpu = torch.cuda.is_available()
     if requested == "fp16" and not on_gpu:
         return requested, "--mixed_precision fp16: this run has no GPU, and CPUs have no fast fp16; use bf16 or no"
@@ -277,6 +282,10 @@ def choose_precision(requested, folder, variant):
         return requested, f"--mixed_precision bf16: {torch.cuda.get_device_name()} has no bf16; use fp16"
     if requested is None and folder:
         stored = stored_precision(folder, "transformer", variant)
+        if stored == "fp16" and on_gpu and any(os.environ.get(name, "").lower() == "true" for name in SHARDING_ENGINES):
+            usable = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+            say(f"computing in {usable.replace('no', 'fp32')}, not in the stored fp16: FSDP2 and DeepSpeed do not scale an fp16 loss here")
+            return usable, None
         return ("no" if stored == "fp16" and not on_gpu else stored), None
     return requested or "no", None
 

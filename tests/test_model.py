@@ -112,6 +112,21 @@ def test_the_stored_dtype_decides_whatever_the_folder_is_called(tmp_path, dtype,
     assert folder_of.choose_precision(None, path, None) == (expected, None)
 
 
+@pytest.mark.parametrize("engine", folder_of.SHARDING_ENGINES)
+def test_an_engine_without_a_scaler_computes_a_base_stored_in_fp16_in_bf16(tiny_model, monkeypatch, capsys, engine):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: True)
+    monkeypatch.setattr(folder_of, "stored_precision", lambda *of: "fp16")
+    assert folder_of.choose_precision(None, tiny_model, None) == ("fp16", None)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv(engine, "true")
+    assert folder_of.choose_precision(None, tiny_model, None) == ("bf16", None)
+    assert "computing in bf16, not in the stored fp16" in capsys.readouterr().err
+    assert folder_of.choose_precision("fp16", tiny_model, None) == ("fp16", None)  # engine.unfit_flags refuses it
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: False)
+    assert folder_of.choose_precision(None, tiny_model, None) == ("no", None)
+
+
 def test_t5_keeps_its_wo_in_fp32_when_it_is_stored_in_fp16(tmp_path):
     class Gpu:
         type = "cuda"
