@@ -210,7 +210,7 @@ from cogvideox.optimizer import make_optimizer, make_schedule
 from cogvideox.order import Plan, positions_of, seeded_generator
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.survey import check_data
-from dataset import TrainingClips
+from dataset import TrainingClips, lacking_shared_memory, one_ahead
 
 # -----------------------------------------------------------------------------
 # Loss
@@ -425,7 +425,7 @@ def main(args):
         with trained.one_full_model():
             scorer.offer(0)
             validator.offer(0)
-    batches = iter(load_batches(args, accelerator, clips, first_step, plan.total_steps))
+    batches = load_batches(args, accelerator, clips, batch, first_step, plan.total_steps)
     step, stop = first_step, 0
     for step in meter.bar(first_step + 1, plan.total_steps):
         last = step == plan.total_steps
@@ -447,12 +447,19 @@ def main(args):
     finish(args, trained, checkpointer, scorer, validator, run, step, stop)
 
 
-def load_batches(args, accelerator, clips, first_step, total_steps):
-    """This rank's batches from step `first_step` on, in order, --gradient_accumulation_steps of them per step."""
+def load_batches(args, accelerator, clips, largest, first_step, total_steps):
+    """An iterator over this rank's batches from step `first_step` on, in order, --gradient_accumulation_steps of them per step.
+
+    largest: the run's largest batch. On a GPU without workers a thread makes each batch ahead; on a CPU it would compete with the step.
+    """
     ranks = accelerator.process_index, accelerator.num_processes
     positions = positions_of(*ranks, args.train_batch_size, args.gradient_accumulation_steps, first_step, total_steps)
-    on_gpu = accelerator.device.type == "cuda"
-    return DataLoader(clips, batch_sampler=list(positions), num_workers=args.dataloader_num_workers, pin_memory=on_gpu)
+    on_gpu, workers = accelerator.device.type == "cuda", args.dataloader_num_workers
+    if problem := lacking_shared_memory(largest, workers):
+        warn(problem)
+        workers = 0
+    batches = iter(DataLoader(clips, batch_sampler=list(positions), num_workers=workers, pin_memory=on_gpu))
+    return one_ahead(batches, accelerator.device) if on_gpu and not workers else batches
 
 
 def say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, num_parameters):

@@ -221,12 +221,34 @@ def test_a_model_that_cannot_be_found_is_told_in_one_sentence(name, words, tmp_p
     assert "\n" not in str(error.value)
 
 
+def cached_model(source, cache):
+    """A model as the hub client stores it in a folder of downloads. Returns its snapshot."""
+    snapshot = cache / "models--someone--tiny/snapshots/abc"
+    shutil.copytree(source, snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text("abc")
+    return snapshot
+
+
 def test_a_model_in_the_hubs_cache_is_found_without_a_network(tiny_model, tmp_path):
-    snapshot = tmp_path / "models--someone--tiny/snapshots/abc"
-    shutil.copytree(tiny_model, snapshot)
-    (tmp_path / "models--someone--tiny/refs").mkdir()
-    (tmp_path / "models--someone--tiny/refs/main").write_text("abc")
+    snapshot = cached_model(tiny_model, tmp_path)
     assert folder_of.find_model("someone/tiny", cache_dir=tmp_path) == snapshot
+
+
+@pytest.mark.parametrize("place", ["home/.cache/huggingface/hub", "elsewhere"])
+def test_the_guides_cache_dir_does_not_download_what_the_hub_client_has(tiny_model, tmp_path, monkeypatch, capsys, place):
+    """~/.cache/huggingface/hub, or wherever HF_HOME puts it. What is incomplete there is downloaded as before."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / place))
+    snapshot, cache_dir = cached_model(tiny_model, tmp_path / place), str(tmp_path / "home/.cache")
+    assert folder_of.find_model("someone/tiny", cache_dir=cache_dir) == snapshot
+    assert f"someone/tiny lies in {tmp_path / place}: it is not downloaded again" in capsys.readouterr().err
+    own = cached_model(tiny_model, tmp_path / "home/.cache")
+    assert folder_of.find_model("someone/tiny", cache_dir=cache_dir) == own
+    (own / "vae/diffusion_pytorch_model.safetensors").unlink()
+    assert folder_of.find_model("someone/tiny", cache_dir=cache_dir) == snapshot
+    (snapshot / "transformer/config.json").unlink()
+    assert folder_of.find_model("someone/tiny", cache_dir=cache_dir) == own  # offline here: it would be completed there
+    assert folder_of.holding_cache("someone/tiny", None, None, None) is None  # the hub client's own choice
 
 
 @pytest.mark.parametrize(("wanted", "count"), [("all", 2), ("none", 0), ("1", 1), ("9", 2), ("attention", 2)])
