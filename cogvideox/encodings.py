@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, progress, say, timed, warn
 from cogvideox.decode import ENCODING_VERSION, clip_framing
-from cogvideox.files import hash_file, key_of, read_json, write_bytes
+from cogvideox.files import hash_file, key_of, read_json, still_missing, write_bytes
 from cogvideox.folder import component_note, latent_shape, stored_dtype, weight_files
 from cogvideox.launch import free
 from cogvideox.model import decode_latents, encode_captions, encode_frames, load_text_encoder, load_vae, usable_dtype
@@ -91,7 +91,17 @@ def tensor_sha256(tensor):
 
 
 def read_entry(path):
-    """The tensor of an entry. The file is memory-mapped: only the used pages are loaded."""
+    """The tensor of an entry, which another machine may just have written. The file is memory-mapped: only the used pages are loaded."""
+    try:
+        return open_entry(path)
+    except FileNotFoundError:
+        if still_missing([path]):
+            raise
+        return open_entry(path)
+
+
+def open_entry(path):
+    """The tensor of an entry that is visible on this machine."""
     with safetensors.safe_open(path, framework="pt") as file:
         return file.get_tensor("encoding")
 

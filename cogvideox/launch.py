@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from cogvideox.console import BAD_FLAGS, BAD_OUTPUT, fail, rank, say, warn
 from cogvideox.device import slow_convolutions, unusable_gpu
-from cogvideox.files import LORA_FILE, try_writing
+from cogvideox.files import LORA_FILE, still_missing, try_writing
 
 # Their bars show short loads; ours show hours of work.
 diffusers.utils.logging.disable_progress_bar()
@@ -234,7 +234,8 @@ def folders_not_shared(accelerator, folders):
             name.parent.mkdir(parents=True, exist_ok=True)
             name.touch()
     names = broadcast_object_list(names)[0]
-    missing = gather_object([(platform.node(), accelerator.process_index, [not name.exists() for name in names])])
+    missing = still_missing(names)
+    missing = gather_object([(platform.node(), accelerator.process_index, [name in missing for name in names])])
     accelerator.wait_for_everyone()
     problems = []
     for number, (flag, folder) in enumerate(folders):

@@ -128,3 +128,25 @@ def clips_of(count, held_out=0):
 def plan_of(clips=4, clips_per_step=1, total_steps=10):
     """A plan for clips of one shape."""
     return Plan(42, tuple(range(clips)), (0,) * clips, clips_per_step, clips, total_steps)
+
+
+class LateNames:
+    """An NFS client: names that another machine writes become visible when their folder is listed, `seconds` later or after that.
+
+    Its clock replaces that of cogvideox/files.py, so that nothing waits. write: () -> writes the files.
+    """
+
+    def __init__(self, monkeypatch, seconds, write):
+        self.now, self.seconds, self.write, self.listed = 0.0, seconds, write, []
+        monkeypatch.setattr("cogvideox.files.time", SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep))
+        monkeypatch.setattr("cogvideox.files.os.listdir", self.list)
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def list(self, folder):
+        self.listed.append(folder)
+        if self.now >= self.seconds and self.write:
+            write, self.write = self.write, None
+            write()
+        return []

@@ -16,6 +16,7 @@ import torch
 import train_cogvideox_lora as script
 from cogvideox import encodings, survey
 from tests.conftest import ROOT, environment, lora_of, same, words
+from tests.stand_ins import LateNames
 from tools import cache as cache_tool
 from tools.chaos import family, strike
 
@@ -166,6 +167,30 @@ def test_an_encoding_that_is_not_finite_is_never_stored(tmp_path):
     with pytest.raises(ValueError, match="not finite"):
         encodings.write_entry(tmp_path / "x.safetensors", torch.tensor([1.0, float("nan")]))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("seconds", "found"), [(45, True), (120, False)])
+def test_an_entry_that_another_machine_has_just_written_is_waited_for(tmp_path, monkeypatch, capsys, seconds, found):
+    path, tensor = encodings.entry_path(tmp_path, "clips", "abcd"), torch.arange(6.0)
+    client = LateNames(monkeypatch, seconds, lambda: encodings.write_entry(path, tensor))
+    if found:
+        assert torch.equal(encodings.read_entry(path), tensor)
+    else:
+        with pytest.raises(FileNotFoundError):
+            encodings.read_entry(path)
+    assert client.now == min(seconds, 90)
+    assert client.listed[:3] == [tmp_path, tmp_path / "clips", tmp_path / "clips/ab"]  # any of them may be unknown yet
+    assert capsys.readouterr().err.count(f"waiting for {path}") == 1
+
+
+def test_no_time_is_lost_on_entries_that_are_there_or_were_never_written(tmp_path, monkeypatch):
+    client = LateNames(monkeypatch, 0, None)
+    there, missing = (encodings.entry_path(tmp_path, "clips", key) for key in ("abcd", "efgh"))
+    encodings.write_entry(there, torch.zeros(2))
+    assert encodings.read_entry(there).tolist() == [0, 0]
+    assert encodings.missing_entries(tmp_path, "clips", {"abcd": (2,), "efgh": (2,)}) == ["efgh"]
+    assert not missing.exists()
+    assert (client.now, client.listed) == (0, [])
 
 
 @pytest.mark.slow

@@ -735,6 +735,8 @@ def test_two_machines_that_do_not_share_the_output_folder_are_refused(forked, ti
     if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", output], capture_output=True).returncode:
         pytest.skip("mounting a file system is not allowed here")
     blind = f"""
+import cogvideox.files as files
+files.SECONDS_UNTIL_VISIBLE = 2
 if rank == 1:
     import ctypes, subprocess
     assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS: its mounts are its own from here on

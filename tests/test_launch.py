@@ -17,6 +17,7 @@ import yaml
 
 from tests.conftest import ROOT, STEADY_ADAM, STEADY_BOUND, environment, lora_of, same, words
 from tests.forked import free_port
+from tests.stand_ins import LateNames, OneProcess
 
 SMALL = words("MODEL", "DATA", "OUT", "CACHE")[8:]  # the size and the flags that make a run short
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_cogvideox_lora.py"]
@@ -344,6 +345,25 @@ def test_a_bad_folder_prints_sentences_and_no_traceback(forked, clips, tiny_mode
     assert output.rstrip().splitlines()[-1].startswith("ERROR[3]: videos.txt:3: videos/05.mp4: empty file")
     assert "Traceback" not in output
     assert set(os.listdir(tmp_path / "out")) == {".lock", "dataset.json", "dataset_report.txt"}
+
+
+@pytest.mark.parametrize(("seconds", "shared"), [(50, True), (95, False)])
+def test_a_folder_that_another_machine_has_just_made_is_waited_for(tmp_path, monkeypatch, seconds, shared):
+    """Rank 1 of two, whose file system shows the file of rank 0 late."""
+    from cogvideox import launch
+
+    probe = tmp_path / "out/.shared-1"
+
+    def write():
+        probe.parent.mkdir()
+        probe.touch()
+
+    monkeypatch.setattr(launch, "broadcast_object_list", lambda values: [[probe]])
+    monkeypatch.setattr(launch, "gather_object", lambda values: values)
+    client = LateNames(monkeypatch, seconds, write)
+    problems = launch.folders_not_shared(OneProcess(process_index=1), [("--output_dir", tmp_path / "out")])
+    assert client.now == min(seconds, 90)
+    assert len(problems) == (0 if shared else 1)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS])
