@@ -343,8 +343,12 @@ class TrainingClips(Dataset):
         }
 
     def largest_batch(self, plan, clips, batch_size):
-        """A batch of the trained clip with the most latents, at the run's first positions. clips: facts of each clip."""
-        largest = max(plan.clips, key=lambda i: clips[i]["frames"] * clips[i]["height"] * clips[i]["width"])
+        """A batch of the trained clip with the most latents, at the run's first positions. clips: facts of each clip.
+
+        Of several, the first one that the run trains on, whose caption is needed next anyway.
+        """
+        first = plan.clip_of(0)
+        largest = max(plan.clips, key=lambda i: (clips[i]["frames"] * clips[i]["height"] * clips[i]["width"], i == first))
         return default_collate([self.item(largest, position) for position in range(batch_size)])
 
 

@@ -33,6 +33,7 @@ from cogvideox.stopping import end_with_launcher
 OPTIMIZER_NAMES = ("adamw", "adam", "prodigy", "adamw8bit", "adam8bit")
 SCHEDULE_NAMES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 PRECISION_NAMES, BASE_PRECISIONS = ("no", "fp16", "bf16"), ("stored", "fp8", "int8", "nf4")
+SAMPLERS = ("stored", "ddim", "dpm")
 TIMESTEP_SAMPLINGS = ("uniform", "spread", "logit_normal")
 CHECKPOINTING_HELP = "recompute activations: auto (of as few blocks as fit), none, all, attention (all but attention outputs), N blocks"
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
@@ -79,7 +80,15 @@ def build_parser():
     flag("--validation_epochs", 50, "make videos every N epochs, and at the start and end (0: only those)", at_least=0, free=True)
     flag("--validation_steps", 0, "make videos every N optimizer steps instead (0: off)", at_least=0, free=True)
     flag("--num_validation_videos", 1, "videos per prompt, with seeds --seed, --seed + 1, ...", at_least=1, free=True)
+    flag(
+        "--validation_prompts_at_once",
+        0,
+        "videos of N prompts at a time, in turns; at first and last of all (0: always)",
+        at_least=0,
+        free=True,
+    )
     flag("--num_inference_steps", 50, "denoising steps", at_least=1, free=True)
+    flag("--validation_scheduler", "stored", "sampler: the model's own, ddim or dpm (needs fewer steps)", choices=SAMPLERS, free=True)
     flag("--guidance_scale", 6.0, "classifier-free guidance; 1: off", at_least=0, free=True)
     flag("--use_dynamic_cfg", False, "increase the guidance over the denoising steps", free=True)
     flag("--negative_prompt", "", "negative prompt of the videos", free=True)
@@ -191,7 +200,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 
-from cogvideox import checkpoint, engine, hub, lora, memory, metrics, rehearsal, report, scoring, stopping, validation
+from cogvideox import base_model, checkpoint, engine, hub, lora, memory, metrics, price, rehearsal, report, scoring, stopping, validation
 from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, configure, fail, say, timed, warn
 from cogvideox.encodings import encode_data
 from cogvideox.folder import PRECISIONS, open_model, stored_precision
@@ -208,6 +217,7 @@ from cogvideox.linear import hold_linears
 from cogvideox.model import blocks_to_recompute, checkpoint_blocks, compile_blocks, load_scheduler, load_vae, rotary_tables
 from cogvideox.optimizer import make_optimizer, make_schedule
 from cogvideox.order import Plan, positions_of, seeded_generator
+from cogvideox.preview import Preview
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.survey import check_data
 from dataset import TrainingClips, lacking_shared_memory, one_ahead
@@ -355,7 +365,7 @@ def main(args):
             remove_earlier_run(output_dir, args.logging_dir)  # only after every check has passed
         if is_main and args.dry_run:
             memory.say_predicted(args, folder, accelerator, velocity_loss)
-        encodings, prompts, negative_prompt, identities = encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier)
+        encodings, identities = encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier)
 
     # Transformer: frozen in the compute dtype with a LoRA in fp32, or all weights in fp32.
     scheduler, kind = load_scheduler(folder), checkpoint.RESULTS[args.training_type]
@@ -394,26 +404,39 @@ def main(args):
     with memory_explained("in the rehearsal of one step at the largest shape"), timed("rehearsal"):
         batch = clips.largest_batch(plan, data.clips, args.train_batch_size)
         measured = rehearsal.rehearse(args, trained, result_facts, batch, compute_loss, train_step)
-    if problem := rehearsal.report(args, *measured, plan.total_steps, device, num_trained):
+    if problem := rehearsal.report(args, measured, plan.total_steps, device, num_trained):
         fail(BAD_OUTPUT, problem)
+
+    # Checkpoints, scores and videos; each is a no-op while its flag is off.
+    run_facts = {"flags": flags.public_flags(args), "clips_per_step": plan.clips_per_step, **identities}
+    checkpointer = checkpoint.Checkpointer(args, trained, run_facts, result_facts)
+    base_identity = base_model.identity_of(args, identities["transformer"], scheduler, device)
+    vae = functools.partial(load_vae, folder, device, args.variant, args.enable_slicing, args.enable_tiling)
+    validator = validation.Validator(args, trained, scheduler, encodings, vae, data.most_common_shape(), plan, base_identity)
+    scorer = scoring.Scorer(
+        args, trained, clip_losses, encodings, data, facts.scaling_factor, num_timesteps, tuple(identities.values()), base_identity
+    )
+    scorer.follow(checkpointer, validator)
+    say_price = functools.partial(
+        price.say_price_of, args, plan, measured, transformer, folder, facts, batch["latents"].shape[1:], accelerator.num_processes,
+        (checkpointer, scorer, validator),
+    )  # fmt: skip
     if args.dry_run:
+        say_price(first_step=0)
         say("--dry_run: nothing was trained")
         accelerator.end_training()
         return
 
-    # Checkpoints, scores, metrics and videos; each is a no-op while its flag is off. The base model is scored before a checkpoint loads.
-    run_facts = {"flags": flags.public_flags(args), "clips_per_step": plan.clips_per_step, **identities}
-    checkpointer = checkpoint.Checkpointer(args, trained, run_facts, result_facts)
-    scorer = scoring.Scorer(args, trained, clip_losses, encodings, data, facts.scaling_factor, num_timesteps, tuple(identities.values()))
-    # No random state to restore: clip, noise and timestep are functions of the seed and the position.
+    # Resume, if asked. No random state to restore: clip, noise and timestep are functions of the seed and the position.
+    scorer.score_what_training_changes()
     first_step = checkpointer.load()
     meter = metrics.Meter(args, trained, plan, first_step)
-    vae = functools.partial(load_vae, folder, device, args.variant, args.enable_slicing, args.enable_tiling)
-    validator = validation.Validator(args, trained, scheduler, (prompts, negative_prompt), vae, data.most_common_shape(), plan)
-    scorer.begin(meter, checkpointer, validator)
+    scorer.begin(meter)
+    preview = Preview(args, trained, data, encodings, vae)
     guard = metrics.NonFiniteGuard(args, trained, plan.clip_of, data.records, checkpointer)
     metrics.start_trackers(args, accelerator, run_facts)
     say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, num_parameters)
+    say_price(first_step=first_step)
     run = report.describe_run(args, accelerator, engine.engine_of(accelerator), plan, data, validator.settings, num_trained)
     if is_main and (problem := report.write_run_facts(output_dir, run)):
         warn(problem)
@@ -437,6 +460,7 @@ def main(args):
         with meter.paused(), trained.one_full_model():
             scorer.offer(step, last)
             validator.offer(step, last)
+        preview.offer(due=checkpointer.is_due(step, last))
         # A signal to any rank stops all ranks here, after a checkpoint.
         if stop := stopping.stop_requested_anywhere(device):
             checkpointer.save(step)

@@ -6,32 +6,29 @@ written under a temporary name and renamed, so a killed run leaves only complete
 """
 
 import ctypes
-import functools
 import hashlib
 import json
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import safetensors
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save
 
-from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, progress, say, timed, warn
+from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, progress, say, timed
 from cogvideox.decode import ENCODING_VERSION, clip_framing
 from cogvideox.files import hash_file, key_of, read_json, still_missing, write_bytes
 from cogvideox.folder import component_note, latent_shape, stored_dtype, weight_files
 from cogvideox.launch import free
-from cogvideox.model import decode_latents, encode_captions, encode_frames, load_text_encoder, load_vae, usable_dtype
-from cogvideox.stopping import exit_if_requested
+from cogvideox.model import encode_captions, encode_frames, load_text_encoder, load_vae, usable_dtype
+from cogvideox.stopping import exit_if_requested, interruptible
 from cogvideox.survey import remember_survey
-from cogvideox.video import contact_sheet, write_video
 
-CAPTIONS_PER_BATCH = 8
-
-CLIPS_SHOWN, SECONDS_TO_SHOW = 3, 10  # show no further clip after 10 seconds: a CPU decodes one in 15 seconds
+LARGE_TEXT_ENCODER = 2**27  # bytes of weights from which a CPU takes long enough for a caption to encode it on demand
 
 
 # -----------------------------------------------------------------------------
@@ -50,7 +47,11 @@ def identify(folder, part, cache, variant=None):
         return known["identity"], getattr(torch, known["dtype"])
     dtype = stored_dtype(folder, part, variant) if files else torch.float32
     files = files or sorted(p for p in (Path(folder) / part).iterdir() if p.is_file())
-    value = key_of(config, [(file.name, hash_file(file, cache)) for file in files])
+    hashes = []
+    for file in files:
+        exit_if_requested()  # 10 GB take half a minute
+        hashes.append((file.name, hash_file(file, cache)))
+    value = key_of(config, hashes)
     content = json.dumps({"identity": value, "dtype": str(dtype).removeprefix("torch.")}).encode()
     if not note.exists() or note.read_bytes() != content:
         write_bytes(note, content)
@@ -116,10 +117,15 @@ def is_complete(path, shape):
 
 
 class Encodings:
-    """The encodings of a dataset, read from the cache one by one. keys: as returned by `plan_encodings`."""
+    """The encodings of a dataset, read from the cache one by one.
 
-    def __init__(self, cache, clip_keys, flipped_keys, prompt_keys, empty_key):
-        self.cache, self.empty_key = cache, empty_key
+    clip_keys, flipped_keys, prompt_keys: the key of each clip, mirrored clip and clip's caption. caption_keys: caption -> key, also
+    of the empty caption and of the validation prompts. vae: everything that a decoded video depends on besides its latents.
+    new_clips: the numbers of the clips that this run encoded. on_demand: a `CaptionsOnDemand`, or None if every caption is stored.
+    """
+
+    def __init__(self, cache, clip_keys, flipped_keys, prompt_keys, caption_keys, vae=(), new_clips=(), on_demand=None):
+        self.cache, self.caption_keys, self.vae, self.new_clips, self.on_demand = cache, caption_keys, vae, new_clips, on_demand
         self.clip_keys, self.flipped_keys, self.prompt_keys = clip_keys, flipped_keys, prompt_keys
 
     def __len__(self):
@@ -132,7 +138,48 @@ class Encodings:
 
     def prompt(self, clip):
         """The embedding [T, D] of a clip's caption, or of the empty caption for None."""
-        return read_entry(entry_path(self.cache, "captions", self.empty_key if clip is None else self.prompt_keys[clip]))
+        return self.embedding(self.caption_keys[""] if clip is None else self.prompt_keys[clip])
+
+    def caption(self, text):
+        """The embedding [T, D] of a validation prompt or of any other planned caption."""
+        return self.embedding(self.caption_keys[text])
+
+    def embedding(self, key):
+        """The embedding [T, D] of an entry, which is encoded now if it was left for later."""
+        if self.on_demand:
+            self.on_demand.store(key)
+        return read_entry(entry_path(self.cache, "captions", key))
+
+
+class CaptionsOnDemand:
+    """The captions that are encoded when a step first reads them, so that the first step does not wait for the others.
+
+    T5 stays in memory until the last one is stored. captions: key -> caption of the missing entries. load: () -> (tokenizer, text
+    encoder). A caption that cannot be encoded or stored ends the run.
+    """
+
+    def __init__(self, cache, captions, load, max_text_seq_length):
+        self.cache, self.missing, self.load, self.length, self.models = cache, dict(captions), load, max_text_seq_length, None
+
+    def store(self, key):
+        """Encode and store the caption of `key`, unless that is done."""
+        if key not in self.missing:
+            return
+        self.models = self.models or self.load()
+        failure = encode_caption(self.cache, key, self.missing.pop(key), *self.models, self.length)
+        if failure:
+            fail(BAD_OUTPUT if "--encoding_cache_dir" in failure else BAD_DATA, failure)
+        if not self.missing:
+            self.models = None
+
+
+def may_wait(text_encoder_bytes, device, processes, loader_workers):
+    """Whether captions are encoded on demand: where a caption takes a CPU long, and T5 may stay in memory during training.
+
+    A GPU takes milliseconds for a caption, and its memory is needed. text_encoder_bytes: of T5's weights.
+    """
+    alone = device.type == "cpu" and processes == 1 and loader_workers == 0
+    return alone and LARGE_TEXT_ENCODER <= text_encoder_bytes <= psutil.virtual_memory().available / 3
 
 
 def missing_entries(cache, kind, shapes):
@@ -145,24 +192,26 @@ def missing_entries(cache, kind, shapes):
 
 
 def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier):
-    """Encode the missing entries on all ranks. Returns (Encodings, validation prompts, negative prompt, identities).
+    """Encode the missing entries on all ranks. Returns (Encodings, identities).
 
-    T5 is loaded only if a caption is missing, then the VAE only if a clip is; both are freed before this returns. identities:
-    a hash of all trained clips, their captions and how they were encoded, and one of the transformer's weights.
+    T5 is loaded only if a caption is missing, then the VAE only if a clip is; both are freed before this returns (T5 not where
+    captions are encoded on demand). identities: a hash of all trained clips, their captions and how they were encoded, and one of
+    the transformer's weights.
     """
     cache, rank, world_size = Path(args.encoding_cache_dir), accelerator.process_index, accelerator.num_processes
-    device, variant = accelerator.device, args.variant
+    device, variant, length = accelerator.device, args.variant, facts.max_text_seq_length
     captions = [record.caption for record in data.records] + [""] + args.prompts + [args.negative_prompt]
     # Only rank 0 checks the cache, and all ranks use its answer: another run may be filling the same cache.
     plan = [plan_encodings(args, folder, facts, data, captions, cache, device)] if accelerator.is_main_process else [None]
-    keys, clip_keys, missing_captions, missing_clips, transformer_identity, problems = broadcast_object_list(plan)[0]
+    keys, clip_keys, missing_captions, missing_clips, vae, transformer_identity, problems = broadcast_object_list(plan)[0]
     if problems:
         fail(BAD_FLAGS, problems)
-    jobs = {}
+    jobs, new_clips = {}, []
     for flipped, row in enumerate(clip_keys):
-        for record, clip, key in zip(data.records, data.clips, row, strict=True):
+        for number, (record, clip, key) in enumerate(zip(data.records, data.clips, row, strict=True)):
             if key in missing_clips:
                 jobs[key] = (key, record.path, clip_framing(record, data.framing, args.seed), bool(flipped), clip["frames"], record.listed)
+                new_clips += [] if flipped else [number]
     total_clips, total_captions = len({key for row in clip_keys for key in row}), len(set(keys.values()))
     cached = f"{total_clips - len(jobs)} of {total_clips} clips and {total_captions - len(missing_captions)} of {total_captions} captions"
     say(f"\nencodings in {cache}: {cached} are cached")
@@ -170,34 +219,39 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
     def load_text():
         return tokenizer, load_text_encoder(folder, device, variant)
 
-    with timed("encode the captions"):
-        failures = fill_captions(cache, captions, keys.get, missing_captions, load_text, facts.max_text_seq_length, rank, world_size)
-    free(device)
-
     def load_encoder():
         return load_vae(folder, device, variant, args.enable_slicing, args.enable_tiling)
 
-    show = functools.partial(show_encoded, args.output_dir, args.fps, [])
+    captions_by_key = {key: caption for caption, key in keys.items()}
+    missing_captions = {key: captions_by_key[key] for key in missing_captions}
+    text_encoder_bytes = sum(file.stat().st_size for file in weight_files(folder / "text_encoder", variant)[0])
+    on_demand, failures = None, []
+    if missing_captions and may_wait(text_encoder_bytes, device, world_size, args.dataloader_num_workers):
+        say("captions are encoded when a step first reads them; T5 stays in memory until the last one is stored")
+        on_demand = CaptionsOnDemand(cache, missing_captions, load_text, length)
+    else:
+        with timed("encode the captions"):
+            failures += fill_captions(cache, missing_captions, load_text, length, rank, world_size)
+        free(device)
     with timed("encode the clips"):
-        failures += fill_clips(cache, list(jobs.values()), load_encoder, readers, show, barrier, rank, world_size)
+        failures += fill_clips(cache, list(jobs.values()), load_encoder, readers, barrier, rank, world_size)
     if failures := gather_object(failures):
         fail(BAD_OUTPUT if any("--encoding_cache_dir" in failure for failure in failures) else BAD_DATA, list(dict.fromkeys(failures)))
     free(device)
     prompt_keys = [keys[record.caption] for record in data.records]
-    encodings = Encodings(cache, clip_keys[0], clip_keys[-1], prompt_keys, keys[""])
-    prompts = [read_entry(entry_path(cache, "captions", keys[prompt])) for prompt in args.prompts]
-    negative = read_entry(entry_path(cache, "captions", keys[args.negative_prompt]))
+    encodings = Encodings(cache, clip_keys[0], clip_keys[-1], prompt_keys, keys, vae, new_clips, on_demand)
     trained_keys = [[row[clip] for clip in data.trained] for row in clip_keys], [prompt_keys[clip] for clip in data.trained]
-    return encodings, prompts, negative, {"clips": key_of(*trained_keys), "transformer": transformer_identity}
+    return encodings, {"clips": key_of(*trained_keys), "transformer": transformer_identity}
 
 
 def plan_encodings(args, folder, facts, data, captions, cache, device):
     """The keys of all captions and clips, and which are missing. Returns problems as sentences, and raises none."""
     remember_survey(data.clips, cache)
-    text_identity, text_dtype = identify(folder, "text_encoder", cache, args.variant)
-    vae_identity, vae_dtype = identify(folder, "vae", cache, args.variant)
-    tokenizer_identity, _ = identify(folder, "tokenizer", cache)
-    transformer_identity, _ = identify(folder, "transformer", cache, args.variant)
+    parts = {"text_encoder": args.variant, "vae": args.variant, "tokenizer": None, "transformer": args.variant}
+    with timed("hash the model's files"), ThreadPoolExecutor() as threads:  # hashing releases Python's lock
+        found = dict(zip(parts, threads.map(lambda part: identify(folder, part, cache, parts[part]), parts), strict=True))
+    (text_identity, text_dtype), (vae_identity, vae_dtype) = found["text_encoder"], found["vae"]
+    tokenizer_identity, transformer_identity = found["tokenizer"][0], found["transformer"][0]
     text = (key_of(text_identity, tokenizer_identity), usable_dtype(text_dtype, device), facts.max_text_seq_length)
     vae = (vae_identity, usable_dtype(vae_dtype, device), args.enable_slicing, args.enable_tiling)
     keys = {caption: caption_key(caption, *text) for caption in captions}
@@ -211,7 +265,8 @@ def plan_encodings(args, folder, facts, data, captions, cache, device):
         problem = weight_files(folder / part, args.variant)[1]
         if problem and needed:
             problems.append(f"{problem}; {len(needed)} {'captions' if part == 'text_encoder' else 'clips or videos'} need them")
-    return keys, clip_keys, missing_captions, missing_clips, transformer_identity, problems
+    vae = (vae_identity, str(vae[1]), args.enable_slicing, args.enable_tiling)
+    return keys, clip_keys, missing_captions, missing_clips, vae, transformer_identity, problems
 
 
 def moments_shape(clip, facts):
@@ -242,49 +297,42 @@ def share(sizes, rank, world_size):
     return sorted(shares[rank])
 
 
-def caption_groups(captions):
-    """The distinct captions in groups of a fixed size.
+def fill_captions(cache, missing, load, max_text_seq_length, rank=0, world_size=1):
+    """Encode this rank's share of the missing captions, one at a time.
 
-    A group is encoded even if some of its members are cached, so that the last bit of an embedding, which depends on the
-    batch, does not depend on what an earlier run had cached.
+    One at a time because the last bit of an embedding depends on the batch, and must not depend on what an earlier run had
+    cached; the 226 tokens of one caption already fill a GPU. missing: key -> caption. load: () -> (tokenizer, text encoder),
+    called only if there is work. Returns failures as sentences.
     """
-    distinct = list(dict.fromkeys(captions))
-    return [distinct[i : i + CAPTIONS_PER_BATCH] for i in range(0, len(distinct), CAPTIONS_PER_BATCH)]
-
-
-def fill_captions(cache, captions, key, missing, load, max_text_seq_length, rank=0, world_size=1):
-    """Encode this rank's share of the groups with a missing caption.
-
-    key: caption -> key. load: () -> (tokenizer, text encoder), called only if there is work. Returns failures as sentences.
-    """
-    missing = set(missing)
-    groups = [group for group in caption_groups(captions) if any(key(caption) in missing for caption in group)]
-    groups = groups[rank::world_size]
-    if not groups:
+    mine, failures = list(missing.items())[rank::world_size], []
+    if not mine:
         return []
     tokenizer, text_encoder = load()
-    for group in progress(groups, "encoding captions", unit=f"x{CAPTIONS_PER_BATCH}", disable=rank != 0):
-        # The last group is padded, so that every matrix product has the same shape.
-        padded = group + [""] * (CAPTIONS_PER_BATCH - len(group))
+    for key, caption in progress(mine, "encoding captions", unit="caption", disable=rank != 0):
         exit_if_requested()
-        embeddings = encode_captions(tokenizer, text_encoder, padded, max_text_seq_length)
-        try:
-            for caption, embedding in zip(group, embeddings, strict=False):
-                if key(caption) in missing:
-                    write_entry(entry_path(cache, "captions", key(caption)), embedding)
-        except OSError as error:
-            return [f"--encoding_cache_dir {cache}: a caption could not be stored ({error.strerror})"]
-        except ValueError as error:
-            return [f"the caption {caption[:60]!r}: {error}"]
-    return []
+        if failure := encode_caption(cache, key, caption, tokenizer, text_encoder, max_text_seq_length):
+            failures.append(failure)
+            if "--encoding_cache_dir" in failure:
+                break  # the next one would not fit either
+    return failures
 
 
-def fill_clips(cache, jobs, load, readers, show, barrier, rank=0, world_size=1):
+def encode_caption(cache, key, caption, tokenizer, text_encoder, max_text_seq_length):
+    """Encode and store one caption. Returns the failure as a sentence, or None."""
+    try:
+        write_entry(entry_path(cache, "captions", key), encode_captions(tokenizer, text_encoder, [caption], max_text_seq_length)[0])
+    except OSError as error:
+        return f"--encoding_cache_dir {cache}: a caption could not be stored ({error.strerror})"
+    except ValueError as error:
+        return f"the caption {caption[:60]!r}: {error}"
+    return None
+
+
+def fill_clips(cache, jobs, load, readers, barrier, rank=0, world_size=1):
     """Encode this rank's share of the missing clips while the readers decode the next ones.
 
     jobs: [(key, path, framing, flipped, frames, name)] of the missing clips, the same list on every rank. load: () -> VAE.
-    show: called with (vae, name, frames, moments) of the first few clips on rank 0. barrier: waits for the other ranks without
-    a timeout, and fails if one has died. Returns this rank's failures as sentences.
+    barrier: waits for the other ranks without a timeout, and fails if one has died. Returns this rank's failures as sentences.
     """
     failures, mine = [], share([job[4] for job in jobs], rank, world_size)
     bar = progress(total=len(jobs), desc="encoding clips", unit="clip", disable=rank != 0 or not jobs)
@@ -294,9 +342,9 @@ def fill_clips(cache, jobs, load, readers, show, barrier, rank=0, world_size=1):
         watcher.start()
     if mine:
         keep_heap_flat()
-        vae, spent = load(), 0.0
+        vae = load()
         decoded = readers.read_all([(jobs[i][1], jobs[i][2]) for i in mine])
-        for number, (i, (_, frames, reason)) in enumerate(zip(mine, decoded, strict=False)):
+        for i, (_, frames, reason) in zip(mine, decoded, strict=False):
             exit_if_requested()
             key, _, _, flipped, _, name = jobs[i]
             if reason:
@@ -304,21 +352,17 @@ def fill_clips(cache, jobs, load, readers, show, barrier, rank=0, world_size=1):
                 continue
             frames = np.flip(frames, axis=2) if flipped else frames
             try:
-                moments = encode_frames(vae, frames)
+                with interruptible(vae.encoder):
+                    moments = encode_frames(vae, frames)
                 write_entry(entry_path(cache, "clips", key), moments)
+            except InterruptedError:
+                exit_if_requested()
             except ValueError as error:
                 failures.append(f"{name}: {error}")
                 continue
             except OSError as error:
                 failures.append(f"--encoding_cache_dir {cache}: {name} could not be stored ({error.strerror})")
                 break  # the next clip would not fit either
-            if rank == 0 and number < CLIPS_SHOWN and spent < SECONDS_TO_SHOW:
-                started = time.monotonic()
-                try:
-                    show(vae, name, frames, moments)
-                except Exception as error:  # a preview must not end the run
-                    warn(f"the preview of an encoded clip was not saved ({type(error).__name__}: {error})")
-                spent += time.monotonic() - started
     try:
         barrier()
     except RuntimeError:
@@ -342,13 +386,3 @@ def show_all_ranks(bar, cache, keys, done):
         bar.update(len(written))
         if ended:
             return
-
-
-def show_encoded(output_dir, fps, rows, vae, name, frames, moments):
-    """Save a clip beside its VAE reconstruction: `encoded/00.mp4` (left: the frames, right: the reconstruction) and a contact sheet."""
-    mean = moments.float().chunk(2)[0].transpose(0, 1) * vae.config.scaling_factor
-    decoded = decode_latents(vae, mean)
-    folder = Path(output_dir) / "encoded"
-    write_video(folder / f"{len(rows) // 2:02d}.mp4", np.concatenate([frames, decoded], axis=2), fps)
-    rows += [(f"{name}: as trained on", frames), ("decoded from its latents", decoded)]
-    contact_sheet(folder / "contact_sheet.png", rows, "clips and their VAE reconstructions")

@@ -26,7 +26,6 @@ from transformers import T5Config, T5EncoderModel
 
 from cogvideox import linear, lora
 from cogvideox.console import say
-from cogvideox.encodings import CAPTIONS_PER_BATCH
 from cogvideox.engine import engine_of
 from cogvideox.files import read_json
 from cogvideox.folder import PRECISIONS, facts_of, latent_shape, stored_precision
@@ -394,7 +393,7 @@ def block_bytes(configs, args, compute_loss, shape, device="cuda"):
 
 
 def captions_bytes(configs):
-    """(weights, working set) of T5 on one group of captions, in bytes."""
+    """(weights, working set) of T5 on one caption, in bytes."""
     dtype = PRECISIONS[configs["dtypes"]["text_encoder"]]
     config = T5Config(**{name: value for name, value in configs["text_encoder"].items() if name not in ("dtype", "torch_dtype")})
     with without_data(dtype):
@@ -407,7 +406,7 @@ def captions_bytes(configs):
     with counting() as ledger, torch.no_grad():
         bring_to_device(encoder.requires_grad_(False).eval())
         weights = ledger.live
-        return weights, ledger.height_of(lambda: encoder(torch.zeros(CAPTIONS_PER_BATCH, tokens, dtype=torch.int64)))[0]
+        return weights, ledger.height_of(lambda: encoder(torch.zeros(1, tokens, dtype=torch.int64)))[0]
 
 
 def vae_bytes(configs, direction, shape, slicing=True, tiling=True):

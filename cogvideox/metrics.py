@@ -89,10 +89,15 @@ class Meter:
         self.since_log, self.waited, self.logged_step, self.losses = now, 0.0, step, []
 
     def log(self, line):
-        """Write a line to metrics.jsonl and its numbers to the trackers."""
+        """Write a line to metrics.jsonl and its numbers to the trackers; a line of a past step only to those that take it."""
         self.file.write(line)
         numbers = {name: value for name, value in line.items() if name != "step" and isinstance(value, (int, float))}
-        self.trained.accelerator.log(numbers, step=line["step"])
+        if line["step"] >= self.logged_step:
+            self.trained.accelerator.log(numbers, step=line["step"])
+            return
+        for tracker in self.trained.accelerator.trackers:
+            if tracker.name == "tensorboard":  # wandb drops it with a warning
+                tracker.log(numbers, step=line["step"])
 
     @contextlib.contextmanager
     def paused(self):

@@ -7,6 +7,7 @@ import itertools
 import shutil
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -20,7 +21,18 @@ from cogvideox.flags import public_flags
 from cogvideox.launch import peak_memory_gib
 from cogvideox.model import checkpoint_blocks
 from cogvideox.report import run_facts
+from cogvideox.stopping import exit_if_requested
 from cogvideox.video import read_video, write_video
+
+
+class Measured(NamedTuple):
+    """Measurements of the rehearsal. forward_seconds: of a forward pass on the batch. save_seconds: of a checkpoint, estimated."""
+
+    seconds_per_step: float
+    peak_gib: float
+    checkpoint_mib: float
+    forward_seconds: float
+    save_seconds: float
 
 
 def rehearse(args, trained, result_facts, batch, compute_loss, train_step):
@@ -28,9 +40,19 @@ def rehearse(args, trained, result_facts, batch, compute_loss, train_step):
 
     result_facts: the metadata of the exported file. batch: CPU tensors. compute_loss: (model, batch) -> the mean loss.
     train_step: the script's. With --dry_run a second step is timed, without first-step overhead. Every rank calls it. Returns
-    (seconds per optimizer step, peak GiB, MiB per checkpoint).
+    Measured.
     """
-    accelerator, device = trained.accelerator, trained.device
+    accelerator, device, forward_seconds = trained.accelerator, trained.device, 0.0
+
+    def timed_loss(model, batch):
+        nonlocal forward_seconds
+        synchronize(device)
+        started = time.perf_counter()
+        loss = compute_loss(model, batch)
+        synchronize(device)
+        forward_seconds = time.perf_counter() - started
+        return loss
+
     fit_to_memory(args, trained, lambda: compute_loss(trained.model, {name: value.to(device) for name, value in batch.items()}))
     live = dataclasses.replace(trained, average=None)
     with undone(args, trained):
@@ -38,18 +60,25 @@ def rehearse(args, trained, result_facts, batch, compute_loss, train_step):
             started = time.perf_counter()
             finite, tries = False, 0
             while not finite and tries < 20:  # fp16's scaler starts high, and halves its scale after an overflow
-                outcome = train_step(args, live, itertools.repeat(batch), compute_loss, 0)
+                exit_if_requested()
+                outcome = train_step(args, live, itertools.repeat(batch), timed_loss, 0)
                 finite, tries = outcome.finite or not accelerator.scaler, tries + 1
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
             seconds = (time.perf_counter() - started) / tries * args.gradient_accumulation_steps
         peak, megabytes = peak_memory_gib(device), checkpoint_mebibytes(args, trained)
         state = trained.state()
         with trained.full_model() as full_model:
-            problem = try_results(args, trained, full_model, state, result_facts) if trained.is_main else None
-    if problem := broadcast_object_list([problem])[0]:
+            problem, rate = try_results(args, trained, full_model, state, result_facts) if trained.is_main else (None, 0.0)
+    problem, rate = broadcast_object_list([problem, rate])
+    if problem:
         fail(BAD_OUTPUT, problem)
-    return seconds, peak, megabytes
+    return Measured(seconds, peak, megabytes, forward_seconds, megabytes * rate)
+
+
+def synchronize(device):
+    """Wait for the work queued on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @contextlib.contextmanager
@@ -96,24 +125,27 @@ def checkpoint_mebibytes(args, trained):
 def try_results(args, trained, full_model, state, result_facts):
     """Write and reload a result, write and read a video, write a card, all in a temporary folder.
 
-    state: the weights after a step. Returns the problem as a sentence, or None. Only rank 0 calls it.
+    state: the weights after a step. Returns (the problem as a sentence or None, seconds per written MiB). Only rank 0 calls it.
     """
-    folder = Path(args.output_dir) / ".rehearsal"
+    folder, rate = Path(args.output_dir) / ".rehearsal", 0.0
     try:
         folder.mkdir(exist_ok=True)
+        started = time.perf_counter()
         trained.kind.write(folder, trained.export(full_model, state), result_facts)
+        written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
+        rate = (time.perf_counter() - started) / written
         _, effect = trained.kind.check_export(folder, full_model)
         if effect == 0:
             warn("an optimizer step does not change the model's output; check --learning_rate and --target_modules")
         write_video(folder / "video.mp4", np.zeros((5, 32, 32, 3), np.uint8), args.fps)
         if (frames := len(read_video(folder / "video.mp4"))) != 5:
-            return f"rehearsal in {folder}: a video of 5 frames was read back with {frames} frames"
+            return f"rehearsal in {folder}: a video of 5 frames was read back with {frames} frames", rate
         hub.write_model_card(folder, run_facts(public_flags(args), hub.NO_FACTS))
     except (OSError, ValueError, RuntimeError) as error:
-        return f"rehearsal in {folder}: {type(error).__name__}: {error}"
+        return f"rehearsal in {folder}: {type(error).__name__}: {error}", rate
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return None
+    return None, rate
 
 
 def fit_to_memory(args, trained, loss):
@@ -208,8 +240,9 @@ def free_bytes(device):
     return available
 
 
-def report(args, seconds, peak, checkpoint_mib, total_steps, device, num_trained):
+def report(args, measured, total_steps, device, num_trained):
     """Print the rehearsal's measurements and the run's needs. Returns a problem, or None."""
+    seconds, peak, checkpoint_mib = measured[:3]
     kept = -(-total_steps // args.checkpointing_steps)
     kept = min(kept, args.checkpoints_total_limit + 1) if args.checkpoints_total_limit else kept
     free = shutil.disk_usage(args.output_dir).free / 2**20

@@ -10,11 +10,12 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import default_collate
 
-from cogvideox import report
+from cogvideox import base_model, report
 from cogvideox.console import progress, say, timed
 from cogvideox.files import key_of, read_json_lines
 from cogvideox.launch import free
 from cogvideox.lora import lora_modules
+from cogvideox.stopping import exit_if_requested_anywhere, stop_noticed, stop_requested_anywhere
 from cogvideox.validation import undisturbed
 from dataset import TrainingClips
 
@@ -45,7 +46,8 @@ def score(accelerator, transformer, losses, encodings, sets, captions, seed, sca
 
     losses: batch -> loss of each clip. sets: {"train": clips, "held_out": clips}. captions: clip -> its caption. gap: with
     `with_gap`, `caption_gap` of the held-out clips (of the training clips if there are none) in the noisier bands, where the
-    model depends on the caption; None if there are too few captions. Every rank scores its share; a collective.
+    model depends on the caption; None if there are too few captions. Every rank scores its share; a collective. Returns None if
+    a signal requested a stop, for which every forward pass is looked at.
     """
     jobs = [(name, clip, clip, band) for name, clips in sets.items() for clip in clips for band in range(BANDS)]
     distinct = list({captions[clip]: clip for clip in sets["held_out"] or sets["train"]}.values())  # one clip per caption
@@ -55,11 +57,15 @@ def score(accelerator, transformer, losses, encodings, sets, captions, seed, sca
     with undisturbed(transformer):
         mine = range(accelerator.process_index, len(jobs), accelerator.num_processes)
         for number in progress(mine, "scoring", unit="clip", leave=False, delay=3, disable=not accelerator.is_main_process):
+            if stop_noticed():
+                break
             _, clip, other, band = jobs[number]
             source = TrainingClips(WithCaptionOf(encodings, other), None, f"{seed}/fixed/{band}", scaling_factor, num_train_timesteps)
             item = source.item(clip, position=clip) | {"timestep": torch.tensor(middle_of(band, num_train_timesteps))}
             batch = {name: value.to(accelerator.device) for name, value in default_collate([item]).items()}
             results[number] = losses(batch)[0]
+    if stop_requested_anywhere(accelerator.device):
+        return None
     results = accelerator.reduce(results, "sum").double().cpu()  # each is zero on all ranks but one
     scores, first = {}, 0
     for name, clips in sets.items():
@@ -89,18 +95,10 @@ def middle_of(band, num_train_timesteps):
 def base_score(transformer, score_of):
     """The base model's score: with the LoRA disabled, or with the current weights of full fine-tuning. score_of: transformer -> `score`.
 
-    Call it before a step or a checkpoint changes a weight. A collective.
+    Full fine-tuning needs it before a step or a checkpoint changes a weight. A collective.
     """
-    if not lora_modules(transformer):
+    with base_model.without_lora(transformer):
         return score_of(transformer)
-    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    transformer.disable_adapters()
-    try:
-        return score_of(transformer)
-    finally:
-        transformer.enable_adapters()
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 @torch.no_grad()
@@ -187,12 +185,12 @@ def percent(share):
 class Scorer:
     """Scores fixed clips on fixed noise at every checkpoint, with every validation, and every --eval_steps.
 
-    Create it before a checkpoint is loaded: it scores the base model, unless a resumed run finds that score in metrics.jsonl.
-    clip_losses: (model, batch) -> the loss of each clip. run_identity: hashes of the encoded clips and of the base model. Every rank
-    calls every method and scores its share.
+    The base model's score comes from metrics.jsonl (of a resumed run) or the cache, and is otherwise computed with the first score.
+    clip_losses: (model, batch) -> the loss of each clip. run_identity: hashes of the encoded clips and of the base model.
+    base_identity: `base_model.identity_of`. Every rank calls every method and scores its share.
     """
 
-    def __init__(self, args, trained, clip_losses, encodings, data, scaling_factor, num_train_timesteps, run_identity=()):
+    def __init__(self, args, trained, clip_losses, encodings, data, scaling_factor, num_train_timesteps, run_identity=(), base_identity=""):
         self.args, self.trained, self.clip_losses, self.encodings = args, trained, clip_losses, encodings
         self.noise, self.num_train_timesteps = (args.seed, scaling_factor, num_train_timesteps), num_train_timesteps
         self.output_dir, self.captions = Path(args.output_dir), [record.caption for record in data.records]
@@ -202,20 +200,46 @@ class Scorer:
         settings += [(data.clips[clip]["sha256"], self.captions[clip]) for clips in self.sets.values() for clip in clips]
         self.clips = {name: len(clips) for name, clips in self.sets.items()}
         self.clips["sha256"] = key_of(settings)[:12]
-        self.lines, self.watched = [], None
+        entries = [[(encodings.clip_keys[clip], encodings.prompt_keys[clip]) for clip in clips] for clips in self.sets.values()]
+        self.base_key = key_of("base score", base_identity, BANDS, *self.noise, entries)
+        self.lines, self.meter, self.checkpointer, self.validator = [], None, None, None
         self.base = base_of(self.earlier_lines()) if args.resume_from_checkpoint else None
         if args.eval_clips and not self.base:
-            with trained.full_model() as full_model:
-                self.base = base_score(full_model, self.score)
+            self.base = self.stored_base()
+
+    def stored_base(self):
+        """The base model's score in the cache, the same on all ranks, or None."""
+        stored = base_model.read_score(self.args.encoding_cache_dir, self.base_key) if self.trained.is_main else None
+        return broadcast_object_list([stored])[0]
+
+    def score_base(self, full_model):
+        """Score the base model and keep the score in the cache. Returns None if a signal requested a stop."""
+        with timed("score the base model"):
+            score = base_score(full_model, self.score)
+        if score and self.trained.is_main:
+            base_model.write_score(self.args.encoding_cache_dir, self.base_key, score)
+        return score
 
     def earlier_lines(self):
         """The scores of the same clips in metrics.jsonl, the same on all ranks."""
         lines = evaluations(read_json_lines(self.output_dir / "metrics.jsonl"), self.clips) if self.trained.is_main else None
         return broadcast_object_list([lines])[0]
 
-    def begin(self, meter, checkpointer, validator):
+    def follow(self, checkpointer, validator):
+        """Score whenever these two are due."""
+        self.checkpointer, self.validator = checkpointer, validator
+
+    def score_what_training_changes(self):
+        """Score the base model now if a step or a checkpoint changes its weights, so call it before either."""
+        if self.args.eval_clips and not self.base and not base_model.stays_available(self.args, self.trained.transformer):
+            with self.trained.full_model() as full_model:
+                self.base = self.score_base(full_model)
+                del full_model  # a copy is freed at the end of the block
+            exit_if_requested_anywhere(self.trained.device)
+
+    def begin(self, meter):
         """Start scoring, after the checkpoint is loaded and metrics.jsonl is truncated to its step."""
-        self.watched, self.lines = (meter, checkpointer, validator), self.earlier_lines()
+        self.meter, self.lines = meter, self.earlier_lines()
 
     def score(self, transformer, with_gap=True):
         """The function `score` on this run's clips."""
@@ -235,29 +259,40 @@ class Scorer:
         """Whether the clips are scored after this step."""
         if not self.args.eval_clips:
             return False
-        _, checkpointer, validator = self.watched
         by_steps = self.args.eval_steps and step % self.args.eval_steps == 0
-        return bool(by_steps) or checkpointer.is_due(step, last) or validator.is_due(step, last)
+        return bool(by_steps) or self.checkpointer.is_due(step, last) or self.validator.is_due(step, last)
 
     def offer(self, step, last=False):
         """Score and log if due, and export the weights with the lowest held-out loss so far to best/."""
         if not self.is_due(step, last):
             return
-        meter, checkpointer, _ = self.watched
         untrained = step == 0 and not self.args.init_lora  # a new LoRA has no effect
+        if untrained and not self.base:
+            return  # the base model is scored with the first score, so that the first step does not wait for it
         with timed(f"score step {step}"), self.trained.averaged(), self.trained.full_model() as full_model:
             share = update_share(full_model)
-            now = self.base if untrained else self.score(full_model, with_gap=last)
+            if not self.base:
+                self.base = self.score_base(full_model)
+                if self.base:
+                    self.log(0, self.base, None if share is None else 0.0)
+            now = self.base if untrained else self.base and self.score(full_model, with_gap=last)
         free(self.trained.device)
-        line = line_of(step, now, self.base, self.clips, share, self.lines, self.num_train_timesteps)
-        self.lines.append(line)
-        meter.log(line)
-        say(sentence_of(line))
+        if not now:
+            return  # a signal requested a stop
+        line = self.log(step, now, share)
         if line["best_step"] == step:
-            checkpointer.save_best(step)
+            self.checkpointer.save_best(step)
         self.trained.barrier()
         if self.trained.is_main:
             report.refresh(self.output_dir)
+
+    def log(self, step, scores, share):
+        """Log one score. Returns its line of metrics.jsonl."""
+        line = line_of(step, scores, self.base, self.clips, share, self.lines, self.num_train_timesteps)
+        self.lines.append(line)
+        self.meter.log(line)
+        say(sentence_of(line))
+        return line
 
 
 # -----------------------------------------------------------------------------

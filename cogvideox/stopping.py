@@ -64,6 +64,30 @@ def stop_requested():
     return received["signal"]
 
 
+def stop_noticed():
+    """The number of a signal that this process received or that another rank noticed here, or 0.
+
+    Not a collective, so ranks with unequal work may call it any number of times: the ranks leave a note in the process group's store.
+    """
+    import torch.distributed as distributed
+
+    if not distributed.is_initialized():
+        return stop_requested()
+    with contextlib.suppress(RuntimeError):  # the store ends with rank 0
+        store = distributed.distributed_c10d._get_default_store()
+        if stop_requested():
+            store.set("stop", str(stop_requested()))
+        elif store.check(["stop"]):
+            return int(store.get("stop"))
+    return stop_requested()
+
+
+def raise_if_noticed():
+    """Raise InterruptedError if a signal requested a stop, on this rank or another."""
+    if number := stop_noticed():
+        raise InterruptedError(f"{signal.Signals(number).name} requested a stop")
+
+
 def stop_requested_anywhere(device):
     """The number of a signal that any rank received, or 0; the same on all ranks. Every rank calls it."""
     import torch
@@ -75,12 +99,33 @@ def stop_requested_anywhere(device):
     return int(number)
 
 
+@contextlib.contextmanager
+def interruptible(module):
+    """In the block, every forward pass of a module raises InterruptedError once a signal has requested a stop.
+
+    For work of minutes that consists of many passes, such as the VAE's tiles: the launcher kills a process 30 seconds after a signal.
+    """
+
+    handle = module.register_forward_pre_hook(lambda *_: raise_if_noticed())
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def exit_if_requested():
-    """End this process if it received a signal. Call it where all work is on disk."""
-    if number := stop_requested():
+    """End this process if it or another rank received a signal. Call it where all work is on disk."""
+    if number := stop_noticed():
         if received["output_dir"] and rank() == 0:
             write_status(received["output_dir"], 128 + number, f"stopped by {signal.Signals(number).name} before training", None)
         raise SystemExit(128 + number)
+
+
+def exit_if_requested_anywhere(device):
+    """`exit_if_requested` on every rank if any rank received a signal. A collective."""
+    if number := stop_requested_anywhere(device):
+        received["signal"] = number
+    exit_if_requested()
 
 
 def write_status(output_dir, code, reason, step, checkpoint=None, **more):

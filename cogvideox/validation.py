@@ -10,14 +10,15 @@ import traceback
 from pathlib import Path
 
 import torch
-from diffusers import CogVideoXPipeline
+from accelerate.utils import broadcast_object_list
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
 
-from cogvideox import metrics, report
+from cogvideox import base_model, metrics, report
 from cogvideox.console import say, timed, warn
-from cogvideox.files import write_bytes
+from cogvideox.files import key_of, write_bytes
 from cogvideox.launch import free
 from cogvideox.model import decode_latents
-from cogvideox.stopping import stop_requested
+from cogvideox.stopping import interruptible, raise_if_noticed
 from cogvideox.video import contact_sheet, read_video, write_video
 
 
@@ -62,10 +63,15 @@ def sample_latents(transformer, scheduler, prompt, negative_prompt, seed, device
     return result.frames[0]
 
 
+def sampler_of(scheduler, name):
+    """The scheduler that makes the videos: the model's own for "stored", or a DDIM or DPM one with the same noise schedule."""
+    kinds = {"stored": type(scheduler), "ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
+    return kinds[name].from_config(scheduler.config)
+
+
 def stop_sampling_if_requested(pipeline, step, timestep, tensors):
     """Abort a video when a signal requests a stop; the loop then saves."""
-    if stop_requested():
-        raise InterruptedError("a signal requested a stop")
+    raise_if_noticed()
     return tensors
 
 
@@ -80,13 +86,19 @@ def validate(folder, jobs, rank, world_size, transformer, scheduler, embeddings,
     with undisturbed(transformer):
         for job in jobs[rank::world_size]:
             try:
+                raise_if_noticed()
                 latents.append(
                     (job, sample_latents(transformer, scheduler, prompts[job["prompt"]], negative, job["seed"], device, **settings))
                 )
             except Exception as error:
                 failures.append(failure(job, error))
-        if latents:
+        if not latents:
+            return failures
+        try:
             vae = load_vae()
+        except Exception as error:
+            return failures + [failure(job, error) for job, _ in latents]
+        with interruptible(vae.decoder):
             for job, sample in latents:
                 try:
                     write_video(folder / job["name"], decode_latents(vae, sample), fps)
@@ -136,15 +148,17 @@ def is_due(step, clips_per_step, num_clips, args):
 class Validator:
     """Generates the validation videos before the first step, when they are due, and after the last step.
 
-    prompts: (embedding of each prompt, negative embedding). load_vae: () -> the VAE. clip_shape: default (frames, height, width)
-    of the videos. plan: order.Plan. Every rank calls every method and generates its share.
+    The base model's videos (step 0) come from the cache, or are made with the first others, so that the first step does not wait for
+    them; where training changes the base's weights, before the first step. encodings: encodings.Encodings. load_vae: () -> the VAE.
+    clip_shape: default (frames, height, width) of the videos. plan: order.Plan. base_identity: `base_model.identity_of`. Every rank
+    calls every method and generates its share.
     """
 
-    def __init__(self, args, trained, scheduler, prompts, load_vae, clip_shape, plan):
-        self.args, self.trained, self.scheduler, self.load_vae, self.plan = args, trained, scheduler, load_vae, plan
-        self.embeddings = [prompt.to(trained.dtype) for prompt in prompts[0]], prompts[1].to(trained.dtype)
+    def __init__(self, args, trained, scheduler, encodings, load_vae, clip_shape, plan, base_identity=""):
+        self.args, self.trained, self.encodings, self.load_vae, self.plan = args, trained, encodings, load_vae, plan
         self.folder = Path(args.output_dir) / "validation"
         self.jobs = video_jobs(args.prompts, args.num_validation_videos, args.seed)
+        self.scheduler = sampler_of(scheduler, args.validation_scheduler) if self.jobs else scheduler
         frames, height, width = clip_shape
         self.settings = {
             "height": args.validation_height or height,
@@ -154,6 +168,8 @@ class Validator:
             "guidance_scale": args.guidance_scale,
             "use_dynamic_cfg": args.use_dynamic_cfg,
         }
+        self.base_identity = base_identity, args.validation_scheduler
+        self.base_is_pending = bool(self.jobs) and base_model.stays_available(args, trained.transformer)
 
     def folder_of(self, step):
         """The folder of a step's videos."""
@@ -165,10 +181,37 @@ class Validator:
             return False
         return step == 0 or last or is_due(step, self.plan.clips_per_step, self.plan.epoch_clips, self.args)
 
+    def jobs_of(self, step):
+        """The jobs of a step: all of them at first and at last; in between those of --validation_prompts_at_once prompts, in turns."""
+        count, at_once = len(self.args.prompts), self.args.validation_prompts_at_once
+        if step in (0, self.plan.total_steps) or not at_once or at_once >= count:
+            return self.jobs
+        if self.args.validation_steps:
+            turn = step // self.args.validation_steps
+        else:
+            turn = step * self.plan.clips_per_step // (self.plan.epoch_clips * max(1, self.args.validation_epochs))
+        chosen = {(turn * at_once + number) % count for number in range(at_once)}
+        return [job for job in self.jobs if job["prompt"] in chosen]
+
     def offer(self, step, last=False):
         """Generate the videos if due."""
-        if self.is_due(step, last):
+        if not self.is_due(step, last):
+            return
+        if step == 0 or self.base_is_pending:
+            self.offer_base(step)
+        if step > 0:
             self.make(step)
+
+    def offer_base(self, step):
+        """Take the base model's videos from the cache, or generate those that are missing unless they can be made after the first step."""
+        missing = self.restore_base()
+        if missing and step == 0 and self.base_is_pending:
+            return
+        self.base_is_pending = False
+        if missing:
+            self.generate(0, missing, of_base=step > 0)
+        elif not (self.folder_of(0) / "contact_sheet.png").exists():
+            self.show(0)
 
     def make_missing(self, step):
         """Generate the last step's videos if a kill prevented it."""
@@ -176,26 +219,65 @@ class Validator:
             self.make(step)
 
     def make(self, step):
-        """Generate the videos with the current weights, and add them to a contact sheet, the trackers and the report."""
+        """Generate a step's videos with the current weights, and show them."""
+        self.generate(step, self.jobs_of(step))
+
+    def restore_base(self):
+        """Copy the base model's videos from the cache. Returns the jobs whose videos are in neither place, the same on all ranks."""
+        missing = None
+        if self.trained.is_main:
+            folder, frames = self.folder_of(0), self.settings["num_frames"]
+            missing = [
+                job
+                for job in self.jobs
+                if not (folder / job["name"]).exists()
+                and not base_model.take_video(self.args.encoding_cache_dir, self.base_key(job), folder / job["name"], frames)
+            ]
+        return broadcast_object_list([missing])[0]
+
+    def base_key(self, job):
+        """The cache key of one video of the base model."""
+        captions = [self.encodings.caption_keys[text] for text in (self.args.prompts[job["prompt"]], self.args.negative_prompt)]
+        return key_of("base video", *self.base_identity, self.encodings.vae, captions, job["seed"], self.settings, self.args.fps)
+
+    def generate(self, step, jobs, of_base=False):
+        """Generate videos with the current weights or, with `of_base`, without the LoRA; keep step 0's in the cache, and show them."""
         trained, folder = self.trained, self.folder_of(step)
         rank, world_size = trained.accelerator.process_index, trained.accelerator.num_processes
-        with timed(f"make the videos of step {step}"), trained.averaged(), trained.full_model() as full_model:
+        texts = [*self.args.prompts, self.args.negative_prompt]
+        *prompts, negative = [self.encodings.caption(text).to(trained.dtype) for text in texts]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(timed(f"make the videos of step {step}"))
+            stack.enter_context(trained.averaged())
+            full_model = stack.enter_context(trained.full_model())
+            if of_base:
+                stack.enter_context(base_model.without_lora(full_model))
             failures = validate(
-                folder, self.jobs, rank, world_size, full_model, self.scheduler, self.embeddings, self.load_vae, trained.device,
+                folder, jobs, rank, world_size, full_model, self.scheduler, (prompts, negative), self.load_vae, trained.device,
                 self.args.fps, self.settings,
             )  # fmt: skip
+        del full_model
         for sentence in failures:
             print(f"warning: {sentence}", file=sys.stderr, flush=True)
         free(trained.device)
         trained.barrier()  # one rank may have more videos than another
+        if step == 0 and trained.is_main:
+            for job in jobs:
+                if (folder / job["name"]).exists():
+                    base_model.keep_video(self.args.encoding_cache_dir, self.base_key(job), folder / job["name"])
+        self.show(step)
+
+    def show(self, step):
+        """Add a step's videos to a contact sheet, the trackers and the report."""
+        trained, folder, jobs = self.trained, self.folder_of(step), self.jobs_of(step)
         if not trained.is_main:
             return
         if folder.exists():
             try:
-                write_sheet(folder, self.folder_of(0), self.jobs, self.args.prompts, step, self.settings)
+                write_sheet(folder, self.folder_of(0), jobs, self.args.prompts, step, self.settings)
             except Exception as error:  # Pillow and the video reader raise many kinds of errors; none must end the run
                 warn(f"the contact sheet of step {step} was not written ({type(error).__name__}: {error})")
-            metrics.track_videos(trained.accelerator.trackers, folder, self.jobs, self.args.prompts, step, self.args.fps)
+            metrics.track_videos(trained.accelerator.trackers, folder, jobs, self.args.prompts, step, self.args.fps)
         report.refresh(self.args.output_dir)
 
     def videos_of(self, step):

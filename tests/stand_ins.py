@@ -1,5 +1,6 @@
 """What the watchers of the loop ask of a run, in small: one process on the CPU and a model of two weights, no model folder."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -20,6 +21,9 @@ FLAGS = {
     "logging_steps": 1,
     "max_skipped_steps": 3,
     "prompts": [],
+    "negative_prompt": "",
+    "validation_scheduler": "stored",
+    "validation_prompts_at_once": 0,
     "num_validation_videos": 1,
     "validation_steps": 0,
     "validation_epochs": 0,
@@ -38,7 +42,8 @@ FLAGS = {
 
 def flags_of(output_dir, **flags):
     """The flags that a watcher reads, with `flags` on top."""
-    return SimpleNamespace(**FLAGS | {"output_dir": str(output_dir), "declared": {}} | flags)
+    folders = {"output_dir": str(output_dir), "encoding_cache_dir": str(Path(output_dir) / "cache")}
+    return SimpleNamespace(**FLAGS | folders | {"declared": {}} | flags)
 
 
 class OneProcess:
@@ -108,10 +113,17 @@ RESULT = SimpleNamespace(
 class Noise:
     """The encodings of clips: the same moments and caption for each."""
 
+    vae, new_clips = ("vae",), ()
+    clip_keys, prompt_keys = [f"clip {number}" for number in range(9)], [f"caption {number}" for number in range(9)]
+    caption_keys = {text: f"key of {text}" for text in ("", "a rabbit", "a bird", "a fox")}
+
     def moments(self, clip, flipped=False):
         return torch.zeros(4, 1, 2, 2)
 
     def prompt(self, clip):
+        return torch.zeros(3, 4)
+
+    def caption(self, text):
         return torch.zeros(3, 4)
 
 

@@ -207,20 +207,15 @@ def test_an_embedding_does_not_depend_on_what_was_left_to_encode(tiny_model, tmp
     captions = [f"caption number {i}" for i in range(19)]
     encoder = load_tokenizer(tiny_model), load_text_encoder(tiny_model, torch.device("cpu"))
 
-    def key(caption):
-        return encodings.key_of(caption)
-
-    encodings.fill_captions(tmp_path / "at once", captions, key, map(key, captions), lambda: encoder, 226)
+    by_key = {encodings.key_of(caption): caption for caption in captions}
+    encodings.fill_captions(tmp_path / "at once", by_key, lambda: encoder, 226)
     for rank in (1, 0):  # two processes, and a second run that finds some missing
-        encodings.fill_captions(tmp_path / "in parts", captions, key, map(key, captions[::2]), lambda: encoder, 226, rank, 2)
-    encodings.fill_captions(
-        tmp_path / "in parts",
-        captions,
-        key,
-        encodings.missing_entries(tmp_path / "in parts", "captions", dict.fromkeys(map(key, captions), (226, encoder[1].config.d_model))),
-        lambda: encoder,
-        226,
-    )
+        some = dict(list(by_key.items())[::2])
+        encodings.fill_captions(tmp_path / "in parts", some, lambda: encoder, 226, rank, 2)
+    shapes = dict.fromkeys(by_key, (226, encoder[1].config.d_model))
+    missing = encodings.missing_entries(tmp_path / "in parts", "captions", shapes)
+    assert len(missing) == 9
+    encodings.fill_captions(tmp_path / "in parts", {key: by_key[key] for key in missing}, lambda: encoder, 226)
     assert content(tmp_path / "at once") == content(tmp_path / "in parts")
     assert len(content(tmp_path / "at once")) == 19
 

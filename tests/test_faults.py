@@ -265,7 +265,7 @@ def test_out_of_memory_is_answered_with_flags(train, monkeypatch, capsys):
 def test_the_rehearsal_leaves_no_trace_in_training(train, monkeypatch):
     rehearsed = train(max_train_steps=3, lora_dropout=0.1)
     real = rehearsal.rehearse
-    monkeypatch.setattr(rehearsal, "rehearse", lambda *args, **kwargs: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(rehearsal, "rehearse", lambda *args, **kwargs: rehearsal.Measured(0.0, 0.0, 0.0, 0.0, 0.0))
     assert same(lora_of(rehearsed), lora_of(train(max_train_steps=3, lora_dropout=0.1)))
     moved = []
 

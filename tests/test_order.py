@@ -1,9 +1,11 @@
 """Which clip a position holds and what noise it gets."""
 
+import pytest
 import torch
 
 from cogvideox.order import clip_at, epoch_length, epoch_order, positions_of, sampled_timestep, seeded_generator
 from dataset import TrainingClips
+from tests.stand_ins import Noise, plan_of
 
 FIVE = (0,) * 5
 
@@ -123,3 +125,19 @@ def test_how_timesteps_are_drawn_changes_nothing_else_of_a_position():
     assert plain["timestep"] != spread["timestep"]
     assert torch.equal(plain["noise"], spread["noise"])
     assert torch.equal(plain["latents"], spread["latents"])
+
+
+@pytest.mark.parametrize(("frames", "chosen"), [((9, 9, 9, 9), "first"), ((9, 9, 17, 9), 2)])
+def test_the_rehearsed_clip_is_a_largest_one_and_the_first_of_the_run_if_that_is_one(frames, chosen):
+    asked = []
+
+    class Asked(Noise):
+        def moments(self, clip, flipped=False):
+            asked.append(clip)
+            return super().moments(clip)
+
+    plan = plan_of(clips=4)
+    clips = [{"frames": count, "height": 32, "width": 48} for count in frames]
+    TrainingClips(Asked(), plan.clip_of, 42, 1.0, 1000).largest_batch(plan, clips, 1)
+    assert plan.clip_of(0) not in (0, 2)  # neither the first in the list nor the longest one
+    assert asked == [plan.clip_of(0) if chosen == "first" else chosen]

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from diffusers import CogVideoXDDIMScheduler
 from safetensors.torch import load_file
 
 import train_cogvideox_lora as script
@@ -231,9 +232,11 @@ def scorer_of(output_dir, trained=None, saves=(), videos=(), held_out=2, run_ide
     """A scorer of a new run. saves, videos: the steps at which a checkpoint and videos are due. Returns (scorer, watcher)."""
     trained, data = trained or make_trained(), clips_of(4, held_out)
     args = flags_of(output_dir, **{"eval_clips": 2} | flags)
-    scorer = scoring.Scorer(args, trained, loss_of_weight, Noise(), data, 1.0, 1000, run_identity)
+    scorer = scoring.Scorer(args, trained, loss_of_weight, Noise(), data, 1.0, 1000, run_identity, run_identity)
     watcher = Watcher(saves)
-    scorer.begin(watcher, watcher, SimpleNamespace(is_due=lambda step, last=False: step in videos))
+    scorer.follow(watcher, SimpleNamespace(is_due=lambda step, last=False: step in videos))
+    scorer.score_what_training_changes()
+    scorer.begin(watcher)
     return scorer, watcher
 
 
@@ -273,7 +276,9 @@ def test_a_scorer_without_clips_asks_nothing_of_the_model(tmp_path):
     args = flags_of(tmp_path, eval_clips=0)
     assert scoring.Scorer(args, make_trained(), score, Noise(), clips_of(4), 1.0, 1000).base is None
     with pytest.raises(AssertionError, match="scored"):
-        scoring.Scorer(flags_of(tmp_path, eval_clips=1), make_trained(), score, Noise(), clips_of(4), 1.0, 1000)
+        scoring.Scorer(
+            flags_of(tmp_path, eval_clips=1), make_trained(), score, Noise(), clips_of(4), 1.0, 1000
+        ).score_what_training_changes()
 
 
 def test_the_base_is_scored_before_a_weight_changes_and_found_again_by_a_resumed_run(tmp_path):
@@ -352,8 +357,8 @@ def test_scores_and_videos_of_a_step_share_one_copy_of_a_sharded_model(engine, s
 
     trained = make_trained(OneProcess(distributed_type=DistributedType[engine]), ema_decay=0.5, build=build)
     scorer, _ = scorer_of(tmp_path, trained)
-    args, prompt = flags_of(tmp_path, prompts=["a rabbit"]), torch.zeros(3, 4)
-    videos = validation.Validator(args, trained, None, ([prompt], prompt), None, (5, 32, 48), plan_of())
+    args = flags_of(tmp_path, prompts=["a rabbit"])
+    videos = validation.Validator(args, trained, CogVideoXDDIMScheduler(), Noise(), None, (5, 32, 48), plan_of())
     monkeypatch.setattr(scoring.Scorer, "score", score)
     monkeypatch.setattr(validation, "validate", validate)
     freed = []  # which copies are still there when memory is given back for the last time

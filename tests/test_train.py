@@ -209,8 +209,8 @@ def test_one_batch_of_two_trains_what_two_accumulated_batches_train(train, plain
     assert max((batch[name] - single[name]).abs().max() for name in batch) > 100 * worst
 
 
-def test_a_step_is_logged_then_saved_then_scored_then_shown(train, monkeypatch):
-    from cogvideox import checkpoint, metrics, report, scoring, validation
+def test_a_step_is_logged_then_saved_then_scored_then_shown_and_a_second_run_looks_at_no_base(train, tmp_path, monkeypatch):
+    from cogvideox import checkpoint, metrics, preview, report, scoring, validation
 
     order = []
 
@@ -224,15 +224,27 @@ def test_a_step_is_logged_then_saved_then_scored_then_shown(train, monkeypatch):
         monkeypatch.setattr(owner, name, noted)
 
     note(scoring, "base_score", lambda *args: "base")
+    note(preview.Preview, "show", lambda *args: "preview")
     note(checkpoint.Checkpointer, "load", lambda *args: "load")
     note(metrics.Meter, "log", lambda meter, line: f"{'loss' if 'loss' in line else 'score'} {line['step']}")
     note(checkpoint.Saver, "save", lambda saver, step, *args: f"save {step}")
     note(validation, "validate", lambda folder, *args: f"videos {int(folder.name[-6:])}")
     note(report, "refresh", lambda folder: "report")
-    train(validation_prompt="a rabbit", max_train_steps=3, checkpointing_steps=2, validation_steps=2, eval_clips=1)
-    assert order[:6] == ["base", "load", "score 0", "report", "videos 0", "report"]
-    assert order[6:13] == ["loss 1", "loss 2", "save 2", "score 2", "report", "videos 2", "report"]
-    assert order[13:] == ["loss 3", "save 3", "score 3", "report", "videos 3", "report", "report"]
+    flags = {"validation_prompt": "a rabbit", "max_train_steps": 3, "checkpointing_steps": 2, "validation_steps": 2, "eval_clips": 1}
+    cache = tmp_path / "cache"
+    train(cache=cache, **flags)
+    first_look = ["base", "score 0", "score 2", "report", "videos 0", "report", "videos 2", "report", "preview", "report"]
+    last_look = ["score 3", "report", "videos 3", "report", "report"]
+    assert order == ["load", "loss 1", "loss 2", "save 2", *first_look, "loss 3", "save 3", *last_look]
+    order.clear()
+    train(cache=cache, **flags)  # the second run finds encodings, base score and base videos in the cache
+    second = ["score 2", "report", "videos 2", "report"]
+    assert order == ["load", "score 0", "report", "report", "loss 1", "loss 2", "save 2", *second, "loss 3", "save 3", *last_look]
+    order.clear()
+    train(cache=cache, **flags | {"validation_prompt": "a bird", "eval_clips": 2})  # another prompt and other clips
+    assert order[1:4] == ["loss 1", "loss 2", "save 2"]
+    assert {"base", "videos 0"} < set(order)
+    assert "preview" not in order
 
 
 @pytest.mark.parametrize(("norm", "moved"), [(1.0, True), (math.inf, False)])

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 from cogvideox import launch, report, validation
 from cogvideox.files import write_bytes
-from tests.stand_ins import OneProcess, TwoWeights, flags_of, make_trained, plan_of, train_one_step
+from tests.stand_ins import Noise, OneProcess, TwoWeights, flags_of, make_trained, plan_of, train_one_step
 
 PROMPTS = ["a rabbit", "a bird"]
 
@@ -18,9 +19,9 @@ PROMPTS = ["a rabbit", "a bird"]
 def watcher(output_dir, trained=None, plan=None, **flags):
     """A validator with a prompt, unless the flags say otherwise."""
     flags = {"prompts": PROMPTS[:1]} | flags
-    embeddings = [torch.zeros(3, 4) for _ in flags["prompts"]], torch.zeros(3, 4)
-    args = flags_of(output_dir, **flags)
-    return validation.Validator(args, trained or make_trained(), None, embeddings, lambda: "vae", (5, 32, 48), plan or plan_of())
+    args, vae = flags_of(output_dir, **flags), SimpleNamespace(decoder=torch.nn.Identity())
+    scheduler = CogVideoXDDIMScheduler()
+    return validation.Validator(args, trained or make_trained(), scheduler, Noise(), lambda: vae, (5, 32, 48), plan or plan_of())
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def pipeline(monkeypatch):
 def made(monkeypatch):
     """The steps whose videos are made, in order; nothing is made."""
     steps = []
-    monkeypatch.setattr(validation.Validator, "make", lambda self, step: steps.append(step))
+    monkeypatch.setattr(validation.Validator, "generate", lambda self, step, jobs, of_base=False: steps.append(step))
     return steps
 
 
@@ -172,13 +173,13 @@ def test_every_rank_makes_its_share_and_the_main_one_shows_them(tmp_path, pipeli
     for rank in (1, 0):  # the main one last: it waits for the others
         accelerator = OneProcess(process_index=rank)
         accelerator.num_processes = 2
-        validator = watcher(tmp_path, make_trained(accelerator), num_validation_videos=3)
-        validator.offer(0)
+        validator = watcher(tmp_path, make_trained(accelerator), num_validation_videos=3, validation_steps=1)
+        validator.offer(1)
         shares.append(list(pipeline.seeds))
         pipeline.seeds.clear()
         assert (tmp_path / report.NAME).exists() is (rank == 0)
     assert shares == [[43], [42, 44]]
-    assert len(json.loads((validator.folder_of(0) / "videos.json").read_text())["videos"]) == 3
+    assert len(json.loads((validator.folder_of(1) / "videos.json").read_text())["videos"]) == 3
 
 
 @pytest.mark.parametrize(("engine", "copies"), [(DistributedType.FSDP, 1), (DistributedType.NO, 0)])
@@ -195,3 +196,49 @@ def test_a_sharded_model_is_copied_once_for_all_videos_of_a_step(engine, copies,
     assert len(built) == copies
     assert all((model is trained.transformer) is (copies == 0) for model in pipeline.models)
     assert all(torch.equal(weights, trained.transformer.trained) for weights in pipeline.weights)
+
+
+def test_prompts_take_turns_and_all_are_shown_first_and_last(tmp_path):
+    prompts = ["a rabbit", "a bird", "a fox"]
+
+    def turns(**flags):
+        validator = watcher(tmp_path, prompts=prompts, plan=plan_of(total_steps=10), **flags)
+        return [[job["prompt"] for job in validator.jobs_of(step)] for step in (0, 2, 4, 6, 8, 10)]
+
+    everything = [0, 1, 2]
+    assert turns(validation_steps=2, validation_prompts_at_once=1) == [everything, [1], [2], [0], [1], everything]
+    assert turns(validation_steps=2, validation_prompts_at_once=2) == [everything, [0, 2], [1, 2], [0, 1], [0, 2], everything]
+    assert turns(validation_steps=2) == turns(validation_steps=2, validation_prompts_at_once=3) == [everything] * 6
+    by_epochs = watcher(tmp_path, prompts=prompts, plan=plan_of(clips=2), validation_epochs=1, validation_prompts_at_once=1)
+    assert [[job["prompt"] for job in by_epochs.jobs_of(step)] for step in (2, 4, 6)] == [[1], [2], [0]]
+
+
+def test_a_vae_that_does_not_load_costs_the_videos_and_not_the_run(tmp_path, pipeline, capsys):
+    def load():
+        raise OSError("vae: no such file")
+
+    args = flags_of(tmp_path, prompts=PROMPTS[:1], validation_steps=1)
+    validator = validation.Validator(args, make_trained(), CogVideoXDDIMScheduler(), Noise(), load, (5, 32, 48), plan_of())
+    validator.offer(1)
+    assert "OSError: vae: no such file" in capsys.readouterr().err
+    assert pipeline.seeds == [42]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("stored", CogVideoXDDIMScheduler), ("ddim", CogVideoXDDIMScheduler), ("dpm", CogVideoXDPMScheduler)]
+)
+def test_a_sampler_keeps_the_noise_schedule_of_the_model(name, kind):
+    stored = CogVideoXDDIMScheduler(snr_shift_scale=2.0, beta_end=0.011)
+    sampler = validation.sampler_of(stored, name)
+    assert type(sampler) is kind
+    assert torch.equal(sampler.alphas_cumprod, stored.alphas_cumprod)
+    assert not torch.equal(kind().alphas_cumprod, stored.alphas_cumprod)
+
+
+@pytest.mark.slow
+def test_the_dpm_sampler_makes_other_videos_of_the_same_model(train):
+    def videos(scheduler):
+        folder = train(validation_prompt="a rabbit", max_train_steps=1, num_inference_steps=3, validation_scheduler=scheduler)
+        return next((folder / "validation/step-000000").glob("*.mp4")).read_bytes()
+
+    assert videos("ddim") == videos("stored") != videos("dpm")

@@ -10,16 +10,22 @@ from pathlib import Path
 
 import safetensors
 
-from cogvideox import flags
+from cogvideox import base_model, flags
 from cogvideox.console import progress
 from cogvideox.encodings import tensor_sha256
+from cogvideox.video import read_video
 
-KINDS = {"clips": "clips (moments)", "captions": "captions (T5 embeddings)"}
+KINDS = {
+    "clips": "clips (moments)",
+    "captions": "captions (T5 embeddings)",
+    "scores": "scores of a base model",
+    "videos": "videos of a base model",
+}
 
 
 def entries(cache, kind):
     """The files of one kind, sorted."""
-    return sorted((cache / kind).glob("??/*.safetensors"))
+    return sorted((cache / kind).glob(f"??/*.{base_model.FOLDERS.get(kind, 'safetensors')}"))
 
 
 def leftovers(cache):
@@ -29,10 +35,15 @@ def leftovers(cache):
 
 def why_bad(path):
     """What is wrong with an entry, or None."""
+    if path.suffix == ".json":
+        return None if base_model.read_score(path.parents[2], path.stem) else "is not a score"
     try:
+        if path.suffix == ".mp4":
+            read_video(path)
+            return None
         with safetensors.safe_open(path, framework="pt") as file:
             stored, tensor = (file.metadata() or {}).get("sha256"), file.get_tensor("encoding")
-    except Exception as error:  # safetensors raises its own kinds, OSError and ValueError for a damaged file
+    except Exception as error:  # safetensors and the video reader raise many kinds for a damaged file
         return f"cannot be read ({str(error).splitlines()[0][:100]})"
     return None if tensor_sha256(tensor) == stored else "its content is not what was stored"
 

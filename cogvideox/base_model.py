@@ -1,0 +1,111 @@
+"""What depends on the base model alone: its score on the fixed clips, and the videos of step 0. Kept in the cache of encodings.
+
+Every run on the same model, clips, prompts, seed and settings has the same ones, and on a GPU they cost minutes. As for encodings,
+an entry's name is a hash of everything that its content depends on. A failed write is a warning: the next run computes it again.
+"""
+
+import contextlib
+import json
+import math
+import shutil
+import uuid
+from pathlib import Path
+
+import diffusers
+
+from cogvideox.console import warn
+from cogvideox.files import LORA_FILE, file_sha256, key_of, read_json, write_bytes
+from cogvideox.lora import lora_modules
+from cogvideox.video import read_video
+
+VERSION = 1  # raise it when the score, or the way a video is made, changes
+FOLDERS = {"scores": "json", "videos": "mp4"}
+
+
+def identity_of(args, transformer_identity, scheduler, device):
+    """A hash of what the untrained model's outputs depend on, beside their inputs. transformer_identity: of its files.
+
+    With --init_lora the untrained model includes that LoRA. Another kind of device or another release of diffusers rounds differently.
+    """
+    initial = None
+    if args.init_lora:
+        path = Path(args.init_lora)
+        initial = file_sha256(path / LORA_FILE if path.is_dir() else path)
+    noise = type(scheduler).__name__, {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    precision = args.training_type, args.base_precision, args.mixed_precision
+    return key_of(VERSION, diffusers.__version__, transformer_identity, initial, noise, precision, device.type)
+
+
+@contextlib.contextmanager
+def without_lora(transformer):
+    """The base model inside the block: the LoRA, if there is one, is switched off."""
+    if not lora_modules(transformer):
+        yield
+        return
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    transformer.disable_adapters()
+    try:
+        yield
+    finally:
+        transformer.enable_adapters()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def stays_available(args, transformer):
+    """Whether the untrained model can still be run after a step: a new LoRA can be switched off, a changed weight cannot."""
+    return bool(lora_modules(transformer)) and not args.init_lora
+
+
+def entry_path(cache, kind, key):
+    """The path of an entry: cache/scores/ab/abcdef....json or cache/videos/ab/abcdef....mp4."""
+    return Path(cache) / kind / key[:2] / f"{key}.{FOLDERS[kind]}"
+
+
+def read_score(cache, key):
+    """The stored score, in the form of `scoring.score`, or None."""
+    try:
+        score = read_json(entry_path(cache, "scores", key))
+        numbers = [*score["train"], *(score["held_out"] or []), *(score["gap"] or [])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return score if all(math.isfinite(number) for number in numbers) else None
+
+
+def write_score(cache, key, score):
+    """Store a score."""
+    try:
+        write_bytes(entry_path(cache, "scores", key), json.dumps(score).encode())
+    except OSError as error:
+        warn(f"the base model's score was not kept in the cache ({error.strerror})")
+
+
+def take_video(cache, key, path, frames):
+    """Copy a stored video to `path`. Returns whether there is one of this many frames."""
+    stored = entry_path(cache, "videos", key)
+    try:
+        if stored.exists() and len(read_video(stored)) == frames:
+            copy_file(stored, path)
+            return True
+    except Exception:  # the video reader raises many kinds of errors on a damaged file, which is then made again
+        return False
+    return False
+
+
+def keep_video(cache, key, path):
+    """Store the video at `path`."""
+    try:
+        copy_file(path, entry_path(cache, "videos", key))
+    except OSError as error:
+        warn(f"a video of the base model was not kept in the cache ({error.strerror})")
+
+
+def copy_file(source, path):
+    """Copy a file under a temporary name, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        shutil.copyfile(source, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
