@@ -371,7 +371,7 @@ def main(args):
     scheduler, kind = load_scheduler(folder), checkpoint.RESULTS[args.training_type]
     build = functools.partial(kind.build, args, folder, dtype)
     with timed("load the transformer"):
-        transformer = build()
+        transformer = build(device=engine.loading_device(args, accelerator))
     if args.init_lora and (problem := lora.load_initial(transformer, args.init_lora)):
         fail(BAD_FLAGS, problem)
     num_trained, num_parameters = engine.count_parameters(transformer)

@@ -30,6 +30,8 @@ from cogvideox.survey import remember_survey
 
 LARGE_TEXT_ENCODER = 2**27  # bytes of weights from which a CPU takes long enough for a caption to encode it on demand
 
+CAPTIONS_PER_T5 = 200  # fewer captions are not worth loading T5 on one more rank
+
 
 # -----------------------------------------------------------------------------
 # Names
@@ -298,13 +300,15 @@ def share(sizes, rank, world_size):
 
 
 def fill_captions(cache, missing, load, max_text_seq_length, rank=0, world_size=1):
-    """Encode this rank's share of the missing captions, one at a time.
+    """Encode this rank's share of the missing captions, one at a time. Few captions are rank 0's: T5 takes longer to load, on each
+    rank 10.75 GiB for the real one. The other ranks go on to their clips.
 
     One at a time because the last bit of an embedding depends on the batch, and must not depend on what an earlier run had
     cached; the 226 tokens of one caption already fill a GPU. missing: key -> caption. load: () -> (tokenizer, text encoder),
     called only if there is work. Returns failures as sentences.
     """
-    mine, failures = list(missing.items())[rank::world_size], []
+    sharers = min(world_size, max(1, len(missing) // CAPTIONS_PER_T5))
+    mine, failures = list(missing.items())[rank::sharers] if rank < sharers else [], []
     if not mine:
         return []
     tokenizer, text_encoder = load()

@@ -74,8 +74,12 @@ class TwoWeights(torch.nn.Module):
         self.frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
 
 
-def make_trained(accelerator=None, ema_decay=0.0, build=TwoWeights, kind=None):
-    """A real `Trained` of `TwoWeights`. build: () -> the copy that an engine which shards the weights asks for."""
+def build_two_weights(device="cpu"):
+    return TwoWeights().to(device)
+
+
+def make_trained(accelerator=None, ema_decay=0.0, build=build_two_weights, kind=None):
+    """A real `Trained` of `TwoWeights`. build: (device) -> the copy that an engine which shards the weights asks for."""
     model = TwoWeights()
     optimizer = torch.optim.AdamW([model.trained], lr=0.5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)

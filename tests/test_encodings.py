@@ -220,6 +220,18 @@ def test_an_embedding_does_not_depend_on_what_was_left_to_encode(tiny_model, tmp
     assert len(content(tmp_path / "at once")) == 19
 
 
+@pytest.mark.parametrize(("captions", "loads"), [(0, 0), (1, 1), (399, 1), (400, 2), (1000, 4)])
+def test_t5_is_loaded_by_as_many_processes_as_the_captions_are_worth(monkeypatch, tmp_path, captions, loads):
+    """Four processes: none of them encodes a caption of another, and none is left out."""
+    loaded, encoded = [], []
+    monkeypatch.setattr(encodings, "encode_caption", lambda cache, key, *rest: encoded.append(key))
+    missing = {str(number): f"caption {number}" for number in range(captions)}
+    for rank in range(4):
+        encodings.fill_captions(tmp_path, missing, lambda rank=rank: loaded.append(rank) or ("tokenizer", "T5"), 226, rank, 4)
+    assert loaded == list(range(loads))
+    assert sorted(encoded) == sorted(missing)
+
+
 def test_work_is_shared_by_frames_without_overlap():
     sizes = [49, 9, 49, 25, 9, 9, 49, 1]
     shares = [encodings.share(sizes, rank, 3) for rank in range(3)]

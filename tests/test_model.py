@@ -3,14 +3,17 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from transformers import T5EncoderModel
 
 import train_cogvideox_lora as script
+from cogvideox import engine as engines
 from cogvideox import folder as folder_of
 from cogvideox import model, rehearsal
 from demo.make_model import make_model
@@ -353,11 +356,60 @@ def test_position_tables_are_made_once_a_size_and_change_no_bit(tiny_model, dtyp
     assert ours.patch_embed._get_positional_embeddings.cache_info()[:2] == (2, 2)  # found, made
 
 
+def test_weights_are_loaded_onto_the_gpu_without_a_copy_in_host_memory(tiny_model, monkeypatch):
+    asked = {}
+
+    def keep(kind):
+        def from_pretrained(folder, **settings):
+            asked[kind] = settings["device_map"]
+            raise InterruptedError
+
+        monkeypatch.setattr(getattr(model, kind), "from_pretrained", from_pretrained)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
+    gpu = torch.device("cuda", 3)
+    loaders = {
+        "T5EncoderModel": lambda: model.load_text_encoder(tiny_model, gpu),
+        "AutoencoderKLCogVideoX": lambda: model.load_vae(tiny_model, gpu),
+        "CogVideoXTransformer3DModel": lambda: model.load_transformer(tiny_model, torch.bfloat16, device=gpu),
+    }
+    for kind, load in loaders.items():
+        keep(kind)
+        with pytest.raises(InterruptedError):
+            load()
+    assert asked == dict.fromkeys(loaders, {"": gpu})
+
+
+@pytest.mark.parametrize(
+    ("flags", "engine", "where"),
+    [
+        ({}, DistributedType.NO, "cuda"),
+        ({}, DistributedType.MULTI_GPU, "cuda"),
+        ({"offload": True}, DistributedType.NO, "cpu"),
+        ({"base_precision": "nf4"}, DistributedType.NO, "cpu"),
+        ({}, DistributedType.FSDP, "cpu"),
+    ],
+)
+def test_the_transformer_is_loaded_where_all_of_its_weights_may_be(flags, engine, where):
+    accelerator = SimpleNamespace(device=torch.device("cuda", 1), distributed_type=engine, num_processes=2)
+    args = SimpleNamespace(**{"offload": False, "base_precision": "stored"} | flags)
+    assert engines.loading_device(args, accelerator).type == where
+
+
+def test_a_transformer_on_the_meta_device_reads_no_weights_and_has_their_shapes(tiny_model, tmp_path):
+    bare = shutil.copytree(tiny_model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    empty, full = model.load_transformer(bare, torch.float32, device="meta"), model.load_transformer(tiny_model, torch.float32)
+    assert {t.device.type for t in [*empty.parameters(), *empty.buffers()]} == {"meta"}
+    assert {n: t.shape for n, t in empty.named_parameters()} == {n: t.shape for n, t in full.named_parameters()}
+    assert {n: t.shape for n, t in empty.named_buffers()} == {n: t.shape for n, t in full.named_buffers()}
+
+
 def test_a_t5_that_does_not_fit_is_split_between_gpu_and_host(tiny_model, monkeypatch, capsys):
     gib = 2**30
-    assert model.placement(10 * gib, 24 * gib, 0) == {}
+    gpu = torch.device("cuda", 1)
+    assert model.placement(10 * gib, 24 * gib, gpu) == {"device_map": {"": gpu}}
     assert capsys.readouterr().err == ""
-    placed = model.placement(12 * gib, 10 * gib, 1)
+    placed = model.placement(12 * gib, 10 * gib, gpu)
     assert placed["device_map"] == "auto"
     assert placed["max_memory"] == {1: int(7.5 * gib), "cpu": 2**50}
     assert "T5 does not fit" in capsys.readouterr().err
