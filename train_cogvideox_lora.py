@@ -36,6 +36,8 @@ PRECISION_NAMES, BASE_PRECISIONS = ("no", "fp16", "bf16"), ("stored", "fp8", "in
 SAMPLERS = ("stored", "ddim", "dpm")
 TIMESTEP_SAMPLINGS = ("uniform", "spread", "logit_normal")
 CHECKPOINTING_HELP = "recompute activations: auto (of as few blocks as fit), none, all, attention (all but attention outputs), N blocks"
+ATTENTION_BACKENDS = ("auto", "default", "flash", "flash3", "efficient", "cudnn", "math")
+ATTENTION_HELP = "attention kernel: auto (on a GPU the fastest exact one, measured), default (torch's choice), or one by name"
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 LEARNING_RATES = {"lora": 5e-4, "sft": 1e-5}  # docs/quality.md
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -104,6 +106,8 @@ def build_parser():
     flag("--offload", False, "keep the blocks' frozen weights in host memory and copy each to the GPU on use", free=True)
     flag("--compile", False, "compile the transformer's blocks with torch.compile; the first step takes minutes", free=True)
     flag("--cpu", False, "train on the CPU, even if there is a GPU", free=True)
+    flag("--attention_backend", "auto", ATTENTION_HELP, choices=ATTENTION_BACKENDS, free=True)
+    flag("--deterministic", False, "use deterministic kernels only, so that a resumed run ends with the same bits on a GPU too", free=True)
     flag("--allow_tf32", False, "use TF32 matmuls on Ampere and later GPUs", free=True)
 
     flag = flags.flag_group(parser, "checkpoints and logs")
@@ -165,6 +169,10 @@ def check_flags(args):
         args.optimizer = args.optimizer.removesuffix("8bit") + "8bit"
     if args.gradient_checkpointing not in ("auto", "all", "attention", "none") and not args.gradient_checkpointing.isdecimal():
         problems.append(f"--gradient_checkpointing {args.gradient_checkpointing}: auto, all, attention, none, or a number of blocks")
+    if args.attention_backend == "flash3" and importlib.util.find_spec("flash_attn_interface") is None:
+        problems.append("--attention_backend flash3 needs flash_attn_interface: build it from hopper/ of Dao-AILab/flash-attention")
+    if args.attention_backend == "cudnn" and args.deterministic:
+        problems.append("--attention_backend cudnn: torch has no deterministic backward pass of it for --deterministic; use auto or flash")
     needs = {"prodigy": "prodigyopt", "adamw8bit": "bitsandbytes", "adam8bit": "bitsandbytes", "nf4": "bitsandbytes"}
     needs |= {"wandb": "wandb", "comet_ml": "comet_ml", "tensorboard": "tensorboard"}
     for name in ("optimizer", "base_precision", "report_to"):
@@ -200,7 +208,22 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import DataLoader
 
-from cogvideox import base_model, checkpoint, engine, hub, lora, memory, metrics, price, rehearsal, report, scoring, stopping, validation
+from cogvideox import (
+    attention,
+    base_model,
+    checkpoint,
+    engine,
+    hub,
+    lora,
+    memory,
+    metrics,
+    price,
+    rehearsal,
+    report,
+    scoring,
+    stopping,
+    validation,
+)
 from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, configure, fail, say, timed, warn
 from cogvideox.encodings import encode_data
 from cogvideox.folder import PRECISIONS, open_model, stored_precision
@@ -209,9 +232,10 @@ from cogvideox.launch import (
     claim_output_dir,
     holds_earlier_run,
     patient_barrier_maker,
-    peak_memory_gib,
+    peak_memory_text,
     remove_earlier_run,
     start_processes,
+    use_deterministic_algorithms,
 )
 from cogvideox.linear import hold_linears
 from cogvideox.model import blocks_to_recompute, checkpoint_blocks, compile_blocks, load_scheduler, load_vae, rotary_tables
@@ -344,6 +368,7 @@ def main(args):
     # Read the model's configs, not its weights; its problems are reported together with the data's.
     folder, facts, tokenizer, problems = open_model(args)
     problems += engine.unfit_flags(args)
+    use_deterministic_algorithms(args.deterministic)  # before a GPU starts
     check_gpu(args.cpu, problems)
 
     # Processes. From here on every line runs on every rank; the main one prints and writes.
@@ -353,6 +378,7 @@ def main(args):
     barrier, device, is_main, output_dir = patient_barrier_maker(), accelerator.device, accelerator.is_main_process, Path(args.output_dir)
     dtype = PRECISIONS[args.mixed_precision]
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    problems += attention.unfit_backend(args.attention_backend, device, dtype, facts.head_width)
     lock = claim_output_dir(args, accelerator, problems)  # noqa: F841  no other run writes there while it lives
 
     # Data: decode every clip once, encode it once, then free T5 and the VAE.
@@ -398,7 +424,7 @@ def main(args):
     # Rehearsal: an error of the first save or video shows up in the first minute, not after ten hours.
     result_facts = kind.facts(args, transformer) | {"trigger": args.id_token or "", "example_prompt": data.records[0].caption}
     memory_explained = functools.partial(
-        stopping.explained_memory, blocks=len(transformer.transformer_blocks), peak=lambda: peak_memory_gib(device),
+        stopping.explained_memory, blocks=len(transformer.transformer_blocks), peak=lambda: peak_memory_text(device),
         sharded=engine.splits_weights(accelerator),
     )  # fmt: skip
     with memory_explained("in the rehearsal of one step at the largest shape"), timed("rehearsal"):

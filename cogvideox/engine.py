@@ -107,6 +107,11 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor):
+    """This rank's part of a tensor, if FSDP2 sharded it; it shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def is_zero3_shard(parameter):
     """Whether ZeRO-3 shards a weight: `ds_tensor` is this rank's shard, `ds_shape` the full shape."""
     return hasattr(parameter, "ds_id")

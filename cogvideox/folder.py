@@ -31,6 +31,7 @@ class ModelFacts:
     latent_channels: int
     latent_compression: int  # pixels per latent, in height and width
     scaling_factor: float  # scales latents to unit variance: 1.15258426 for the 2B, 0.7 for the 5B
+    head_width: int = 64  # numbers per token and attention head
 
 
 COGVIDEOX_2B = ModelFacts(16, 4, 1, 226, 16, 8, 1.15258426)  # data is checked against these if the model cannot be read
@@ -210,6 +211,7 @@ def facts_of(transformer, vae):
         latent_channels=vae.get("latent_channels", 16),
         latent_compression=compression,
         scaling_factor=vae.get("scaling_factor", 1.15258426),
+        head_width=transformer.get("attention_head_dim", 64),
     )
 
 

@@ -44,6 +44,18 @@ def check_gpu(cpu, problems):
     fail(BAD_FLAGS, [problem, *problems])
 
 
+def use_deterministic_algorithms(wanted):
+    """Have torch, cuDNN and cuBLAS use kernels that give the same bits each time, or any. Call it before a GPU starts.
+
+    torch then raises RuntimeError for an operation without such a kernel, and gives attention's backward pass one, but not cuDNN's.
+    """
+    if wanted and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and only shows who reads such memory
+    torch.backends.cudnn.benchmark = False  # it would choose kernels by their time
+
+
 def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minutes, cpu=False):
     """Create the Accelerator, check the number of processes, and print each process and its device.
 
@@ -268,6 +280,18 @@ def peak_memory_gib(device):
     except ImportError:  # Windows
         return float("nan")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def peak_memory_text(device, peak=None):
+    """The peak as text. On a GPU also what torch reserved, which other programs and the driver see; tensors do not fill all of it.
+
+    peak: GiB, as `peak_memory_gib` returned it earlier (default: now).
+    """
+    text = f"{peak_memory_gib(device) if peak is None else peak:.2f} GiB"
+    if device.type != "cuda":
+        return text
+    reserved, total = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+    return f"{text} in tensors, {reserved / 2**30:.2f} reserved, of {total / 2**30:.1f}"
 
 
 def free(device):

@@ -15,10 +15,10 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cogvideox import engine, hub
+from cogvideox import attention, engine, hub
 from cogvideox.console import BAD_OUTPUT, fail, say, warn
 from cogvideox.flags import public_flags
-from cogvideox.launch import peak_memory_gib
+from cogvideox.launch import peak_memory_gib, peak_memory_text
 from cogvideox.model import checkpoint_blocks
 from cogvideox.report import run_facts
 from cogvideox.stopping import exit_if_requested
@@ -53,9 +53,11 @@ def rehearse(args, trained, result_facts, batch, compute_loss, train_step):
         forward_seconds = time.perf_counter() - started
         return loss
 
-    fit_to_memory(args, trained, lambda: compute_loss(trained.model, {name: value.to(device) for name, value in batch.items()}))
+    attention.settle(args, trained, batch)
     live = dataclasses.replace(trained, average=None)
     with undone(args, trained):
+        create_optimizer_states(trained)  # before the memory is measured: every step but the first runs beside them
+        fit_to_memory(args, trained, lambda: compute_loss(trained.model, {name: value.to(device) for name, value in batch.items()}))
         for _ in range(2 if args.dry_run else 1):
             started = time.perf_counter()
             finite, tries = False, 0
@@ -89,7 +91,8 @@ def undone(args, trained):
     it changes the weights even if a warm-up starts at 0.
     """
     accelerator, parameters, deepspeed = trained.accelerator, trained.parameters, engine.uses_deepspeed(trained.accelerator)
-    weights = [engine.read_weight(p).cpu() if deepspeed else p.detach().clone() for p in parameters]
+    # In host memory: beside the model, a second copy of all weights would take memory that training has.
+    weights = [(engine.read_weight(p) if deepspeed else engine.local(p.detach())).to("cpu", copy=True) for p in parameters]
     groups = [dict(group) for group in trained.optimizer.param_groups]
     schedule, scaler = copy.deepcopy(trained.schedule.state_dict()), accelerator.scaler and accelerator.scaler.state_dict()
     accelerator.gradient_accumulation_steps = 1
@@ -99,7 +102,7 @@ def undone(args, trained):
     accelerator.gradient_accumulation_steps, accelerator.step = args.gradient_accumulation_steps, 0
     with torch.no_grad():
         for parameter, value in zip(parameters, weights, strict=True):
-            engine.write_weight(parameter, value) if deepspeed else parameter.copy_(value)
+            engine.write_weight(parameter, value) if deepspeed else engine.local(parameter).copy_(value)
     if deepspeed:
         engine.load_optimizer_state(trained.optimizer, parameters, {"state": {}, "param_groups": groups})
     else:
@@ -110,6 +113,21 @@ def undone(args, trained):
     trained.schedule.load_state_dict(schedule)
     if scaler:
         accelerator.scaler.load_state_dict(scaler)
+
+
+def create_optimizer_states(trained):
+    """Have the optimizer allocate its states, by a step with gradients of zero. Call it inside `undone`.
+
+    An optimizer allocates them in its first step, after the peak of the first backward pass: that the second step does not fit
+    would show only then. DeepSpeed's are there from the start.
+    """
+    if engine.uses_deepspeed(trained.accelerator):
+        return
+    for parameter in trained.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    engine.inner_optimizer(trained.optimizer).step()  # not accelerate's, whose fp16 scaler has no scale yet
+    for parameter in trained.parameters:
+        parameter.grad = None
 
 
 def checkpoint_mebibytes(args, trained):
@@ -167,23 +185,28 @@ def fit_to_memory(args, trained, loss):
 def fit_checkpointing(accelerator, transformer, step):
     """Recompute as few blocks as fit in the free memory. step: runs a forward and a backward pass at the largest shape.
 
-    Runs the step with every block recomputed, which needs the least memory, and measures the memory left free and the memory
-    that one block would keep. 15 % of the free memory stay unused, for fragmentation and other programs. Every rank calls it,
-    and all use the plan of the rank with the least free memory.
+    Measures the memory that one block would keep. Unless all blocks fit twice, runs the step with every block recomputed, which needs
+    the least memory, and measures the memory left free: 15 % of it stay unused, for fragmentation and other programs. Every rank
+    calls it, and all use the plan of the rank with the least free memory.
     """
-    blocks, inputs = transformer.transformer_blocks, []
-    handle = blocks[-1].register_forward_pre_hook(lambda block, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True)
-    if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(accelerator.device)
-    step()
-    handle.remove()
-    room = free_bytes(accelerator.device)
+    blocks, device, processes = transformer.transformer_blocks, accelerator.device, accelerator.num_processes
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    args, kwargs = first_inputs(blocks[0], step)
     with accelerator.autocast():
-        kept, attention = kept_bytes(blocks[-1], *inputs[0])
-    inputs.clear()
-    if accelerator.device.type == "cpu":  # the step's own memory is free again, and was not subtracted
-        room = room / max(1, accelerator.num_processes) - 2 * kept
-    plan = max(gather_object([fewest_recomputed(len(blocks), kept, attention, 0.85 * room)]), key=lambda plan: (plan[0], not plan[1]))
+        kept, attention = kept_bytes(blocks[0], args, kwargs)
+    room = free_bytes(device) / (1 if device.type == "cuda" else processes)
+    gradients = sum(weight.nbytes for weight in transformer.parameters() if weight.requires_grad)
+    plan = 0, True
+    # In its backward pass a block takes about as much again as it keeps; the other layers take less than three more blocks.
+    if not all(gather_object([2 * ((len(blocks) + 4) * kept + gradients) <= room])):
+        checkpoint_blocks(transformer, len(blocks), False)
+        step()
+        room = free_bytes(device)
+        if device.type == "cpu":  # the step's own memory is free again, and was not subtracted
+            room = room / processes - 2 * kept
+        plans = gather_object([fewest_recomputed(len(blocks), kept, attention, 0.85 * room)])
+        plan = max(plans, key=lambda plan: (plan[0], not plan[1]))
     checkpoint_blocks(transformer, *plan)
     recomputed, keep_attention = plan
     attention_note = "" if recomputed == 0 else ", except attention" if keep_attention else ", including attention"
@@ -191,6 +214,26 @@ def fit_checkpointing(accelerator, transformer, step):
         f"gradient checkpointing: {recomputed} of {len(blocks)} blocks are recomputed{attention_note} "
         f"(a block keeps {kept / 2**20:.0f} MiB; {room / 2**30:.1f} GiB were free)"
     )
+
+
+class BlockReached(Exception):
+    """The inputs of a block: (args, kwargs)."""
+
+
+@torch.no_grad()  # nothing is checkpointed then: an exception would leave torch's hooks behind
+def first_inputs(block, step):
+    """The (args, kwargs) of a block's first call in `step()`, which ends there."""
+
+    def stop(block, args, kwargs):
+        raise BlockReached(args, kwargs)
+
+    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        step()
+    except BlockReached as reached:
+        return reached.args
+    finally:
+        handle.remove()
 
 
 def fewest_recomputed(blocks, kept, attention, room):
@@ -220,7 +263,10 @@ def kept_bytes(block, args, kwargs):
                 attention.extend(one.untyped_storage().nbytes() for one in result if torch.is_tensor(one))
             return result
 
-    args = [one.detach().requires_grad_(one.is_floating_point()) if torch.is_tensor(one) else one for one in args]
+    def trainable(one):
+        return one.detach().requires_grad_(one.is_floating_point()) if torch.is_tensor(one) else one
+
+    args, kwargs = [trainable(one) for one in args], {name: trainable(one) for name, one in kwargs.items()}
     weights = {weight.untyped_storage().data_ptr() for weight in block.parameters()}
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Watch():
         outputs = block(*args, **kwargs)
@@ -229,10 +275,15 @@ def kept_bytes(block, args, kwargs):
 
 
 def free_bytes(device):
-    """Free bytes: on a GPU, beyond the peak since its last reset; on a CPU, of this machine or container."""
+    """Free bytes: on a GPU, beyond the peak since its last reset; on a CPU, of this machine or container.
+
+    What torch has reserved on the GPU is free where no tensor lies, except between the tensors of one segment, where a larger
+    tensor does not fit and which cannot be given back.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+        gaps = torch.cuda.memory_stats(device).get("inactive_split_bytes.all.peak", 0)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device) - gaps
     available = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and limit.read_text().strip().isdecimal():
@@ -246,10 +297,9 @@ def report(args, measured, total_steps, device, num_trained):
     kept = -(-total_steps // args.checkpointing_steps)
     kept = min(kept, args.checkpoints_total_limit + 1) if args.checkpoints_total_limit else kept
     free = shutil.disk_usage(args.output_dir).free / 2**20
-    capacity = f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f}" if device.type == "cuda" else ""
     say(
         f"rehearsal: {seconds:.2f} seconds per step, {total_steps * seconds / 3600:.2f} hours for {total_steps} steps without validation; "
-        f"peak {peak:.2f}{capacity} GiB; {num_trained / 1e6:.2f} M trainable parameters;\n"
+        f"peak {peak_memory_text(device, peak)}; {num_trained / 1e6:.2f} M trainable parameters;\n"
         f"           {checkpoint_mib:.1f} MiB per checkpoint, {kept * checkpoint_mib:.0f} MiB for {kept} of them, {free:.0f} MiB free"
     )
     if checkpoint_mib * 1.5 > free:

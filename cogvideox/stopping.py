@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -145,23 +146,38 @@ OUT_OF_MEMORY = """out of memory ({where}). Flags that save memory, the largest 
   --max_num_frames, --height, --width activations grow with frames x height x width, attention with its square
   --use_8bit_adam                     quarters the optimizer states
   --rank                              LoRA, gradients and optimizer states are proportional to it
-Peak so far: {peak:.2f} GiB. {gpus}"""
+Peak so far: {peak}. {gpus}"""
 MORE_GPUS = {
     True: "More GPUs shard the weights further; each still holds the activations of its own clips.",
     False: "With this engine every GPU needs this much, so more GPUs do not help (configs/fsdp2.yaml shards the weights).",
 }
 
 
+# The libraries below torch say it in their own words: CUDA, HIP and NCCL the first; cuBLAS, cuDNN and cuSOLVER a status; the CPU's
+# allocator the next. cuBLAS that finds no room for its workspace is "not initialized", and cuDNN without room for any
+# of its algorithms says that it does not support the operation.
+NO_MEMORY = re.compile(
+    r"out of memory|_ALLOC_FAILED|ALLOCATION_FAILED|can't allocate memory|not enough memory"
+    r"|CUBLAS_STATUS_NOT_INITIALIZED when calling `cublas(Lt)?Create|cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"
+)
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that the memory of a GPU or of the host was not enough. Not all of them are torch.OutOfMemoryError."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+    )
+
+
 @contextlib.contextmanager
 def explained_memory(where, blocks, peak, sharded=False):
-    """On an out-of-memory error, print flags that would help. peak: () -> GiB. sharded: whether the engine shards the weights."""
-    import torch
-    from accelerate.utils.memory import should_reduce_batch_size
-
+    """On an out-of-memory error, print flags that would help. peak: () -> text. sharded: whether the engine shards the weights."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or should_reduce_batch_size(error)):
+        if not is_out_of_memory(error):
             raise
         advice = OUT_OF_MEMORY.format(where=where, blocks=blocks, peak=peak(), gpus=MORE_GPUS[sharded])
         print(f"\nERROR[1]: {advice}", file=sys.stderr, flush=True)

@@ -257,6 +257,48 @@ def test_out_of_memory_is_answered_with_flags(train, monkeypatch, capsys):
     assert told.index("--gradient_checkpointing all") < told.index("--train_batch_size 1") < told.index("--rank")
 
 
+@pytest.mark.parametrize(
+    ("error", "explained"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 23.64 GiB"), True),
+        (torch.OutOfMemoryError("HIP out of memory. Tried to allocate 20.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call"), True),
+        (RuntimeError("HIP error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input."), True),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"), True),
+        (
+            torch.distributed.DistBackendError(
+                "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error, NCCL version 2.27.5\n"
+                "Last error:\nCuda failure 2 'out of memory'"
+            ),
+            True,
+        ),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+            True,
+        ),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:118] data. DefaultCPUAllocator: not enough memory: you tried to allocate 1 B"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasSgemm`"), False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), False),
+        (ValueError("out of memory"), False),
+    ],
+    ids=lambda value: str(value)[:70].replace("\n", " "),
+)
+def test_every_librarys_word_for_too_little_memory_is_explained(error, explained, capsys):
+    with pytest.raises(SystemExit if explained else type(error)), stopping.explained_memory("in step 3", 30, lambda: "12.00 GiB"):
+        raise error
+    told = capsys.readouterr().err
+    assert ("out of memory (in step 3)" in told and "Peak so far: 12.00 GiB" in told) == explained
+
+
 # -----------------------------------------------------------------------------
 # The rehearsal
 
@@ -479,13 +521,13 @@ def test_a_run_killed_in_its_last_validation_gets_its_videos_and_card_on_the_nex
 
 @pytest.mark.slow
 def test_pictures_that_cannot_be_made_cost_nothing_but_themselves(train, monkeypatch, capsys, tmp_path):
-    from cogvideox import encodings, validation
+    from cogvideox import preview, validation
 
     def broken(*args, **kwargs):
         raise OSError("no space for a picture")
 
     monkeypatch.setattr(validation, "contact_sheet", broken)
-    monkeypatch.setattr(encodings, "contact_sheet", broken)
+    monkeypatch.setattr(preview, "contact_sheet", broken)
     folder = train(validation_prompt="a rabbit", cache=tmp_path / "cache")
     assert capsys.readouterr().err.count("no space for a picture") >= 3
     assert len(lora_of(folder)) == 16

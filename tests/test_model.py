@@ -10,14 +10,18 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5EncoderModel
 
 import train_cogvideox_lora as script
 from cogvideox import engine as engines
 from cogvideox import folder as folder_of
-from cogvideox import model, rehearsal
+from cogvideox import launch, model, rehearsal
+from cogvideox.optimizer import make_optimizer
 from demo.make_model import make_model
 from tests.conftest import lora_of, same
+from tests.stand_ins import flags_of, make_trained, train_one_step
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +284,7 @@ def test_attention_is_done_twice_only_where_everything_is(tiny_model, wanted, at
     model.checkpoint_blocks(transformer, *model.blocks_to_recompute(wanted, 2))
     seen = []
 
-    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+    class Count(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             seen.append(str(operation))
             return operation(*args, **(kwargs or {}))
@@ -344,6 +348,136 @@ def test_auto_takes_what_fits_and_trains_the_same_bits(train, plain_run, monkeyp
     fitted = lora_of(train(gradient_checkpointing="auto"))
     assert f"gradient checkpointing: {words}" in capsys.readouterr().err
     assert same(straight, fitted)
+
+
+@pytest.mark.parametrize(("room", "passes"), [(1e12, 2), (50_000, 3)])
+def test_auto_takes_a_step_of_its_own_only_where_memory_is_short(train, monkeypatch, room, passes):
+    """The rehearsal's step and the run's one, and a measured one before them; 50 kB hold all blocks, but not twice."""
+    backward, real = [], torch.autograd.backward
+    monkeypatch.setattr(torch.autograd, "backward", lambda *given, **settings: backward.append(1) or real(*given, **settings))
+    monkeypatch.setattr(rehearsal, "free_bytes", lambda device: room)
+    monkeypatch.setattr(rehearsal, "kept_bytes", lambda block, args, kwargs: (10_000, 10))
+    train(gradient_checkpointing="auto", max_train_steps=1)
+    assert len(backward) == passes
+
+
+def test_what_a_block_keeps_is_measured_with_the_inputs_of_the_run(tiny_model):
+    transformer = model.load_transformer(tiny_model, torch.float32)
+    script.lora.add_lora(transformer, 4, 4.0, 0.0, ["to_q"], seed=0)
+    model.checkpoint_blocks(transformer, 2, False)
+    inputs, later = (torch.randn(1, 2, 16, 4, 4), torch.ones(1, 226, 32), torch.tensor([10])), []
+    transformer.transformer_blocks[1].register_forward_hook(lambda *given: later.append(1))
+    args, kwargs = rehearsal.first_inputs(transformer.transformer_blocks[0], lambda: transformer.train()(*inputs))
+    assert not later
+    assert kwargs["hidden_states"].shape == (1, 2 * 2 * 2, 32)
+    named = rehearsal.kept_bytes(transformer.transformer_blocks[0], args, kwargs)
+    assert named == rehearsal.kept_bytes(transformer.transformer_blocks[0], list(kwargs.values()), {})
+    assert named[0] > 10 * kwargs["hidden_states"].nbytes
+    transformer(*inputs)  # no hook is left
+    assert later
+
+
+@pytest.mark.parametrize(("room", "recomputed"), [(1.1, 0), (0.9, 2)])
+def test_auto_measures_beside_the_optimizers_states(train, monkeypatch, capsys, room, recomputed):
+    """A card with room for weights, states and all activations, and one that the states fill."""
+    optimizers = []
+    monkeypatch.setattr(script, "make_optimizer", lambda *given: optimizers.append(real(*given)) or optimizers[-1])
+    real, activations = make_optimizer, 10
+
+    def bytes_of_states():
+        return sum(tensor.nbytes for state in optimizers[-1].state.values() for tensor in state.values())
+
+    def free(device):  # of a card with room for a share of the two moments of all weights
+        moments = sum(2 * weight.nbytes for weight in optimizers[-1].param_groups[0]["params"])
+        return room * moments + 10 * activations - bytes_of_states()
+
+    monkeypatch.setattr(rehearsal, "free_bytes", free)
+    monkeypatch.setattr(rehearsal, "kept_bytes", lambda block, args, kwargs: (activations, activations))
+    train(gradient_checkpointing="auto", max_train_steps=1)
+    assert f"{recomputed} of 2 blocks are recomputed" in capsys.readouterr().err
+    assert bytes_of_states() > 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "prodigy", "adamw8bit"])
+def test_the_states_that_the_rehearsal_creates_are_all_that_a_step_needs(tmp_path, optimizer):
+    pytest.importorskip({"prodigy": "prodigyopt", "adamw8bit": "bitsandbytes"}.get(optimizer, "torch"))
+    trained = make_trained()
+    trained.transformer.trained.data = torch.randn(64, 80)
+    args = script.build_parser().parse_args(["--pretrained_model_name_or_path", "none", "--optimizer", optimizer])
+    trained.optimizer = script.make_optimizer(args, trained.parameters, 1.0)
+    before = trained.transformer.trained.detach().clone()
+
+    def sizes():
+        return {name: value.nbytes for name, value in trained.optimizer.state[trained.parameters[0]].items() if torch.is_tensor(value)}
+
+    args.learning_rate, args.gradient_accumulation_steps = 1.0, 1
+    with rehearsal.undone(args, trained):
+        rehearsal.create_optimizer_states(trained)
+        created = sizes()
+        train_one_step(trained)
+        assert sizes() == created
+        assert sum(created.values()) > 2 * trained.parameters[0].numel()
+        assert not torch.equal(trained.transformer.trained, before)
+    assert torch.equal(trained.transformer.trained, before)
+    assert not trained.optimizer.state
+    assert trained.parameters[0].grad is None
+
+
+def test_the_rehearsal_keeps_its_copy_of_the_weights_in_host_memory():
+    trained, copies = make_trained(), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            if str(operation) in ("aten.clone.default", "aten._to_copy.default"):
+                copies.append(((kwargs or {}).get("device") or args[0].device).type)
+            return operation(*args, **(kwargs or {}))
+
+    with FakeTensorMode():
+        trained.parameters = [torch.nn.Parameter(torch.empty(2, 2, device="cuda"))]
+        with Watch():
+            rehearsal.undone(flags_of("unused", learning_rate=1e-4, gradient_accumulation_steps=1), trained).__enter__()
+    assert copies == ["cpu"]
+
+
+GIB = 2**30
+
+
+class Card:
+    """A stand-in for torch.cuda on a card of 24 GiB: 4 are another program's, 18 are reserved, and tensors took 15 at the peak."""
+
+    def __init__(self, gaps=0):
+        self.gaps = gaps
+
+    def mem_get_info(self, device):
+        return 2 * GIB, 24 * GIB
+
+    def memory_reserved(self, device):
+        return 18 * GIB
+
+    def max_memory_allocated(self, device):
+        return 15 * GIB
+
+    def max_memory_reserved(self, device):
+        return 19 * GIB
+
+    def memory_stats(self, device):
+        return {"inactive_split_bytes.all.peak": self.gaps * GIB}
+
+    def get_device_properties(self, device):
+        return SimpleNamespace(total_memory=24 * GIB)
+
+
+@pytest.mark.parametrize(("gaps", "free"), [(0, 5), (2, 3)])
+def test_memory_between_the_tensors_of_a_segment_is_not_free(monkeypatch, gaps, free):
+    monkeypatch.setattr(torch, "cuda", Card(gaps))
+    assert rehearsal.free_bytes(torch.device("cuda")) == free * GIB
+
+
+def test_the_peak_is_told_with_what_torch_reserved(monkeypatch):
+    assert re.fullmatch(r"\d+\.\d\d GiB", launch.peak_memory_text(torch.device("cpu")))
+    monkeypatch.setattr(torch, "cuda", Card())
+    assert launch.peak_memory_text(torch.device("cuda")) == "15.00 GiB in tensors, 19.00 reserved, of 24.0"
+    assert launch.peak_memory_text(torch.device("cuda"), 12.5) == "12.50 GiB in tensors, 19.00 reserved, of 24.0"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -55,6 +55,7 @@ def command(model, clips, output, cache, processes, steps):
         "eval_clips": 1,
         "report_to": "none",
         "resume_from_checkpoint": "latest",
+        "deterministic": True,  # the bits are compared, also on a GPU
     }
     return trainer_command(model, clips, output, cache, processes, values)
 

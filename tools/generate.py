@@ -28,6 +28,7 @@ from cogvideox.files import file_sha256, read_json, why_unwritable, write_bytes
 from cogvideox.folder import check_geometry, check_model_folder, find_model, read_facts, stored_dtype
 from cogvideox.launch import free
 from cogvideox.model import usable_dtype
+from cogvideox.stopping import is_out_of_memory
 from cogvideox.validation import video_jobs
 from cogvideox.video import contact_sheet, film_strip, read_video, write_video
 from tools import lora_file
@@ -196,7 +197,9 @@ def main(words=None):
         trained = {"lora": str(args.lora), "sha256": file_sha256(args.lora)} if args.lora else {"transformer": args.transformer}
         facts = {"model": args.pretrained_model_name_or_path, "negative_prompt": args.negative_prompt, "fps": args.fps, "dtype": str(dtype)}
         write_overview(args, columns, jobs, facts | trained | settings)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         fail(1, f"out of memory at {size}: try --offload model, then sequential, --dtype bf16, a smaller size or fewer frames")
     except KeyboardInterrupt:
         fail(130, f"stopped; the videos that were done are in {args.output_dir}")
