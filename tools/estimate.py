@@ -97,7 +97,7 @@ def spell_recomputation(plan, layers):
 
 def print_parts(memory, options, args, configs, compute_loss):
     """The parts of one set of flags. Returns them."""
-    phases = memory.phase_parts(configs, args, options.device)
+    phases = memory.phase_parts(configs, args, options.device, usable(options.card) if options.card else None)
     layers = configs["transformer"].get("num_layers", 30)
     if options.card and args.gradient_checkpointing == "auto":
         plan, parts = chosen_recomputation(memory, configs, args, compute_loss, usable(options.card), options.device, phases)
@@ -130,6 +130,7 @@ def print_presets(memory, options, args, configs, compute_loss):
         for saving in SAVINGS:
             changed = argparse.Namespace(**vars(args) | saving)
             room = usable(card)
+            phases["clips_encode"] = memory.encoding_bytes(configs, args, room)
             plan, parts = chosen_recomputation(memory, configs, changed, compute_loss, room, options.device, phases)
             if max(parts["training"], parts["validation"], parts["clips"]) <= room:
                 break
