@@ -6,10 +6,13 @@
 
 import csv
 import difflib
+import functools
 import hashlib
 import json
 import os
+import shutil
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -347,3 +350,36 @@ class TrainingClips(Dataset):
         first = plan.clip_of(0)
         largest = max(plan.clips, key=lambda i: (clips[i]["frames"] * clips[i]["height"] * clips[i]["width"], i == first))
         return default_collate([self.item(largest, position) for position in range(batch_size)])
+
+
+def one_ahead(batches, device):
+    """Yield the batches of an iterator, each made in a thread while the caller works on the one before.
+
+    At 49 x 480 x 720 a batch of one clip takes tens of milliseconds of a core, for which a GPU would wait in each step. Torch does
+    not hold Python's lock meanwhile. A thread, not a process: it needs no shared memory and no fork after CUDA has started.
+    """
+    on_device = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None  # a new thread has GPU 0
+    with ThreadPoolExecutor(1, initializer=on_device) as thread:
+        coming = thread.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(next, batches, None)
+            yield batch
+
+
+def lacking_shared_memory(batch, workers, folder="/dev/shm"):
+    """A sentence if `workers` loading processes do not fit their batches into this machine's shared memory, else None.
+
+    They would end with a bus error: a pod or a Docker container has 64 MB. batch: CPU tensors. Each worker keeps two batches
+    ready, and each process of this machine has its own workers.
+    """
+    if not workers or not os.path.isdir(folder):
+        return None
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = processes * (2 * workers + 1) * sum(tensor.numel() * tensor.element_size() for tensor in batch.values())
+    free = shutil.disk_usage(folder).free
+    if needed <= free:
+        return None
+    return (
+        f"--dataloader_num_workers {workers}: the batches need {needed / 2**20:.0f} MiB of {folder}, and {free / 2**20:.0f} are free: "
+        "loading without workers (docker: --shm-size; a pod: mount an emptyDir with medium: Memory there)"
+    )

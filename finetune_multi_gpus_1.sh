@@ -49,7 +49,8 @@ DATA_ARGS=(
 LORA_ARGS=(
   --rank 128                             # 64 or above for new concepts
   --lora_alpha 128                       # rank, or rank // 2
-  --mixed_precision bf16                 # no, fp16 or bf16; the LoRA itself is fp32 in all
+  # No --mixed_precision: it computes as the model is stored, the 2B in fp16 and the 5B in bf16. In bf16 the 2B would lose three
+  # bits of its weights, and the LoRA would be trained on another base than it is used with. The LoRA itself is fp32 in any case.
   --seed 3407
 )
 TRAIN_ARGS=(
@@ -75,7 +76,7 @@ OUTPUT_ARGS=(
 
 # shellcheck source=cogvideox/launch.sh
 source "$HERE/cogvideox/launch.sh"
-find_machines
+find_machines "$@"
 pass_signals_as TERM accelerate launch --config_file "$CONFIG_PATH" \
   --num_processes "$((NNODES * GPUS_PER_NODE))" --num_machines "$NNODES" --machine_rank "$NODE_RANK" \
   --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \

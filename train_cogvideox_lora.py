@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogvideox import flags
+from cogvideox.device import cpu_is_wanted, hide_gpus
 from cogvideox.stopping import end_with_launcher
 
 # -----------------------------------------------------------------------------
@@ -104,6 +105,7 @@ def build_parser():
     flag("--base_precision", "stored", "precision of the frozen weights: as stored, fp8, int8 or nf4", choices=BASE_PRECISIONS)
     flag("--offload", False, "keep frozen weights in host memory; copy each block's to the GPU while another computes", free=True)
     flag("--compile", False, "compile the transformer's blocks with torch.compile; the first step takes minutes", free=True)
+    flag("--cpu", False, "train on the CPU, even if there is a GPU", free=True)
     flag("--attention_backend", "auto", ATTENTION_HELP, choices=ATTENTION_BACKENDS, free=True)
     flag("--deterministic", False, "use deterministic kernels only, so that a resumed run ends with the same bits on a GPU too", free=True)
     flag("--allow_tf32", False, "use TF32 matmuls on Ampere and later GPUs", free=True)
@@ -180,6 +182,7 @@ def check_flags(args):
     if Path(args.logging_dir).name != args.logging_dir or args.logging_dir in ("", "..", "validation", "encoded", "best"):
         problems.append(f"--logging_dir {args.logging_dir}: the name of a folder inside --output_dir, without slashes")
     flags.expand_home(args, "output_dir", "resume_from_checkpoint", "init_lora")
+    args.cpu = cpu_is_wanted(args.cpu)
     args.lora_alpha = args.lora_alpha or float(args.rank)
     if args.learning_rate is None:
         args.learning_rate = 1.0 if args.optimizer == "prodigy" else LEARNING_RATES[args.training_type]
@@ -198,6 +201,8 @@ def parse_args(arguments=None):
 if __name__ == "__main__":
     end_with_launcher()
     ARGS = parse_args()
+    if ARGS.cpu:
+        hide_gpus()
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -223,6 +228,7 @@ from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, configure, fail, 
 from cogvideox.encodings import encode_data
 from cogvideox.folder import PRECISIONS, open_model, stored_precision
 from cogvideox.launch import (
+    check_gpu,
     claim_output_dir,
     holds_earlier_run,
     patient_barrier_maker,
@@ -239,7 +245,7 @@ from cogvideox.order import Plan, positions_of, seeded_generator
 from cogvideox.preview import Preview
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.survey import check_data
-from dataset import TrainingClips
+from dataset import TrainingClips, lacking_shared_memory, one_ahead
 
 # -----------------------------------------------------------------------------
 # Loss
@@ -365,11 +371,11 @@ def main(args):
     # Read the model's configs, not its weights; its problems are reported together with the data's.
     folder, facts, tokenizer, problems = open_model(args)
     problems += engine.unfit_flags(args)
-
     use_deterministic_algorithms(args.deterministic)  # before a GPU starts
+    check_gpu(args.cpu, problems)
 
     # Processes. From here on every line runs on every rank; the main one prints and writes.
-    accelerator = start_processes(args.mixed_precision, args.gradient_accumulation_steps, args.process_timeout_minutes)
+    accelerator = start_processes(args.mixed_precision, args.gradient_accumulation_steps, args.process_timeout_minutes, args.cpu)
     if __name__ == "__main__":  # from here on a signal stops the run at the next safe point
         stopping.listen(args.output_dir)
     barrier, device, is_main, output_dir = patient_barrier_maker(), accelerator.device, accelerator.is_main_process, Path(args.output_dir)
@@ -394,7 +400,7 @@ def main(args):
     scheduler, kind = load_scheduler(folder), checkpoint.RESULTS[args.training_type]
     build = functools.partial(kind.build, args, folder, dtype)
     with timed("load the transformer"):
-        transformer = build()
+        transformer = build(device=engine.loading_device(args, accelerator))
     if args.init_lora and (problem := lora.load_initial(transformer, args.init_lora)):
         fail(BAD_FLAGS, problem)
     num_trained, num_parameters = engine.count_parameters(transformer)
@@ -471,7 +477,7 @@ def main(args):
         with trained.one_full_model():
             scorer.offer(0)
             validator.offer(0)
-    batches = iter(load_batches(args, accelerator, clips, first_step, plan.total_steps))
+    batches = load_batches(args, accelerator, clips, batch, first_step, plan.total_steps)
     step, stop = first_step, 0
     for step in meter.bar(first_step + 1, plan.total_steps):
         last = step == plan.total_steps
@@ -494,12 +500,19 @@ def main(args):
     finish(args, trained, checkpointer, scorer, validator, run, step, stop)
 
 
-def load_batches(args, accelerator, clips, first_step, total_steps):
-    """This rank's batches from step `first_step` on, in order, --gradient_accumulation_steps of them per step."""
+def load_batches(args, accelerator, clips, largest, first_step, total_steps):
+    """An iterator over this rank's batches from step `first_step` on, in order, --gradient_accumulation_steps of them per step.
+
+    largest: the run's largest batch. On a GPU without workers a thread makes each batch ahead; on a CPU it would compete with the step.
+    """
     ranks = accelerator.process_index, accelerator.num_processes
     positions = positions_of(*ranks, args.train_batch_size, args.gradient_accumulation_steps, first_step, total_steps)
-    on_gpu = accelerator.device.type == "cuda"
-    return DataLoader(clips, batch_sampler=list(positions), num_workers=args.dataloader_num_workers, pin_memory=on_gpu)
+    on_gpu, workers = accelerator.device.type == "cuda", args.dataloader_num_workers
+    if problem := lacking_shared_memory(largest, workers):
+        warn(problem)
+        workers = 0
+    batches = iter(DataLoader(clips, batch_sampler=list(positions), num_workers=workers, pin_memory=on_gpu))
+    return one_ahead(batches, accelerator.device) if on_gpu and not workers else batches
 
 
 def say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, num_parameters):

@@ -9,6 +9,7 @@ hash of each file. Full fine-tuning has `transformer/` and `weights.safetensors`
 import errno
 import json
 import os
+import platform
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 
 from cogvideox import engine, lora, report, sft
 from cogvideox.console import BAD_OUTPUT, fail, say, timed, warn
-from cogvideox.files import file_sha256, read_json, write_durably, write_tensors
+from cogvideox.files import file_sha256, read_json, still_missing, write_durably, write_tensors
 from cogvideox.launch import problem_of_any_rank
 
 FORMAT = 1
@@ -303,6 +304,8 @@ def changed_settings(stored, current, declared):
 def load_checkpoint(path, trained):
     """Restore a verified checkpoint's weights and states. Raises BadCheckpoint if they do not fit. A collective."""
     path, average, scaler = Path(path), trained.average, trained.accelerator.scaler
+    if lacking := still_missing([path / name for name in (trained.kind.WEIGHTS, "optimizer.safetensors", "state.json")]):
+        raise BadCheckpoint(f"{lacking[0]}: process {trained.accelerator.process_index} on {platform.node()} does not see it")
     try:
         trained.kind.load_live(trained.transformer, load_file(path / trained.kind.WEIGHTS))
         tensors = load_file(path / "optimizer.safetensors")

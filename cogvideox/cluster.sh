@@ -107,8 +107,9 @@ forget_other_launchers() {
   unset "${!PET_@}"  # the launcher reads every one of them as a flag of torchrun
 }
 
+# find_machines FLAG...: the trainer's flags, of which --cpu means one process.
 find_machines() {
-  local slurm_nodes slurm_hosts slurm_step="${SLURM_STEP_ID:-${SLURM_STEPID:-}}" processes
+  local slurm_nodes slurm_hosts slurm_step="${SLURM_STEP_ID:-${SLURM_STEPID:-}}" processes gpus
   unset NNODES_FROM NODE_RANK_FROM GPUS_PER_NODE_FROM MASTER_ADDR_FROM MASTER_PORT_FROM
   refuse_second_start
   slurm_nodes="$(first_set SLURM_STEP_NUM_NODES SLURM_NNODES SLURM_JOB_NUM_NODES)"
@@ -149,7 +150,8 @@ find_machines() {
     take GPUS_PER_NODE PET_NPROC_PER_NODE
   fi
   if [[ -z "${GPUS_PER_NODE:-}" ]]; then
-    default GPUS_PER_NODE "$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')" "the GPUs here"
+    gpus="$(python -P "$(dirname "${BASH_SOURCE[0]}")/device.py" "$@")" || exit 2  # it has said why
+    default GPUS_PER_NODE "$gpus" "the GPUs here"
   fi
   whole GPUS_PER_NODE 1 1024 "set GPUS_PER_NODE, the same on all machines"
   if [[ -n "${WORLD_SIZE:-}" && "$WORLD_SIZE" != "$NNODES" && "$WORLD_SIZE" != "$((NNODES * GPUS_PER_NODE))" ]]; then

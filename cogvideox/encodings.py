@@ -5,12 +5,15 @@ clearing after a change. Clips are stored as the posterior's moments, from which
 written under a temporary name and renamed, so a killed run leaves only complete entries, and two runs can fill one cache at once.
 """
 
+import contextlib
 import ctypes
+import functools
 import hashlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -19,16 +22,20 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save
 
-from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, progress, say, timed
+from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, progress, say, timed, warn
 from cogvideox.decode import ENCODING_VERSION, clip_framing
-from cogvideox.files import hash_file, key_of, read_json, write_bytes
-from cogvideox.folder import component_note, latent_shape, stored_dtype, weight_files
+from cogvideox.files import hash_file, key_of, read_json, still_missing, write_bytes
+from cogvideox.folder import PRECISIONS, component_note, latent_shape, stored_dtype, weight_files
 from cogvideox.launch import free
+from cogvideox.memory import memory_for_encoding, untiled_encoding_bytes
 from cogvideox.model import encode_captions, encode_frames, load_text_encoder, load_vae, usable_dtype
 from cogvideox.stopping import exit_if_requested, interruptible
 from cogvideox.survey import remember_survey
 
 LARGE_TEXT_ENCODER = 2**27  # bytes of weights from which a CPU takes long enough for a caption to encode it on demand
+
+PRECISION_NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
+CAPTIONS_PER_T5 = 200  # fewer captions are not worth loading T5 on one more rank
 
 
 # -----------------------------------------------------------------------------
@@ -92,7 +99,17 @@ def tensor_sha256(tensor):
 
 
 def read_entry(path):
-    """The tensor of an entry. The file is memory-mapped: only the used pages are loaded."""
+    """The tensor of an entry, which another machine may just have written. The file is memory-mapped: only the used pages are loaded."""
+    try:
+        return open_entry(path)
+    except FileNotFoundError:
+        if still_missing([path]):
+            raise
+        return open_entry(path)
+
+
+def open_entry(path):
+    """The tensor of an entry that is visible on this machine."""
     with safetensors.safe_open(path, framework="pt") as file:
         return file.get_tensor("encoding")
 
@@ -192,8 +209,9 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
     device, variant, length = accelerator.device, args.variant, facts.max_text_seq_length
     captions = [record.caption for record in data.records] + [""] + args.prompts + [args.negative_prompt]
     # Only rank 0 checks the cache, and all ranks use its answer: another run may be filling the same cache.
-    plan = [plan_encodings(args, folder, facts, data, captions, cache, device)] if accelerator.is_main_process else [None]
-    keys, clip_keys, missing_captions, missing_clips, vae, transformer_identity, problems = broadcast_object_list(plan)[0]
+    free_memory = min(gather_object([memory_for_encoding(device)]))
+    plan = [plan_encodings(args, folder, facts, data, captions, cache, device, free_memory)] if accelerator.is_main_process else [None]
+    keys, clip_keys, missing_captions, missing_clips, vae, tiling, identities, problems = broadcast_object_list(plan)[0]
     if problems:
         fail(BAD_FLAGS, problems)
     jobs, new_clips = {}, []
@@ -204,13 +222,13 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
                 new_clips += [] if flipped else [number]
     total_clips, total_captions = len({key for row in clip_keys for key in row}), len(set(keys.values()))
     cached = f"{total_clips - len(jobs)} of {total_clips} clips and {total_captions - len(missing_captions)} of {total_captions} captions"
-    say(f"\nencodings in {cache}: {cached} are cached")
+    say(f"\nencodings in {cache}: {cached} are cached; {tiling.reason}")
 
     def load_text():
         return tokenizer, load_text_encoder(folder, device, variant)
 
     def load_encoder():
-        return load_vae(folder, device, variant, args.enable_slicing, args.enable_tiling)
+        return load_vae(folder, device, variant, args.enable_slicing, tiling.used)
 
     captions_by_key = {key: caption for caption, key in keys.items()}
     missing_captions = {key: captions_by_key[key] for key in missing_captions}
@@ -230,12 +248,14 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
     free(device)
     prompt_keys = [keys[record.caption] for record in data.records]
     encodings = Encodings(cache, clip_keys[0], clip_keys[-1], prompt_keys, keys, vae, new_clips, on_demand)
-    trained_keys = [[row[clip] for clip in data.trained] for row in clip_keys], [prompt_keys[clip] for clip in data.trained]
-    return encodings, {"clips": key_of(*trained_keys), "transformer": transformer_identity}
+    return encodings, identities
 
 
-def plan_encodings(args, folder, facts, data, captions, cache, device):
-    """The keys of all captions and clips, and which are missing. Returns problems as sentences, and raises none."""
+def plan_encodings(args, folder, facts, data, captions, cache, device, free_memory):
+    """The keys of all captions and clips, which are missing, and the Tiling. Returns problems as sentences, and raises none.
+
+    free_memory: bytes for encoding on the rank that has least.
+    """
     remember_survey(data.clips, cache)
     parts = {"text_encoder": args.variant, "vae": args.variant, "tokenizer": None, "transformer": args.variant}
     with timed("hash the model's files"), ThreadPoolExecutor() as threads:  # hashing releases Python's lock
@@ -245,18 +265,90 @@ def plan_encodings(args, folder, facts, data, captions, cache, device):
     text = (key_of(text_identity, tokenizer_identity), usable_dtype(text_dtype, device), facts.max_text_seq_length)
     vae = (vae_identity, usable_dtype(vae_dtype, device), args.enable_slicing, args.enable_tiling)
     keys = {caption: caption_key(caption, *text) for caption in captions}
-    clip_keys = [[clip_key(clip, *vae, flipped) for clip in data.clips] for flipped in ((False, True) if args.random_flip else (False,))]
+    flips = (False, True) if args.random_flip else (False,)
+    rows = {
+        tiled: [[clip_key(clip, *vae[:3], tiled, flipped) for clip in data.clips] for flipped in flips]
+        for tiled in ((False, True) if args.enable_tiling else (False,))
+    }
     caption_shape = (facts.max_text_seq_length, read_json(folder / "text_encoder/config.json").get("d_model", 512))
-    clip_shapes = {key: moments_shape(clip, facts) for row in clip_keys for key, clip in zip(row, data.clips, strict=True)}
     missing_captions = missing_entries(cache, "captions", dict.fromkeys(keys.values(), caption_shape))
-    missing_clips = set(missing_entries(cache, "clips", clip_shapes))
-    problems = []
+    missing, trained_clips = {}, {}
+    for tiled, both in rows.items():
+        shapes = {key: moments_shape(clip, facts) for row in both for key, clip in zip(row, data.clips, strict=True)}
+        missing[tiled] = set(missing_entries(cache, "clips", shapes))
+        prompts = [keys[data.records[clip].caption] for clip in data.trained]
+        trained_clips[tiled] = key_of([[row[clip] for clip in data.trained] for row in both], prompts)
+    stored = clips_of_checkpoints(args)
+    resumed = next((tiled for tiled, identity in trained_clips.items() if identity in stored), None)
+    needed = functools.partial(untiled_bytes, folder, vae[1], data.clips, args.enable_slicing)
+    tiling = choose_tiling({tiled: len(keys) for tiled, keys in missing.items()}, resumed, needed, free_memory)
+    clip_keys, missing_clips, problems = rows[tiling.used], missing[tiling.used], []
     for part, needed in (("text_encoder", missing_captions), ("vae", missing_clips or args.prompts)):
         problem = weight_files(folder / part, args.variant)[1]
         if problem and needed:
             problems.append(f"{problem}; {len(needed)} {'captions' if part == 'text_encoder' else 'clips or videos'} need them")
     vae = (vae_identity, str(vae[1]), args.enable_slicing, args.enable_tiling)
-    return keys, clip_keys, missing_captions, missing_clips, vae, transformer_identity, problems
+    identities = {"clips": trained_clips[tiling.used], "transformer": transformer_identity}
+    return keys, clip_keys, missing_captions, missing_clips, vae, tiling, identities, problems
+
+
+# -----------------------------------------------------------------------------
+# Whole frames or tiles. The pipeline that the model was trained with encodes whole frames: a tile has GroupNorm statistics of its
+# own, and nine tiles of 480 x 720 have 1.4 times its pixels. Both kinds have names of their own in the cache.
+
+
+class Tiling(NamedTuple):
+    """Whether the clips are encoded in tiles, and why, for the run's first lines."""
+
+    used: bool
+    reason: str
+
+
+def choose_tiling(missing, resumed, needed, free_memory):
+    """The Tiling of all clips of a run, the same on all ranks.
+
+    A resumed run trains on what it was trained on, whatever the memory is now. A new run prefers whole frames where they fit, but
+    does not encode again what the cache has in tiles. missing: tiled -> number of missing entries; without True: tiles are off.
+    resumed: the `tiled` of the checkpoint, or None. needed: () -> bytes of encoding whole frames. free_memory: bytes.
+    """
+    if True not in missing:
+        return Tiling(False, "clips are encoded whole")
+    if not missing[False] and resumed is not True:
+        return Tiling(False, "clips are encoded whole")
+    if resumed is None and not missing[True]:
+        return Tiling(True, "the cache has the clips in tiles, and they are not encoded again (whole: --no-enable_tiling)")
+    bytes_needed = needed()
+    fits = bytes_needed <= free_memory
+    room = f"{bytes_needed / 2**30:.1f} GiB for whole frames, {free_memory / 2**30:.1f} free"
+    if resumed is not None:
+        if not resumed and not fits:
+            warn(f"the checkpoint was trained on clips that were encoded whole, and {missing[False]} are missing: {room}")
+        return Tiling(resumed, f"clips are encoded {'in tiles' if resumed else 'whole'}, as those of the checkpoint")
+    if fits and missing[False] <= missing[True]:
+        return Tiling(False, f"clips are encoded whole ({room})")
+    if fits:
+        return Tiling(True, "clips are encoded in tiles, as most are in the cache (whole: --no-enable_tiling)")
+    return Tiling(True, f"clips are encoded in tiles ({room})")
+
+
+def clips_of_checkpoints(args):
+    """The identities of the clips that the checkpoints to resume from were trained on, without verifying them."""
+    if not args.resume_from_checkpoint:
+        return []
+    output_dir, asked = Path(args.output_dir), args.resume_from_checkpoint
+    folders = output_dir.glob("checkpoint-*") if asked == "latest" else (Path(asked), output_dir / asked)
+    found = []
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # checkpoint.py tells what is wrong with it
+            found.append(read_json(folder / "manifest.json")["clips"])
+    return found
+
+
+def untiled_bytes(folder, dtype, clips, slicing):
+    """The device memory for encoding the largest clip whole, in bytes. dtype: that the VAE runs in."""
+    largest = max(clips, key=lambda clip: (clip["height"] * clip["width"], clip["frames"]))
+    configs = {"vae": read_json(folder / "vae/config.json"), "dtypes": {"vae": PRECISION_NAMES[dtype]}}
+    return untiled_encoding_bytes(configs, (largest["frames"], largest["height"], largest["width"]), slicing)
 
 
 def moments_shape(clip, facts):
@@ -288,13 +380,15 @@ def share(sizes, rank, world_size):
 
 
 def fill_captions(cache, missing, load, max_text_seq_length, rank=0, world_size=1):
-    """Encode this rank's share of the missing captions, one at a time.
+    """Encode this rank's share of the missing captions, one at a time. Few captions are rank 0's: T5 takes longer to load, on each
+    rank 10.75 GiB for the real one. The other ranks go on to their clips.
 
     One at a time because the last bit of an embedding depends on the batch, and must not depend on what an earlier run had
     cached; the 226 tokens of one caption already fill a GPU. missing: key -> caption. load: () -> (tokenizer, text encoder),
     called only if there is work. Returns failures as sentences.
     """
-    mine, failures = list(missing.items())[rank::world_size], []
+    sharers = min(world_size, max(1, len(missing) // CAPTIONS_PER_T5))
+    mine, failures = list(missing.items())[rank::sharers] if rank < sharers else [], []
     if not mine:
         return []
     tokenizer, text_encoder = load()

@@ -68,6 +68,16 @@ def unfit_flags(args, environment=os.environ):
     return problems
 
 
+def loading_device(args, accelerator):
+    """Where the transformer's weights are loaded: on the run's device, so that no rank has a copy in host memory.
+
+    On the CPU where the device must not hold all of them: sharding engines, --offload, and --base_precision, which quantizes
+    layer by layer.
+    """
+    on_host = splits_weights(accelerator) or args.offload or args.base_precision != "stored"
+    return torch.device("cpu") if on_host else accelerator.device
+
+
 def prepare(accelerator, transformer, optimizer, batch_size, max_grad_norm, dtype):
     """Hand a model and its optimizer to the engine. Returns (model, optimizer, the trained parameters after wrapping)."""
     if uses_deepspeed(accelerator):
@@ -276,26 +286,38 @@ def zero_steps(zero_optimizer):
 def whole_model(accelerator, transformer, build, dtype):
     """A context with a model that has all its weights on this rank: the live one or, if that is sharded, a copy.
 
-    build: () -> the model before training, on the CPU. A copy needs no collectives: ranks may do different amounts of work, and
-    a failure on one rank does not block the others.
+    build: (device) -> the model before training. The copy reads no file: its weights are gathered from the shards of all ranks, once
+    for each block, and freed after it. It needs no collectives: ranks may do different amounts of work, and a failure on one
+    rank does not block the others.
     """
     if not splits_weights(accelerator):
         yield transformer
         return
-    copy = build()
+    copy = cast(build(device="meta"), dtype).to_empty(device=accelerator.device)
     gather_into(copy, transformer)
-    yield cast(copy, dtype).to(accelerator.device).eval()
+    yield copy.eval()
     del copy
     free(accelerator.device)
 
 
 @torch.no_grad()
 def gather_into(copy, transformer):
-    """Write the trained weights of a sharded model into a full copy of it."""
-    live = dict(transformer.named_parameters())
+    """Write all weights and buffers of a sharded model into a full copy of it. A collective."""
+    live, buffers = dict(transformer.named_parameters()), dict(transformer.named_buffers())
     for name, parameter in copy.named_parameters():
-        if live[name].requires_grad:
-            parameter.copy_(read_weight(live[name]))
+        parameter.copy_(read_weight(live[name]) if live[name].requires_grad else read_frozen(live[name]))
+    for name, buffer in copy.named_buffers():  # engines do not shard them
+        buffer.copy_(buffers[name])
+
+
+def read_frozen(parameter):
+    """The full frozen weight, on its device."""
+    if not is_zero3_shard(parameter):
+        return whole(parameter.detach())
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([parameter]):
+        return parameter.detach().clone()
 
 
 def cast(model, dtype):
@@ -342,8 +364,8 @@ class Trained:
     """The model in training and its state.
 
     transformer: the diffusers model. model: the same, wrapped by the engine; training steps call it. parameters: the trained
-    ones. schedule: of the learning rate, in optimizer steps. average: diffusers' EMAModel or None. build: () -> the
-    transformer before training, on the CPU. dtype: the compute dtype. barrier: () -> waits for all ranks, without a timeout.
+    ones. schedule: of the learning rate, in optimizer steps. average: diffusers' EMAModel or None. build: (device) -> the
+    transformer before training. dtype: the compute dtype. barrier: () -> waits for all ranks, without a timeout.
     kind: lora.py or sft.py. stored_dtype: of the base model's transformer on disk.
     """
 

@@ -12,6 +12,9 @@ import time
 import uuid
 from pathlib import Path
 
+from cogvideox.console import say
+
+SECONDS_UNTIL_VISIBLE = 90
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that every loader expects
 
 
@@ -80,6 +83,25 @@ def file_sha256(path):
     """Hex SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def still_missing(paths):
+    """The paths that do not exist, after waiting up to SECONDS_UNTIL_VISIBLE for them. For files that another machine has written.
+
+    An NFS client remembers for up to a minute that a name did not exist; listing its folder makes it ask the server again.
+    """
+    missing, deadline = [Path(path) for path in paths if not Path(path).exists()], None
+    while missing and (deadline is None or time.monotonic() < deadline):
+        if deadline is None:
+            deadline = time.monotonic() + SECONDS_UNTIL_VISIBLE
+            say(f"waiting for {missing[0]}: a network file system may show it a minute late", on_every_rank=True)
+        else:
+            time.sleep(1)
+        for folder in sorted({folder for path in missing for folder in path.parents[:3]}):  # outermost first
+            with contextlib.suppress(OSError):
+                os.listdir(folder)
+        missing = [path for path in missing if not path.exists()]
+    return missing
 
 
 def try_writing(folder):

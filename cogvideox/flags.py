@@ -123,8 +123,13 @@ def add_data_flags(parser):
     flag("--clip_timeout_seconds", 60.0, "timeout of decoding one clip", above=0, free=True)
     flag("--encoding_cache_dir", None, "folder of encoded clips and captions (default: in --cache_dir, or ~/.cache)", free=True)
     flag("--enable_slicing", True, "VAE: encode and decode one clip at a time", free=True)
-    flag("--enable_tiling", True, "VAE: encode and decode large frames in tiles, a third of the memory", free=True)
-    flag("--dataloader_num_workers", 0, "processes that load encodings; 0 was fastest on a CPU", at_least=0, free=True)
+    flag(
+        "--enable_tiling",
+        True,
+        "VAE: decode in tiles, a third of the memory; encode so where whole frames do not fit",
+        free=True,
+    )
+    flag("--dataloader_num_workers", 0, "processes that load encodings (0: a thread on a GPU, none on a CPU)", at_least=0, free=True)
 
 
 def check_data_flags(args):

@@ -10,11 +10,13 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
+from cogvideox.console import say
 from cogvideox.decode import longest_legal_length
 from cogvideox.files import key_of, read_json
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SHARDING_ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by accelerate launch
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -38,6 +40,7 @@ COGVIDEOX_2B = ModelFacts(16, 4, 1, 226, 16, 8, 1.15258426)  # data is checked a
 def find_model(name_or_path, revision=None, variant=None, cache_dir=None, token=None):
     """Return the local folder of a model: the path itself, or the snapshot of a hub id (downloaded if necessary).
 
+    cache_dir: folder of downloads; a model that lies complete in the hub client's own folder is not downloaded again.
     Raises ValueError with a sentence for the user.
     """
     path = Path(name_or_path).expanduser()
@@ -47,13 +50,18 @@ def find_model(name_or_path, revision=None, variant=None, cache_dir=None, token=
         raise ValueError(f"--pretrained_model_name_or_path {name_or_path}: is a file; give the model's folder")
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
         raise ValueError(f"--pretrained_model_name_or_path {name_or_path}: no such folder, and not a hub id (OWNER/NAME)")
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
 
     weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
     patterns = [f"{part}/{kind}" for part in COMPONENTS for kind in ("*.json", "*.model", "*.txt", weights)]
+    used = holding_cache(name_or_path, revision, variant, cache_dir)
+    if used != cache_dir:
+        say(f"{name_or_path} lies in {used}: it is not downloaded again to --cache_dir {cache_dir}")
     try:
         return Path(
-            snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir, token=token, allow_patterns=["*.json", *patterns])
+            huggingface_hub.snapshot_download(
+                name_or_path, revision=revision, cache_dir=used, token=token, allow_patterns=["*.json", *patterns]
+            )
         )
     except Exception as error:  # the hub client raises many kinds of errors
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
@@ -63,6 +71,36 @@ def find_model(name_or_path, revision=None, variant=None, cache_dir=None, token=
         ) from None
 
 
+def holding_cache(name, revision, variant, cache_dir):
+    """The folder of downloads that has all files of a hub model: `cache_dir`, or else the hub client's, or else `cache_dir` anyway.
+
+    The guide gives --cache_dir ~/.cache, but the hub client keeps its downloads in ~/.cache/huggingface/hub.
+    """
+    import huggingface_hub
+
+    if cache_dir is None:
+        return None
+    for candidate in (cache_dir, os.path.join(cache_dir, "huggingface/hub"), huggingface_hub.constants.HF_HUB_CACHE):
+        try:
+            snapshot = huggingface_hub.snapshot_download(name, revision=revision, cache_dir=candidate, local_files_only=True)
+        except Exception:  # the hub client raises many kinds of errors
+            continue
+        if is_complete_model(Path(snapshot), variant):
+            return candidate
+    return cache_dir
+
+
+def is_complete_model(folder, variant=None):
+    """Whether a model folder has the configs and the weight files of all components; reads no weights."""
+    configs = all((folder / part / config_name(part)).is_file() for part in COMPONENTS)
+    return configs and not any(weight_files(folder / part, variant)[1] for part in ("text_encoder", "vae", "transformer"))
+
+
+def config_name(part):
+    """The name of a component's config file."""
+    return {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}.get(part, "config.json")
+
+
 def check_model_folder(folder, variant=None, may_lack=()):
     """Problems of a model folder as sentences: missing components, missing or truncated weights, unsupported families.
 
@@ -70,9 +108,8 @@ def check_model_folder(folder, variant=None, may_lack=()):
     """
     problems = []
     for part in COMPONENTS:
-        config = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}.get(part, "config.json")
-        if not (folder / part / config).is_file():
-            problems.append(f"{folder}: no {part}/{config}; a CogVideoX folder has {', '.join(COMPONENTS)}")
+        if not (folder / part / config_name(part)).is_file():
+            problems.append(f"{folder}: no {part}/{config_name(part)}; a CogVideoX folder has {', '.join(COMPONENTS)}")
     if problems:
         return problems
     for part in ("text_encoder", "vae", "transformer"):
@@ -271,14 +308,21 @@ def check_targets(folder, target_modules):
 
 
 def choose_precision(requested, folder, variant):
-    """The compute precision: the requested one, or that of the stored weights. Returns (precision, problem)."""
+    """The compute precision: the requested one, or that of the stored weights. Returns (precision, problem).
+
+    FSDP2 and DeepSpeed run without a scaler for an fp16 loss (`engine.unfit_flags`): they compute a base stored in fp16 in bf16.
+    """
     on_gpu = torch.cuda.is_available()
     if requested == "fp16" and not on_gpu:
-        return requested, "--mixed_precision fp16: this machine has no GPU, and CPUs have no fast fp16; use bf16 or no"
+        return requested, "--mixed_precision fp16: this run has no GPU, and CPUs have no fast fp16; use bf16 or no"
     if requested == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         return requested, f"--mixed_precision bf16: {torch.cuda.get_device_name()} has no bf16; use fp16"
     if requested is None and folder:
         stored = stored_precision(folder, "transformer", variant)
+        if stored == "fp16" and on_gpu and any(os.environ.get(name, "").lower() == "true" for name in SHARDING_ENGINES):
+            usable = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+            say(f"computing in {usable.replace('no', 'fp32')}, not in the stored fp16: FSDP2 and DeepSpeed do not scale an fp16 loss here")
+            return usable, None
         return ("no" if stored == "fp16" and not on_gpu else stored), None
     return requested or "no", None
 

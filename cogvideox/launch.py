@@ -1,6 +1,7 @@
 """Starting a run: processes, the output folder, barriers."""
 
 import errno
+import ipaddress
 import os
 import platform
 import re
@@ -13,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import diffusers
+import psutil
 import torch
 import torch.distributed as distributed
 import transformers
@@ -21,12 +23,25 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from diffusers.training_utils import free_memory
 from filelock import FileLock, Timeout
 
-from cogvideox.console import BAD_FLAGS, BAD_OUTPUT, fail, say, warn
-from cogvideox.files import LORA_FILE, try_writing
+from cogvideox.console import BAD_FLAGS, BAD_OUTPUT, fail, rank, say, warn
+from cogvideox.device import slow_convolutions, unusable_gpu
+from cogvideox.files import LORA_FILE, still_missing, try_writing
 
 # Their bars show short loads; ours show hours of work.
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
+
+
+def check_gpu(cpu, problems):
+    """End the run if this machine has a GPU that torch cannot use; `problems`, sentences, are printed too. cpu: --cpu.
+
+    Before the processes meet: on several machines a process on a CPU could not join those on GPUs.
+    """
+    if not (problem := unusable_gpu(cpu)):
+        return
+    if rank() != 0 and os.environ.get("LOCAL_RANK", "0") == "0":  # rank 0 may be on another machine, without this problem
+        print(f"\nERROR[{BAD_FLAGS}]: {platform.node()}: {problem}", file=sys.stderr, flush=True)
+    fail(BAD_FLAGS, [problem, *problems])
 
 
 def use_deterministic_algorithms(wanted):
@@ -41,21 +56,22 @@ def use_deterministic_algorithms(wanted):
     torch.backends.cudnn.benchmark = False  # it would choose kernels by their time
 
 
-def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minutes):
+def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minutes, cpu=False):
     """Create the Accelerator, check the number of processes, and print each process and its device.
 
-    Works with python, accelerate launch and torchrun, on CPUs (gloo) and on one or more GPUs.
+    Works with python, accelerate launch and torchrun, on CPUs (gloo) and on one or more GPUs. cpu: whether to leave the GPUs alone.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and os.environ.get("RANK", "0") != "0":
         wait_for_main_process()
+    interface = choose_gloo_interface()
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         # accelerate's simple launcher silently drops --num_processes without a GPU.
         say(
             "note: the launcher set MASTER_ADDR but started one process; for several use "
             "--config_file accelerate_config_machine_multi.yaml --num_processes N"
         )
-    on_cpu, timeout = not torch.cuda.is_available(), timedelta(minutes=timeout_minutes)
+    on_cpu, timeout = cpu or not torch.cuda.is_available(), timedelta(minutes=timeout_minutes)
     if on_cpu and started > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         # FSDP2 works on CPUs, but accelerate allows it on GPUs only, and would silently train with DDP.
         PartialState(cpu=True, timeout=timeout).distributed_type = DistributedType.MULTI_GPU
@@ -87,8 +103,11 @@ def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minute
         else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     )
     backend = f", {distributed.get_backend()}" if distributed.is_initialized() else ""
-    rank = f"process {accelerator.process_index} of {accelerator.num_processes}"
-    say(f"{rank} on {platform.node()}: {device} ({kind}){backend}", on_every_rank=True)
+    backend += f", gloo over {interface}" if interface else ""
+    place = f"process {accelerator.process_index} of {accelerator.num_processes}"
+    say(f"{place} on {platform.node()}: {device} ({kind}){backend}", on_every_rank=True)
+    if device.type == "cuda" and (sentence := slow_convolutions(torch.__version__)):
+        warn(sentence)
     return accelerator
 
 
@@ -111,6 +130,39 @@ def wait_for_main_process(seconds=120):
         flush=True,
     )
     raise SystemExit(BAD_FLAGS)
+
+
+def choose_gloo_interface(environment=os.environ):
+    """On several machines, set GLOO_SOCKET_IFNAME to the interface towards MASTER_ADDR. Returns its name, or None if nothing is set.
+
+    Unset, gloo takes the address of the host's name. On many machines that is a loopback address, which no other machine can
+    reach, although NCCL connects (pytorch issue 68726). A value that the user set stays.
+    """
+    address, started = environment.get("MASTER_ADDR", ""), int(environment.get("WORLD_SIZE", "1"))
+    one_machine = started <= int(environment.get("LOCAL_WORLD_SIZE", "1")) or re.match(r"127\.|localhost$|::1$", address)
+    if not address or one_machine or environment.get("GLOO_SOCKET_IFNAME"):
+        return None
+    # On the first machine its own name may be a loopback address: then take the way to all other networks.
+    name = interface_towards(address) or interface_towards("1.1.1.1")
+    if name is None:
+        warn(f"no network interface found towards MASTER_ADDR={address}: if the processes do not meet, set GLOO_SOCKET_IFNAME")
+        return None
+    environment["GLOO_SOCKET_IFNAME"] = name
+    return name
+
+
+def interface_towards(address):
+    """The network interface from which this machine reaches an address; None if it is a loopback interface or there is no route."""
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)  # UDP: chooses the route and sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    found = psutil.net_if_addrs().items()
+    names = [name for name, addresses in found if any(one.address.split("%")[0] == own for one in addresses)]
+    return names[0] if names and not ipaddress.ip_address(own).is_loopback else None
 
 
 def lock_folder(folder):
@@ -194,7 +246,8 @@ def folders_not_shared(accelerator, folders):
             name.parent.mkdir(parents=True, exist_ok=True)
             name.touch()
     names = broadcast_object_list(names)[0]
-    missing = gather_object([(platform.node(), accelerator.process_index, [not name.exists() for name in names])])
+    missing = still_missing(names)
+    missing = gather_object([(platform.node(), accelerator.process_index, [name in missing for name in names])])
     accelerator.wait_for_everyone()
     problems = []
     for number, (flag, folder) in enumerate(folders):

@@ -22,9 +22,9 @@ LOADER = "the stock pipeline at weight 1.0"  # used by `check_export`
 EFFECT = "largest change of the output by the LoRA"  # its second return value
 
 
-def build(args, folder, dtype):
-    """The transformer before training: frozen in `dtype`, with a LoRA in fp32; on the CPU."""
-    transformer = load_transformer(folder, dtype, args.variant)
+def build(args, folder, dtype, device="cpu"):
+    """The transformer before training: frozen in `dtype`, with a LoRA in fp32. device: as in `load_transformer`."""
+    transformer = load_transformer(folder, dtype, args.variant, device)
     add_lora(transformer, args.rank, args.lora_alpha, args.lora_dropout, args.target_modules, args.seed)
     return transformer
 

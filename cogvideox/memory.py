@@ -13,6 +13,7 @@ import functools
 import gc
 import itertools
 import math
+import os
 import weakref
 
 import numpy as np
@@ -30,11 +31,14 @@ from cogvideox.engine import engine_of
 from cogvideox.files import read_json
 from cogvideox.folder import PRECISIONS, facts_of, latent_shape, stored_precision
 from cogvideox.model import blocks_to_recompute, checkpoint_blocks, decode_latents, encode_frames, keep_position_tables, rotary_tables
+from cogvideox.rehearsal import free_bytes
 
 # bitsandbytes keeps the states of smaller parameters in fp32.
 SMALLEST_8BIT = 4096
 # Blocks of each kind in the counted run: the first two and the last are special, the one before the last is repeated.
 RUN_BLOCKS = 4
+# What is added to the prediction where it decides: a GPU's convolutions have workspaces that the ledger does not see.
+MARGIN = 1.25
 NAMES = {
     "base_weights": "base weights",
     "adapters": "trained weights (fp32)",
@@ -484,9 +488,28 @@ def largest_shape(args):
     return (frames, *max(sizes, key=math.prod))
 
 
-def phase_parts(configs, args, device="cuda"):
+def memory_for_encoding(device):
+    """Free bytes for encoding on this rank. The processes of a machine share a CPU's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return free_bytes(device) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def untiled_encoding_bytes(configs, shape, slicing=True):
+    """The free device memory, in bytes, at which a run encodes its clips whole. shape: (frames, height, width) of the largest."""
+    return int(MARGIN * sum(vae_bytes(configs, "encode", shape, slicing, tiling=False)))
+
+
+def encoding_bytes(configs, args, room=None):
+    """The peak of encoding clips, in bytes: whole, or in tiles with --enable_tiling where `room` bytes are too few (None: enough)."""
+    clip, slicing = largest_shape(args), args.enable_slicing
+    tiled = args.enable_tiling and room is not None and untiled_encoding_bytes(configs, clip, slicing) > room
+    return sum(vae_bytes(configs, "encode", clip, slicing, tiled))
+
+
+def phase_parts(configs, args, device="cuda", room=None):
     """The peaks of the other phases, in bytes, without the transformer and the optimizer: captions, clips, sampling, decoding
-    (the last two are 0 without validation prompts)."""
+    (the last two are 0 without validation prompts). room: as in `encoding_bytes`."""
     clip = largest_shape(args)
     settings = {"slicing": args.enable_slicing, "tiling": args.enable_tiling}
     shown = (args.validation_frames or clip[0], args.validation_height or clip[1], args.validation_width or clip[2])
@@ -494,7 +517,7 @@ def phase_parts(configs, args, device="cuda"):
     validation_decoded = decoded if shown == clip else sum(vae_bytes(configs, "decode", shown, **settings))
     return {
         "captions": sum(captions_bytes(configs)),
-        "clips_encode": sum(vae_bytes(configs, "encode", clip, **settings)),
+        "clips_encode": encoding_bytes(configs, args, room),
         "clips_decode": decoded,  # the first clips are decoded again for the preview
         "sampling": sampling_bytes(configs, args, shown, device) if args.validation_prompt else 0,
         "decoding": validation_decoded if args.validation_prompt else 0,
@@ -563,4 +586,5 @@ def say_predicted(args, folder, accelerator, compute_loss):
     configs = on_device(read_configs(folder, args.variant), device)
     engines = {"engine": engine_of(accelerator), "processes": accelerator.num_processes}
     say("\npredicted memory (--gradient_checkpointing auto counts as all):")
-    say("\n".join(table(predict(configs, args, compute_loss, device, **engines))))
+    phases = phase_parts(configs, args, device, memory_for_encoding(accelerator.device))
+    say("\n".join(table(predict(configs, args, compute_loss, device, phases=phases, **engines))))

@@ -20,47 +20,53 @@ def usable_dtype(stored, device):
 
 
 def load_text_encoder(folder, device, variant=None):
-    """The T5 encoder in its stored dtype, frozen. transformers keeps T5's `wo` in fp32 when it loads fp16.
+    """The T5 encoder in its stored dtype, frozen, loaded onto the device. transformers keeps T5's `wo` in fp32 when it loads fp16.
 
     If it does not fit on the GPU, accelerate keeps the excess in host memory and copies each layer when it is used.
     """
     dtype = usable_dtype(stored_dtype(folder, "text_encoder", variant), device)
     weights = sum(file.stat().st_size for file in weight_files(folder / "text_encoder", variant)[0])
-    placed = placement(weights, torch.cuda.mem_get_info(device)[0], device.index or 0) if device.type == "cuda" else {}
+    placed = {"device_map": {"": device}}
+    if device.type == "cuda":
+        placed = placement(weights, torch.cuda.mem_get_info(device)[0], device)
     model = T5EncoderModel.from_pretrained(
         folder / "text_encoder", dtype=dtype, variant=variant, local_files_only=True, use_safetensors=True, **placed
     )
-    model.requires_grad_(False).eval()
-    return model if placed else model.to(device)
+    return model.requires_grad_(False).eval()
 
 
 def placement(weights, free, gpu):
-    """Arguments to load `weights` bytes with `free` bytes on a GPU: {}, or those that split the model between GPU and host. Encoding
+    """Arguments to load `weights` bytes with `free` bytes on a GPU: all there, or split between GPU and host. Encoding
     a group of captions needs a further sixth of T5's weights (cogvideox.memory)."""
     if weights * 7 / 6 < 0.95 * free:
-        return {}
+        return {"device_map": {"": gpu}}
     say("T5 does not fit in the GPU's free memory: part of it stays in host memory, which is slower")
-    return {"device_map": "auto", "max_memory": {gpu: int(0.95 * free - weights / 6), "cpu": 2**50}}
+    return {"device_map": "auto", "max_memory": {gpu.index or 0: int(0.95 * free - weights / 6), "cpu": 2**50}}
 
 
 def load_vae(folder, device, variant=None, slicing=False, tiling=False):
-    """The video VAE in its stored dtype, frozen."""
+    """The video VAE in its stored dtype, frozen, loaded onto the device."""
     dtype = usable_dtype(stored_dtype(folder, "vae", variant), device)
     vae = AutoencoderKLCogVideoX.from_pretrained(
-        folder / "vae", torch_dtype=dtype, variant=variant, local_files_only=True, use_safetensors=True
+        folder / "vae", torch_dtype=dtype, variant=variant, local_files_only=True, use_safetensors=True, device_map={"": device}
     )
     if slicing:
         vae.enable_slicing()
     if tiling:
         vae.enable_tiling()
-    return vae.requires_grad_(False).eval().to(device)
+    return vae.requires_grad_(False).eval()
 
 
-def load_transformer(folder, dtype, variant=None):
-    """The transformer in `dtype`, frozen, on the CPU."""
-    model = CogVideoXTransformer3DModel.from_pretrained(
-        folder / "transformer", torch_dtype=dtype, variant=variant, local_files_only=True, use_safetensors=True
-    )
+def load_transformer(folder, dtype, variant=None, device="cpu"):
+    """The transformer in `dtype`, frozen, loaded onto the device; on "meta" its shapes alone, in fp32, which reads no weights."""
+    device = torch.device(device)
+    if device.type == "meta":
+        with device:
+            model = CogVideoXTransformer3DModel.from_config(CogVideoXTransformer3DModel.load_config(folder / "transformer"))
+    else:
+        model = CogVideoXTransformer3DModel.from_pretrained(
+            folder / "transformer", torch_dtype=dtype, variant=variant, local_files_only=True, use_safetensors=True, device_map={"": device}
+        )
     keep_position_tables(model.patch_embed)
     return model.requires_grad_(False)
 

@@ -20,12 +20,12 @@ EFFECT = "largest weight"
 FILES = ["transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"]
 
 
-def build(args, folder, dtype):
-    """The transformer before training: every weight trainable and in fp32; on the CPU.
+def build(args, folder, dtype, device="cpu"):
+    """The transformer before training: every weight trainable and in fp32. device: as in `load_transformer`.
 
     fp32 with every compute dtype: near 0.05 a bf16 weight cannot change by less than 2e-4, more than a usual step.
     """
-    return load_transformer(folder, torch.float32, args.variant).requires_grad_(True)
+    return load_transformer(folder, torch.float32, args.variant, device).requires_grad_(True)
 
 
 def facts(args, transformer):

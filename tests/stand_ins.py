@@ -74,8 +74,12 @@ class TwoWeights(torch.nn.Module):
         self.frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
 
 
-def make_trained(accelerator=None, ema_decay=0.0, build=TwoWeights, kind=None):
-    """A real `Trained` of `TwoWeights`. build: () -> the copy that an engine which shards the weights asks for."""
+def build_two_weights(device="cpu"):
+    return TwoWeights().to(device)
+
+
+def make_trained(accelerator=None, ema_decay=0.0, build=build_two_weights, kind=None):
+    """A real `Trained` of `TwoWeights`. build: (device) -> the copy that an engine which shards the weights asks for."""
     model = TwoWeights()
     optimizer = torch.optim.AdamW([model.trained], lr=0.5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -140,3 +144,25 @@ def clips_of(count, held_out=0):
 def plan_of(clips=4, clips_per_step=1, total_steps=10):
     """A plan for clips of one shape."""
     return Plan(42, tuple(range(clips)), (0,) * clips, clips_per_step, clips, total_steps)
+
+
+class LateNames:
+    """An NFS client: names that another machine writes become visible when their folder is listed, `seconds` later or after that.
+
+    Its clock replaces that of cogvideox/files.py, so that nothing waits. write: () -> writes the files.
+    """
+
+    def __init__(self, monkeypatch, seconds, write):
+        self.now, self.seconds, self.write, self.listed = 0.0, seconds, write, []
+        monkeypatch.setattr("cogvideox.files.time", SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep))
+        monkeypatch.setattr("cogvideox.files.os.listdir", self.list)
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def list(self, folder):
+        self.listed.append(folder)
+        if self.now >= self.seconds and self.write:
+            write, self.write = self.write, None
+            write()
+        return []

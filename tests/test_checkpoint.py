@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from cogvideox import checkpoint
-from tests.stand_ins import RESULT, OneProcess, flags_of, make_trained, train_one_step
+from tests.stand_ins import RESULT, LateNames, OneProcess, flags_of, make_trained, train_one_step
 
 FLAGS = {"training_type": "lora", "seed": 42, "eval_clips": 4}
 RUN_FACTS = {"flags": FLAGS, "clips": "hash of the clips", "transformer": "hash of the model", "clips_per_step": 1}
@@ -242,3 +242,20 @@ def test_an_average_stands_in_for_the_block_only_and_is_not_nested():
     with trained.averaged(), pytest.raises(AssertionError):
         trained.averaged().__enter__()
     assert torch.equal(trained.transformer.trained, live)
+
+
+def test_a_checkpoint_whose_files_this_machine_does_not_see_yet_is_waited_for(tmp_path, monkeypatch):
+    made, _ = watcher(tmp_path)
+    train_one_step(made.trained)
+    made.save(1)
+    path = made.newest()
+    (path / "state.json").rename(tmp_path / "late")
+    client = LateNames(monkeypatch, 30, lambda: (tmp_path / "late").rename(path / "state.json"))
+    trained = make_trained()
+    checkpoint.load_checkpoint(path, trained)
+    assert client.now == 30
+    assert torch.equal(trained.transformer.trained, made.trained.transformer.trained)
+    (path / "state.json").unlink()
+    with pytest.raises(checkpoint.BadCheckpoint, match=r"state\.json: process 0 on .* does not see it"):
+        checkpoint.load_checkpoint(path, trained)
+    assert client.now == 120

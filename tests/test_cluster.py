@@ -151,9 +151,11 @@ def test_the_single_gpu_script_starts_the_guides_command(ask, tmp_path):
     assert code == 0, messages
     expected = guide_flags(tmp_path)
     del expected["--multi_gpu"]  # of the yaml, for accelerate
+    del expected["--mixed_precision"]  # as stored: the 2B is in fp16
     expected["--instance_data_root"] = expected["--instance_data_root"].rstrip("/")
     expected["--config_file"] = str(ROOT / expected["--config_file"])
     assert {name: flags[name] for name in expected} == expected
+    assert "--mixed_precision" not in flags
     assert flags.keys() - expected.keys() == {"--lora_alpha", "--gradient_checkpointing"}
     assert told["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     assert ask("finetune_single_gpu.sh", PYTORCH_CUDA_ALLOC_CONF="backend:native")[3]["PYTORCH_CUDA_ALLOC_CONF"] == "backend:native"
@@ -168,7 +170,8 @@ def test_a_user_can_edit_each_flag_of_the_guide_in_each_script(name):
     used = re.findall("^  (--[a-z_0-9]+)", text.split("\nsource ")[0], re.M)
     assert len(used) == len(set(used))
     assert set(used) <= {option for action in script.build_parser()._actions for option in action.option_strings}
-    assert guide_flags().keys() - {"--config_file", "--multi_gpu"} <= set(used)
+    assert guide_flags().keys() - {"--config_file", "--multi_gpu", "--mixed_precision"} <= set(used)
+    assert "  # No --mixed_precision: it computes as the model is stored" in text
     assert text.endswith('  "$@"\n')
     assert {"MODEL_PATH", "DATASET_PATH", "OUTPUT_PATH", "CACHE_PATH"} <= set(re.findall(r'^([A-Z_]+)="\$\{', text, re.M))
 

@@ -4,9 +4,12 @@ import dataclasses
 import json
 import os
 import re
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import train_cogvideox_lora as script
@@ -14,7 +17,7 @@ from cogvideox import survey
 from cogvideox.decode import BadClip, Framing, choose_frames, exact_scale, fit, longest_legal_length, read_clip, source_box
 from cogvideox.files import read_json
 from cogvideox.reader import Readers
-from dataset import read_records
+from dataset import lacking_shared_memory, one_ahead, read_records
 from tests.conftest import lora_of, same, words
 
 
@@ -404,3 +407,76 @@ def test_a_file_that_only_another_machine_sees_is_named_with_the_machine(six_cli
         found = survey.survey_clips([gone, records[1]], framing, 42, tmp_path, readers, show_progress=False)
     assert re.fullmatch(r"cannot be read on \S+ \(No such file or directory\)", found[0]["reason"])
     assert "reason" not in found[1]
+
+
+# -----------------------------------------------------------------------------
+# Loading batches
+
+
+def test_a_batch_is_made_while_the_one_before_is_in_use():
+    made = [threading.Event() for _ in range(4)]
+
+    def batches():
+        for number, event in enumerate(made):
+            event.set()
+            yield number, threading.current_thread() is threading.main_thread()
+
+    ahead = one_ahead(batches(), torch.device("cpu"))
+    for number in range(4):
+        assert next(ahead) == (number, False)
+        assert number == 3 or made[number + 1].wait(10)  # nobody has asked for it yet
+        assert number > 1 or not made[number + 2].is_set()  # one, and no more
+    assert next(ahead, "the end") == "the end"
+
+
+def test_an_error_in_the_thread_reaches_the_step_that_needs_the_batch():
+    def batches():
+        yield 1
+        raise FileNotFoundError("an entry")
+
+    ahead = one_ahead(batches(), torch.device("cpu"))
+    assert next(ahead) == 1
+    with pytest.raises(FileNotFoundError, match="an entry"):
+        next(ahead)
+
+
+class Positions(torch.utils.data.Dataset):
+    """Stands for TrainingClips: an item tells its position and whether the main thread has made it."""
+
+    def __getitem__(self, position):
+        return {"position": position, "in_main_thread": threading.current_thread() is threading.main_thread()}
+
+
+@pytest.mark.parametrize(("kind", "ahead"), [("cuda", True), ("cpu", False)])
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+def test_on_a_gpu_batches_are_made_ahead_in_a_thread_of_its_device(monkeypatch, kind, ahead):
+    devices = []
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    device = torch.device(kind, 3) if kind == "cuda" else torch.device(kind)
+    accelerator = SimpleNamespace(process_index=0, num_processes=1, device=device)
+    args = SimpleNamespace(train_batch_size=2, gradient_accumulation_steps=1, dataloader_num_workers=0)
+    batches = list(script.load_batches(args, accelerator, Positions(), {}, 1, 4))
+    assert [batch["position"].tolist() for batch in batches] == [[2, 3], [4, 5], [6, 7]]
+    assert {flag for batch in batches for flag in batch["in_main_thread"].tolist()} == {not ahead}
+    assert devices == ([device] if ahead else [])
+
+
+def test_workers_that_would_fill_the_shared_memory_are_not_started(monkeypatch, capsys, tmp_path):
+    batch = {"latents": torch.zeros(1024, 256), "prompt": torch.zeros(2**20, dtype=torch.float16)}  # 1 and 2 MiB
+    monkeypatch.setattr("dataset.shutil.disk_usage", lambda folder: SimpleNamespace(free=64 * 2**20))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert lacking_shared_memory(batch, 2, tmp_path) is None  # 4 processes x 5 batches x 3 MiB
+    told = lacking_shared_memory(batch, 3, tmp_path)
+    assert "--dataloader_num_workers 3: the batches need 84 MiB of" in told
+    assert "64 are free: loading without workers" in told
+    assert lacking_shared_memory(batch, 0, tmp_path) is lacking_shared_memory(batch, 3, tmp_path / "no") is None
+
+    started = []
+    monkeypatch.setattr("train_cogvideox_lora.DataLoader", lambda clips, num_workers, **settings: started.append(num_workers) or [])
+    monkeypatch.setattr("train_cogvideox_lora.lacking_shared_memory", lambda batch, workers: "too small" if workers > 2 else None)
+    accelerator = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+    for workers in (2, 3):
+        args = SimpleNamespace(train_batch_size=1, gradient_accumulation_steps=1, dataloader_num_workers=workers)
+        script.load_batches(args, accelerator, Positions(), batch, 0, 2)
+    assert started == [2, 0]
+    assert capsys.readouterr().err == "warning: too small\n"

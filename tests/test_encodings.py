@@ -16,6 +16,7 @@ import torch
 import train_cogvideox_lora as script
 from cogvideox import encodings, survey
 from tests.conftest import ROOT, environment, lora_of, same, words
+from tests.stand_ins import LateNames
 from tools import cache as cache_tool
 from tools.chaos import family, strike
 
@@ -168,6 +169,30 @@ def test_an_encoding_that_is_not_finite_is_never_stored(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("seconds", "found"), [(45, True), (120, False)])
+def test_an_entry_that_another_machine_has_just_written_is_waited_for(tmp_path, monkeypatch, capsys, seconds, found):
+    path, tensor = encodings.entry_path(tmp_path, "clips", "abcd"), torch.arange(6.0)
+    client = LateNames(monkeypatch, seconds, lambda: encodings.write_entry(path, tensor))
+    if found:
+        assert torch.equal(encodings.read_entry(path), tensor)
+    else:
+        with pytest.raises(FileNotFoundError):
+            encodings.read_entry(path)
+    assert client.now == min(seconds, 90)
+    assert client.listed[:3] == [tmp_path, tmp_path / "clips", tmp_path / "clips/ab"]  # any of them may be unknown yet
+    assert capsys.readouterr().err.count(f"waiting for {path}") == 1
+
+
+def test_no_time_is_lost_on_entries_that_are_there_or_were_never_written(tmp_path, monkeypatch):
+    client = LateNames(monkeypatch, 0, None)
+    there, missing = (encodings.entry_path(tmp_path, "clips", key) for key in ("abcd", "efgh"))
+    encodings.write_entry(there, torch.zeros(2))
+    assert encodings.read_entry(there).tolist() == [0, 0]
+    assert encodings.missing_entries(tmp_path, "clips", {"abcd": (2,), "efgh": (2,)}) == ["efgh"]
+    assert not missing.exists()
+    assert (client.now, client.listed) == (0, [])
+
+
 @pytest.mark.slow
 def test_both_orientations_are_cached_for_random_flip(train, tmp_path):
     train(cache=tmp_path / "cache", random_flip=True)
@@ -193,6 +218,18 @@ def test_an_embedding_does_not_depend_on_what_was_left_to_encode(tiny_model, tmp
     encodings.fill_captions(tmp_path / "in parts", {key: by_key[key] for key in missing}, lambda: encoder, 226)
     assert content(tmp_path / "at once") == content(tmp_path / "in parts")
     assert len(content(tmp_path / "at once")) == 19
+
+
+@pytest.mark.parametrize(("captions", "loads"), [(0, 0), (1, 1), (399, 1), (400, 2), (1000, 4)])
+def test_t5_is_loaded_by_as_many_processes_as_the_captions_are_worth(monkeypatch, tmp_path, captions, loads):
+    """Four processes: none of them encodes a caption of another, and none is left out."""
+    loaded, encoded = [], []
+    monkeypatch.setattr(encodings, "encode_caption", lambda cache, key, *rest: encoded.append(key))
+    missing = {str(number): f"caption {number}" for number in range(captions)}
+    for rank in range(4):
+        encodings.fill_captions(tmp_path, missing, lambda rank=rank: loaded.append(rank) or ("tokenizer", "T5"), 226, rank, 4)
+    assert loaded == list(range(loads))
+    assert sorted(encoded) == sorted(missing)
 
 
 def test_work_is_shared_by_frames_without_overlap():
@@ -265,6 +302,109 @@ def test_two_runs_may_fill_one_cache_at_once(forked, tiny_model, six_clips, tmp_
     assert [run.wait(180) for run in runs] == [0, 0], runs[0].output()[-1500:] + runs[1].output()[-1500:]
     assert same(lora_of(tmp_path / "out-0"), lora_of(tmp_path / "out-1"))
     assert not list((tmp_path / "cache").rglob("*.partial"))
+
+
+# -----------------------------------------------------------------------------
+# Whole frames or tiles
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("missing", "resumed", "free", "tiled", "reason"),
+    [
+        ({False: 6, True: 6}, None, 9 * GIB, False, "encoded whole (8.4 GiB for whole frames, 9.0 free)"),
+        ({False: 6, True: 6}, None, 8 * GIB, True, "in tiles (8.4 GiB for whole frames, 8.0 free)"),
+        ({False: 6, True: 0}, None, 9 * GIB, True, "the cache has the clips in tiles"),
+        ({False: 6, True: 2}, None, 9 * GIB, True, "in tiles, as most are in the cache"),
+        ({False: 2, True: 6}, None, 8 * GIB, True, "in tiles (8.4 GiB"),
+        ({False: 0, True: 6}, None, 0, False, "encoded whole"),
+        ({False: 0, True: 0}, None, 0, False, "encoded whole"),
+        ({False: 0, True: 0}, True, 9 * GIB, True, "in tiles, as those of the checkpoint"),
+        ({False: 0, True: 6}, True, 9 * GIB, True, "in tiles, as those of the checkpoint"),
+        ({False: 6, True: 0}, False, 9 * GIB, False, "whole, as those of the checkpoint"),
+        ({False: 6, True: 0}, False, 8 * GIB, False, "whole, as those of the checkpoint"),
+        ({False: 6}, None, 0, False, "encoded whole"),
+    ],
+)
+def test_whole_frames_are_encoded_where_they_fit_and_nothing_is_encoded_twice(missing, resumed, free, tiled, reason, capsys):
+    chosen = encodings.choose_tiling(missing, resumed, lambda: 8.4 * GIB, free)
+    assert chosen.used is tiled
+    assert reason in chosen.reason
+    warned = resumed is False and free < 8.4 * GIB
+    assert ("were encoded whole, and 6 are missing" in capsys.readouterr().err) is warned
+
+
+def test_whole_frames_are_the_pipelines_own_encoding_and_tiles_are_not(tiny_model):
+    from diffusers import AutoencoderKLCogVideoX
+
+    from cogvideox.model import encode_frames, load_vae
+
+    frames = np.random.default_rng(0).integers(0, 255, (5, 288, 432, 3), np.uint8)
+    stock = AutoencoderKLCogVideoX.from_pretrained(tiny_model / "vae")
+    with torch.no_grad():
+        video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        expected = stock.encode(video).latent_dist.parameters[0]
+    whole, tiles = (encode_frames(load_vae(tiny_model, torch.device("cpu"), tiling=tiled), frames) for tiled in (False, True))
+    assert torch.equal(whole, expected)
+    assert not torch.allclose(tiles, expected, atol=1e-2)
+
+
+def clips_in(cache):
+    return {name for name in content(cache) if name.startswith("clips/")}
+
+
+@pytest.fixture
+def free_memory(monkeypatch):
+    """A function that sets what is free for encoding."""
+    return lambda size: monkeypatch.setattr(encodings, "memory_for_encoding", lambda device: size)
+
+
+@pytest.mark.slow
+def test_a_run_says_how_it_encoded_and_uses_what_an_earlier_one_has_left(train, tmp_path, free_memory, capsys):
+    cache = tmp_path / "cache"
+    free_memory(0)
+    train(cache=cache, max_train_steps=1)
+    assert "clips are encoded in tiles (" in capsys.readouterr().err
+    tiles = clips_in(cache)
+    free_memory(2**40)
+    train(cache=cache, max_train_steps=1)
+    assert "6 of 6 clips" in (told := capsys.readouterr().err)
+    assert "the cache has the clips in tiles, and they are not encoded again" in told
+    assert clips_in(cache) == tiles
+    train(cache=cache, max_train_steps=1, enable_tiling=False)
+    assert "clips are encoded whole" in capsys.readouterr().err
+    assert len(clips_in(cache) - tiles) == 6
+    train(cache=tmp_path / "other", max_train_steps=1)
+    assert clips_in(tmp_path / "other") == clips_in(cache) - tiles  # the entries' names say what was done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "later"), [(2**40, 0), (0, 2**40)], ids=["a large GPU first", "a small GPU first"])
+def test_a_run_resumed_on_another_gpu_trains_on_the_same_encodings(train, tmp_path, free_memory, capsys, first, later):
+    straight = train(cache=tmp_path / "both", max_train_steps=4, enable_tiling=False)
+    free_memory(first)
+    folder = train(cache=tmp_path / "cache", max_train_steps=2)
+    before = content(tmp_path / "cache")
+    free_memory(later)
+    shutil.copytree(tmp_path / "cache", tmp_path / "both", dirs_exist_ok=True)  # whole and, once, in tiles too
+    for cache in ("cache", "both", "emptied"):
+        resumed = train(cache=tmp_path / cache, output=folder, resume_from_checkpoint="checkpoint-2", max_train_steps=4)
+        told = capsys.readouterr().err
+        if cache == "emptied":
+            assert f"clips are encoded {'in tiles' if first == 0 else 'whole'}, as those of the checkpoint" in told
+        assert same(lora_of(resumed), lora_of(straight))  # at this size one tile is the whole frame
+        shutil.rmtree(folder / "checkpoint-4")
+    assert content(tmp_path / "cache") == content(tmp_path / "emptied") == before
+
+
+@pytest.mark.slow
+def test_all_processes_encode_as_the_one_with_the_least_memory_can(forked, tiny_model, six_clips, tmp_path):
+    little = "import cogvideox.encodings as encodings\nencodings.memory_for_encoding = lambda device: 0 if rank == 1 else 2**40\n"
+    codes, output = forked.run(words(tiny_model, six_clips, tmp_path / "out", tmp_path / "cache"), processes=2, before=little)
+    assert codes == [0, 0], output[-2000:]
+    assert "clips are encoded in tiles (" in output
+    assert len(clips_in(tmp_path / "cache")) == 6
 
 
 # -----------------------------------------------------------------------------

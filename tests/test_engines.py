@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -94,8 +95,8 @@ def settings_of(tmp_path_factory, fork_server):
 def launch(forked, settings_of):
     """Train on two processes under an engine; returns (exit codes, output). The first under DeepSpeed waits for a compiler."""
 
-    def run_engine(name, line):
-        return forked.run(line, processes=2, timeout=700, **settings_of(name))
+    def run_engine(name, line, before=""):
+        return forked.run(line, processes=2, timeout=700, before=before, **settings_of(name))
 
     return run_engine
 
@@ -183,6 +184,54 @@ def test_two_processes_go_on_from_what_one_has_saved(name, kind, tiny_model, six
 
 # torch packs for the CPU that is there and runs the kernel that is asked for: "pack_vnni2 is only supported when avx512 is".
 LESS_THAN_THIS_CPU = os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2") and "avx512" in Path("/proc/cpuinfo").read_text()
+
+
+# Tells of each transformer that is read from disk before training has ended, and compares each full copy with one that is.
+COPIES = """
+import contextlib
+import torch
+import cogvideox.engine as engine
+from diffusers import CogVideoXTransformer3DModel
+load, whole_model = CogVideoXTransformer3DModel.from_pretrained, engine.whole_model
+
+def told(folder, **settings):
+    if 'checkpoint' not in str(folder) and 'rehearsal' not in str(folder):
+        print(f'process {rank} reads a transformer', flush=True)
+    return load(folder, **settings)
+
+@contextlib.contextmanager
+def compared(accelerator, transformer, build, dtype):
+    with whole_model(accelerator, transformer, build, dtype) as copy:
+        CogVideoXTransformer3DModel.from_pretrained = load
+        reference, trained = build(), dict(transformer.named_parameters())
+        CogVideoXTransformer3DModel.from_pretrained = told
+        stored = dict([*engine.cast(reference, dtype).named_parameters(), *reference.named_buffers()])
+        same = {name: torch.equal(value, stored[name]) for name, value in [*copy.named_parameters(), *copy.named_buffers()]}
+        frozen = [value for name, value in same.items() if name not in trained or not trained[name].requires_grad]
+        moved = [not value for name, value in same.items() if name in trained and trained[name].requires_grad]
+        print(f'process {rank}: frozen {all(frozen)}, moved {any(moved)}, {len(frozen)} and {len(moved)}', flush=True)
+        yield copy
+
+CogVideoXTransformer3DModel.from_pretrained, engine.whole_model = told, compared
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["fsdp2", pytest.param("zero3", marks=needs_compiler)])
+def test_the_copies_of_a_sharded_model_come_from_its_shards_and_each_process_reads_the_base_once(
+    name, tiny_model, six_clips, tmp_path, encodings, launch
+):
+    flags = {"max_train_steps": 2, "checkpointing_steps": 1, "validation_prompt": "a rabbit", "validation_steps": 1, "eval_clips": 2}
+    line = words(tiny_model, six_clips, tmp_path / "run", encodings, **flags)
+    codes, output = launch(name, line, before=COPIES)
+    assert codes == [0, 0], output[-3000:]
+    for rank in (0, 1):
+        assert output.count(f"process {rank} reads a transformer") == 1
+        copies = re.findall(f"process {rank}: frozen (.*), moved (.*), (\\d+) and 16", output)
+        assert len(copies) > 2
+        assert {frozen for frozen, _, count in copies if int(count) > 50} == {"True"}
+        assert copies[-1][1] == "True"  # the last one is of the trained weights
 
 
 @pytest.mark.numeric

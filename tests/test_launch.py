@@ -1,12 +1,15 @@
 """The launchers: python, torchrun, accelerate launch, the shipped scripts, the guide's command; one process and two."""
 
+import contextlib
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ import yaml
 
 from tests.conftest import ROOT, STEADY_ADAM, STEADY_BOUND, environment, lora_of, same, words
 from tests.forked import free_port
+from tests.stand_ins import LateNames, OneProcess
 
 SMALL = words("MODEL", "DATA", "OUT", "CACHE")[8:]  # the size and the flags that make a run short
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_cogvideox_lora.py"]
@@ -236,6 +240,104 @@ def test_the_process_timeout_reaches_the_process_group(monkeypatch):
     assert seen["cpu"] is not torch.cuda.is_available()
 
 
+@pytest.fixture
+def network(monkeypatch):
+    """A function that sets which of this machine's addresses leads to each address; eth0, ib0 and lo have one each."""
+    from cogvideox import launch
+
+    def has(**routes):
+        class Probe(contextlib.nullcontext):
+            def __init__(self, *kind):
+                pass
+
+            def __enter__(self):
+                return self
+
+            def connect(self, target):
+                if target[0] not in routes:
+                    raise OSError(errno.ENETUNREACH, "no route")
+                self.own = routes[target[0]]
+
+            def getsockname(self):
+                return self.own, 40000
+
+        addresses = {"lo": "127.0.0.1", "eth0": "10.0.0.5", "ib0": "fe80::7%ib0"}
+        monkeypatch.setattr(launch.socket, "socket", Probe)
+        monkeypatch.setattr(launch.socket, "getaddrinfo", lambda name, port, type: [(0, type, 0, "", (name, port))])
+        monkeypatch.setattr(
+            launch.psutil, "net_if_addrs", lambda: {name: [SimpleNamespace(address=address)] for name, address in addresses.items()}
+        )
+
+    return has
+
+
+@pytest.mark.parametrize(
+    ("address", "route", "name"),
+    [
+        ("10.0.0.1", "10.0.0.5", "eth0"),
+        ("fe80::1", "fe80::7", "ib0"),
+        ("node01", "127.0.0.1", "eth0"),  # the first machine's own name, a loopback address: the way out of this machine
+    ],
+)
+def test_gloo_takes_the_interface_towards_the_main_machine(network, address, route, name):
+    from cogvideox import launch
+
+    network(**{address: route, "1.1.1.1": "10.0.0.5"})
+    machines = {"MASTER_ADDR": address, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    assert launch.choose_gloo_interface(machines) == machines["GLOO_SOCKET_IFNAME"] == name
+
+
+def test_gloo_is_left_alone_on_one_machine_where_the_user_has_chosen_and_without_a_route(network, capsys):
+    from cogvideox import launch
+
+    network(**{"10.0.0.1": "10.0.0.5", "127.0.0.1": "127.0.0.1"})
+    machines = {"MASTER_ADDR": "10.0.0.1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    for change in ({"LOCAL_WORLD_SIZE": "4"}, {"MASTER_ADDR": "127.0.0.1"}, {"GLOO_SOCKET_IFNAME": "ib0"}, {"MASTER_ADDR": ""}):
+        variables = machines | change
+        assert launch.choose_gloo_interface(variables) is None
+        assert variables == machines | change
+    assert capsys.readouterr().err == ""
+    assert launch.choose_gloo_interface(machines | {"MASTER_ADDR": "10.9.9.9"}) is None
+    assert "no network interface found towards MASTER_ADDR=10.9.9.9: if the processes do not meet, set GLOO_SOCKET_IFNAME" in (
+        capsys.readouterr().err
+    )
+
+
+# Tells on which addresses a process listens once the barrier's group is there: gloo's own, and that of the store.
+LISTENING = """
+import psutil
+import cogvideox.launch as launch
+make = launch.patient_barrier_maker
+def told():
+    barrier = make()
+    addresses = {one.laddr.ip for one in psutil.Process().net_connections() if one.status == 'LISTEN'}
+    print('listens on:', *sorted(addresses), flush=True)
+    return barrier
+launch.patient_barrier_maker = told
+"""
+
+
+@pytest.mark.slow
+def test_processes_on_two_machines_meet_on_the_network_between_them(forked, tiny_model, six_clips, encodings, tmp_path):
+    """Each process believes to be alone on its machine."""
+    import psutil
+
+    addresses = {name: [one.address for one in found if one.family.name == "AF_INET"] for name, found in psutil.net_if_addrs().items()}
+    outward = [(name, found[0]) for name, found in addresses.items() if found and not found[0].startswith("127.")]
+    if not outward:
+        pytest.skip("this machine has a loopback interface only")
+    name, address = outward[0]
+    line = words(tiny_model, six_clips, tmp_path / "out", encodings, max_train_steps=1, overwrite_output_dir=True)
+    for chosen, listens in (({}, address), ({"GLOO_SOCKET_IFNAME": "lo"}, "127.0.0.1")):
+        settings = {"MASTER_ADDR": address, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0} | chosen
+        codes, output = forked.run(line, processes=2, before=LISTENING, **settings)
+        assert codes == [0, 0], output[-3000:]
+        assert output.count(f", gloo, gloo over {name}\n") == (0 if chosen else 2)
+        told = [set(found.split()) for found in re.findall("listens on: (.*)", output)]
+        assert len(told) == 2
+        assert all(listens in found for found in told), told
+
+
 def test_a_bad_folder_prints_sentences_and_no_traceback(forked, clips, tiny_model, tmp_path):
     (clips / "videos/05.mp4").write_bytes(b"")
     codes, output = forked.run(words(tiny_model, clips, tmp_path / "out", tmp_path / "cache"))
@@ -243,6 +345,25 @@ def test_a_bad_folder_prints_sentences_and_no_traceback(forked, clips, tiny_mode
     assert output.rstrip().splitlines()[-1].startswith("ERROR[3]: videos.txt:3: videos/05.mp4: empty file")
     assert "Traceback" not in output
     assert set(os.listdir(tmp_path / "out")) == {".lock", "dataset.json", "dataset_report.txt"}
+
+
+@pytest.mark.parametrize(("seconds", "shared"), [(50, True), (95, False)])
+def test_a_folder_that_another_machine_has_just_made_is_waited_for(tmp_path, monkeypatch, seconds, shared):
+    """Rank 1 of two, whose file system shows the file of rank 0 late."""
+    from cogvideox import launch
+
+    probe = tmp_path / "out/.shared-1"
+
+    def write():
+        probe.parent.mkdir()
+        probe.touch()
+
+    monkeypatch.setattr(launch, "broadcast_object_list", lambda values: [[probe]])
+    monkeypatch.setattr(launch, "gather_object", lambda values: values)
+    client = LateNames(monkeypatch, seconds, write)
+    problems = launch.folders_not_shared(OneProcess(process_index=1), [("--output_dir", tmp_path / "out")])
+    assert client.now == min(seconds, 90)
+    assert len(problems) == (0 if shared else 1)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS])

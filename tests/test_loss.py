@@ -9,6 +9,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 
 import train_cogvideox_lora as script
+from tests.conftest import ROOT
 
 SCHEDULE = {
     "beta_start": 0.00085,
@@ -133,3 +134,30 @@ def test_min_snr_weights_of_the_velocity_error():
     assert torch.allclose(weights.double(), expected, atol=1e-6)
     assert weights[999] == 0
     assert not torch.allclose(script.loss_weights(schedule, 1.0, torch.device("cpu")).double(), expected, atol=1e-2)
+
+
+@pytest.mark.numeric
+def test_a_base_stored_in_fp16_keeps_its_loss_in_fp16_and_less_so_in_bf16():
+    """At fixed noise, on the demo's base. Prints the largest relative difference of a clip's loss from that in fp32."""
+    from cogvideox.folder import stored_precision
+    from cogvideox.model import load_scheduler, load_transformer
+
+    folder, generator = ROOT / "demo/model", torch.Generator().manual_seed(0)
+    assert stored_precision(folder, "transformer") == "fp16"
+    config = load_transformer(folder, torch.float32).config
+    shape = (8, 5, config.in_channels, 8, 12)
+    values = {
+        "latents": torch.randn(shape, generator=generator),
+        "noise": torch.randn(shape, generator=generator),
+        "prompt": torch.randn(8, config.max_text_seq_length, config.text_embed_dim, generator=generator) / 10,
+        "timestep": torch.arange(62, 1000, 125),
+    }
+    losses = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        with torch.no_grad():
+            losses[dtype] = script.velocity_loss(load_transformer(folder, dtype), load_scheduler(folder), values, None, dtype)
+    exact = losses.pop(torch.float32)
+    off = {dtype: ((loss - exact) / exact).abs().max().item() for dtype, loss in losses.items()}
+    for dtype, value in off.items():
+        print(f"{dtype}: {value:.2%}")
+    assert 0 < 4 * off[torch.float16] < off[torch.bfloat16] < 0.01

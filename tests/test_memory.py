@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -237,6 +238,18 @@ def test_the_vae_takes_what_is_predicted_beside_its_convolutions(tiny_model, til
     monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", result_only)
     assert agree(encode, peak_above(lambda: model.encode_frames(vae, frames)), within=0.1)
     assert agree(decode, peak_above(lambda: model.decode_latents(vae, latents)), within=0.1)
+
+
+def test_encoding_is_predicted_whole_where_it_fits_and_in_tiles_elsewhere():
+    configs = memory.PRESETS["2b"]
+    args = SimpleNamespace(enable_slicing=True, enable_tiling=True, height=480, width=720, max_num_frames=49)
+    whole, tiles = (sum(memory.vae_bytes(configs, "encode", (49, 480, 720), tiling=tiled)) for tiled in (False, True))
+    room = memory.untiled_encoding_bytes(configs, (49, 480, 720))
+    assert tiles < whole < room < 1.3 * whole
+    assert memory.encoding_bytes(configs, args) == memory.encoding_bytes(configs, args, room) == whole
+    assert memory.encoding_bytes(configs, args, room - 1) == tiles
+    args.enable_tiling = False
+    assert memory.encoding_bytes(configs, args, 0) == whole
 
 
 def test_t5_takes_what_is_predicted(tiny_model):

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import T5EncoderModel
 
 import train_cogvideox_lora as script
+from cogvideox import engine as engines
 from cogvideox import folder as folder_of
 from cogvideox import launch, model, rehearsal
 from cogvideox.optimizer import make_optimizer
@@ -117,6 +119,21 @@ def test_the_stored_dtype_decides_whatever_the_folder_is_called(tmp_path, dtype,
     assert folder_of.choose_precision(None, path, None) == (expected, None)
 
 
+@pytest.mark.parametrize("engine", folder_of.SHARDING_ENGINES)
+def test_an_engine_without_a_scaler_computes_a_base_stored_in_fp16_in_bf16(tiny_model, monkeypatch, capsys, engine):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: True)
+    monkeypatch.setattr(folder_of, "stored_precision", lambda *of: "fp16")
+    assert folder_of.choose_precision(None, tiny_model, None) == ("fp16", None)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv(engine, "true")
+    assert folder_of.choose_precision(None, tiny_model, None) == ("bf16", None)
+    assert "computing in bf16, not in the stored fp16" in capsys.readouterr().err
+    assert folder_of.choose_precision("fp16", tiny_model, None) == ("fp16", None)  # engine.unfit_flags refuses it
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: False)
+    assert folder_of.choose_precision(None, tiny_model, None) == ("no", None)
+
+
 def test_t5_keeps_its_wo_in_fp32_when_it_is_stored_in_fp16(tmp_path):
     class Gpu:
         type = "cuda"
@@ -211,12 +228,34 @@ def test_a_model_that_cannot_be_found_is_told_in_one_sentence(name, words, tmp_p
     assert "\n" not in str(error.value)
 
 
+def cached_model(source, cache):
+    """A model as the hub client stores it in a folder of downloads. Returns its snapshot."""
+    snapshot = cache / "models--someone--tiny/snapshots/abc"
+    shutil.copytree(source, snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text("abc")
+    return snapshot
+
+
 def test_a_model_in_the_hubs_cache_is_found_without_a_network(tiny_model, tmp_path):
-    snapshot = tmp_path / "models--someone--tiny/snapshots/abc"
-    shutil.copytree(tiny_model, snapshot)
-    (tmp_path / "models--someone--tiny/refs").mkdir()
-    (tmp_path / "models--someone--tiny/refs/main").write_text("abc")
+    snapshot = cached_model(tiny_model, tmp_path)
     assert folder_of.find_model("someone/tiny", cache_dir=tmp_path) == snapshot
+
+
+@pytest.mark.parametrize("place", ["home/.cache/huggingface/hub", "elsewhere"])
+def test_the_guides_cache_dir_does_not_download_what_the_hub_client_has(tiny_model, tmp_path, monkeypatch, capsys, place):
+    """~/.cache/huggingface/hub, or wherever HF_HOME puts it. What is incomplete there is downloaded as before."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / place))
+    snapshot, cache_dir = cached_model(tiny_model, tmp_path / place), str(tmp_path / "home/.cache")
+    assert folder_of.find_model("someone/tiny", cache_dir=cache_dir) == snapshot
+    assert f"someone/tiny lies in {tmp_path / place}: it is not downloaded again" in capsys.readouterr().err
+    own = cached_model(tiny_model, tmp_path / "home/.cache")
+    assert folder_of.find_model("someone/tiny", cache_dir=cache_dir) == own
+    (own / "vae/diffusion_pytorch_model.safetensors").unlink()
+    assert folder_of.find_model("someone/tiny", cache_dir=cache_dir) == snapshot
+    (snapshot / "transformer/config.json").unlink()
+    assert folder_of.find_model("someone/tiny", cache_dir=cache_dir) == own  # offline here: it would be completed there
+    assert folder_of.holding_cache("someone/tiny", None, None, None) is None  # the hub client's own choice
 
 
 @pytest.mark.parametrize(("wanted", "count"), [("all", 2), ("none", 0), ("1", 1), ("9", 2), ("attention", 2)])
@@ -451,11 +490,60 @@ def test_position_tables_are_made_once_a_size_and_change_no_bit(tiny_model, dtyp
     assert ours.patch_embed._get_positional_embeddings.cache_info()[:2] == (2, 2)  # found, made
 
 
+def test_weights_are_loaded_onto_the_gpu_without_a_copy_in_host_memory(tiny_model, monkeypatch):
+    asked = {}
+
+    def keep(kind):
+        def from_pretrained(folder, **settings):
+            asked[kind] = settings["device_map"]
+            raise InterruptedError
+
+        monkeypatch.setattr(getattr(model, kind), "from_pretrained", from_pretrained)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
+    gpu = torch.device("cuda", 3)
+    loaders = {
+        "T5EncoderModel": lambda: model.load_text_encoder(tiny_model, gpu),
+        "AutoencoderKLCogVideoX": lambda: model.load_vae(tiny_model, gpu),
+        "CogVideoXTransformer3DModel": lambda: model.load_transformer(tiny_model, torch.bfloat16, device=gpu),
+    }
+    for kind, load in loaders.items():
+        keep(kind)
+        with pytest.raises(InterruptedError):
+            load()
+    assert asked == dict.fromkeys(loaders, {"": gpu})
+
+
+@pytest.mark.parametrize(
+    ("flags", "engine", "where"),
+    [
+        ({}, DistributedType.NO, "cuda"),
+        ({}, DistributedType.MULTI_GPU, "cuda"),
+        ({"offload": True}, DistributedType.NO, "cpu"),
+        ({"base_precision": "nf4"}, DistributedType.NO, "cpu"),
+        ({}, DistributedType.FSDP, "cpu"),
+    ],
+)
+def test_the_transformer_is_loaded_where_all_of_its_weights_may_be(flags, engine, where):
+    accelerator = SimpleNamespace(device=torch.device("cuda", 1), distributed_type=engine, num_processes=2)
+    args = SimpleNamespace(**{"offload": False, "base_precision": "stored"} | flags)
+    assert engines.loading_device(args, accelerator).type == where
+
+
+def test_a_transformer_on_the_meta_device_reads_no_weights_and_has_their_shapes(tiny_model, tmp_path):
+    bare = shutil.copytree(tiny_model, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    empty, full = model.load_transformer(bare, torch.float32, device="meta"), model.load_transformer(tiny_model, torch.float32)
+    assert {t.device.type for t in [*empty.parameters(), *empty.buffers()]} == {"meta"}
+    assert {n: t.shape for n, t in empty.named_parameters()} == {n: t.shape for n, t in full.named_parameters()}
+    assert {n: t.shape for n, t in empty.named_buffers()} == {n: t.shape for n, t in full.named_buffers()}
+
+
 def test_a_t5_that_does_not_fit_is_split_between_gpu_and_host(tiny_model, monkeypatch, capsys):
     gib = 2**30
-    assert model.placement(10 * gib, 24 * gib, 0) == {}
+    gpu = torch.device("cuda", 1)
+    assert model.placement(10 * gib, 24 * gib, gpu) == {"device_map": {"": gpu}}
     assert capsys.readouterr().err == ""
-    placed = model.placement(12 * gib, 10 * gib, 1)
+    placed = model.placement(12 * gib, 10 * gib, gpu)
     assert placed["device_map"] == "auto"
     assert placed["max_memory"] == {1: int(7.5 * gib), "cpu": 2**50}
     assert "T5 does not fit" in capsys.readouterr().err

@@ -342,8 +342,8 @@ def test_ranks_share_the_clips_and_their_sum_is_the_score(tmp_path):
 def test_scores_and_videos_of_a_step_share_one_copy_of_a_sharded_model(engine, shared, builds, tmp_path, monkeypatch):
     built, seen = [], []
 
-    def build():
-        model = TwoWeights()
+    def build(device):
+        model = TwoWeights().to(device)
         built.append(weakref.ref(model))
         return model
 

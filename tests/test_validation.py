@@ -186,8 +186,8 @@ def test_every_rank_makes_its_share_and_the_main_one_shows_them(tmp_path, pipeli
 def test_a_sharded_model_is_copied_once_for_all_videos_of_a_step(engine, copies, tmp_path, pipeline):
     built = []
 
-    def build():
-        built.append(TwoWeights())
+    def build(device):
+        built.append(TwoWeights().to(device))
         return built[-1]
 
     trained = make_trained(OneProcess(distributed_type=engine), build=build)

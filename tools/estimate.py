@@ -97,7 +97,7 @@ def spell_recomputation(plan, layers):
 
 def print_parts(memory, options, args, configs, compute_loss):
     """The parts of one set of flags. Returns them."""
-    phases = memory.phase_parts(configs, args, options.device)
+    phases = memory.phase_parts(configs, args, options.device, usable(options.card) if options.card else None)
     layers = configs["transformer"].get("num_layers", 30)
     if options.card and args.gradient_checkpointing == "auto":
         plan, parts = chosen_recomputation(memory, configs, args, compute_loss, usable(options.card), options.device, phases)
@@ -124,6 +124,7 @@ def print_parts(memory, options, args, configs, compute_loss):
 def flags_for(card, memory, configs, args, compute_loss, device, phases):
     """The first of SAVINGS that fits a card of so many GB, or the last: (saving, the flags with it, plan of recomputation, prediction)."""
     room = usable(card)
+    phases = phases | {"clips_encode": memory.encoding_bytes(configs, args, room)}
     for saving in SAVINGS:
         changed = argparse.Namespace(**vars(args) | saving)
         plan, parts = chosen_recomputation(memory, configs, changed, compute_loss, room, device, phases)

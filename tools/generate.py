@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 
 from cogvideox import flags
 from cogvideox.console import BAD_OUTPUT, fail, progress, say
+from cogvideox.device import unusable_gpu
 from cogvideox.files import file_sha256, read_json, why_unwritable, write_bytes
 from cogvideox.folder import check_geometry, check_model_folder, find_model, read_facts, stored_dtype
 from cogvideox.launch import free
@@ -61,6 +62,7 @@ def build_parser():
     flag("--output_dir", "videos", "where they go; files of the same names are written over, others stay")
     flag("--dtype", None, "what the transformer computes in (default: as stored; fp32 for fp16 on a CPU)", choices=tuple(DTYPES))
     flag("--offload", "none", "keep unused models, or unused layers, in host memory", choices=("none", "model", "sequential"))
+    flag("--cpu", False, "make the videos on the CPU, even if there is a GPU")
     flag("--enable_slicing", True, "VAE: decode one video at a time")
     flag("--enable_tiling", True, "VAE: decode large frames in tiles, a third of the memory")
     flag("--revision", None, "branch, tag or commit of a hub model")
@@ -89,11 +91,13 @@ def check_flags(args):
     problems += [f"--seed {seed}: from 0 to 2^63 - 1" for seed in args.seed if not 0 <= seed < 2**63]
     for name, words in (("prompt", args.prompts), ("seed", args.seed), ("lora_scale", [f"{scale:g}" for scale in args.lora_scale])):
         problems += [f"--{name} {word}: given twice; once is enough" for word, times in Counter(words).items() if times > 1]
-    if not torch.cuda.is_available():
+    if problem := unusable_gpu(args.cpu):
+        problems.append(problem)
+    if args.cpu or not torch.cuda.is_available():
         if args.offload != "none":
             problems.append(f"--offload {args.offload}: moves weights between a GPU and host memory, and here is no GPU; leave it out")
         if args.dtype == "fp16":
-            problems.append("--dtype fp16: this machine has no GPU, and CPUs have no fast fp16; use bf16 or fp32")
+            problems.append("--dtype fp16: here is no GPU, and CPUs have no fast fp16; use bf16 or fp32")
     return problems
 
 
@@ -172,7 +176,7 @@ def write_overview(args, columns, jobs, settings):
 def main(words=None):
     """The command line."""
     args, folder, columns = parse(words)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     dtype = DTYPES[args.dtype] if args.dtype else usable_dtype(stored_dtype(folder, "transformer", args.variant), device)
     settings = {name: getattr(args, name) for name in SAMPLING}
     jobs = [job for seed in args.seed for job in video_jobs(args.prompts, 1, seed)]
