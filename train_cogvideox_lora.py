@@ -473,7 +473,9 @@ def main(args):
     # The loop
     if first_step == 0:
         if is_main:
-            shutil.rmtree(output_dir / "best", ignore_errors=True)  # left by a run without a checkpoint
+            for name in ("best", "validation"):  # left by a run without a checkpoint
+                shutil.rmtree(output_dir / name, ignore_errors=True)
+        trained.barrier()
         with trained.one_full_model():
             scorer.offer(0)
             validator.offer(0)
@@ -489,14 +491,17 @@ def main(args):
         with meter.paused(), trained.one_full_model():
             scorer.offer(step, last)
             validator.offer(step, last)
-        preview.offer(due=checkpointer.is_due(step, last))
+            preview.offer(due=checkpointer.is_due(step, last))
+            encodings.finish(due=checkpointer.is_due(step, last))
         # A signal to any rank stops all ranks here, after a checkpoint.
         if stop := stopping.stop_requested_anywhere(device):
             checkpointer.save(step)
             break
     if first_step >= plan.total_steps:
         say(f"already complete: {output_dir} has been trained for {first_step} of {plan.total_steps} steps")
-        validator.make_missing(first_step)  # if the run was killed during its last validation
+        with trained.one_full_model():  # if the run was stopped during its last scores or videos
+            scorer.make_missing(first_step)
+            validator.make_missing(first_step)
     finish(args, trained, checkpointer, scorer, validator, run, step, stop)
 
 

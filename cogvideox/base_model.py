@@ -23,17 +23,21 @@ FOLDERS = {"scores": "json", "videos": "mp4"}
 
 
 def identity_of(args, transformer_identity, scheduler, device):
-    """A hash of what the untrained model's outputs depend on, beside their inputs. transformer_identity: of its files.
+    """A hash of what the base model's outputs depend on, beside their inputs. transformer_identity: of its files.
 
-    With --init_lora the untrained model includes that LoRA. Another kind of device or another release of diffusers rounds differently.
+    Another kind of device or another release of diffusers rounds differently.
     """
-    initial = None
-    if args.init_lora:
-        path = Path(args.init_lora)
-        initial = file_sha256(path / LORA_FILE if path.is_dir() else path)
     noise = type(scheduler).__name__, {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     precision = args.training_type, args.base_precision, args.mixed_precision
-    return key_of(VERSION, diffusers.__version__, transformer_identity, initial, noise, precision, device.type)
+    return key_of(VERSION, diffusers.__version__, transformer_identity, noise, precision, device.type)
+
+
+def initial_lora(args):
+    """A hash of the LoRA of --init_lora, or None."""
+    if not args.init_lora:
+        return None
+    path = Path(args.init_lora)
+    return file_sha256(path / LORA_FILE if path.is_dir() else path)
 
 
 @contextlib.contextmanager
@@ -53,7 +57,7 @@ def without_lora(transformer):
 
 
 def stays_available(args, transformer):
-    """Whether the untrained model can still be run after a step: a new LoRA can be switched off, a changed weight cannot."""
+    """Whether the model of step 0 can still be run after a step: a new LoRA can be switched off, but an earlier one is trained on."""
     return bool(lora_modules(transformer)) and not args.init_lora
 
 
@@ -78,6 +82,11 @@ def write_score(cache, key, score):
         write_bytes(entry_path(cache, "scores", key), json.dumps(score).encode())
     except OSError as error:
         warn(f"the base model's score was not kept in the cache ({error.strerror})")
+
+
+def has_video(cache, key):
+    """Whether a video is stored."""
+    return entry_path(cache, "videos", key).exists()
 
 
 def take_video(cache, key, path, frames):

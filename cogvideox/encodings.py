@@ -128,11 +128,11 @@ class Encodings:
 
     clip_keys, flipped_keys, prompt_keys: the key of each clip, mirrored clip and clip's caption. caption_keys: caption -> key, also
     of the empty caption and of the validation prompts. vae: everything that a decoded video depends on besides its latents.
-    new_clips: the numbers of the clips that this run encoded. on_demand: a `CaptionsOnDemand`, or None if every caption is stored.
+    on_demand: a `CaptionsOnDemand`, or None if every caption is stored.
     """
 
-    def __init__(self, cache, clip_keys, flipped_keys, prompt_keys, caption_keys, vae=(), new_clips=(), on_demand=None):
-        self.cache, self.caption_keys, self.vae, self.new_clips, self.on_demand = cache, caption_keys, vae, new_clips, on_demand
+    def __init__(self, cache, clip_keys, flipped_keys, prompt_keys, caption_keys, vae=(), on_demand=None):
+        self.cache, self.caption_keys, self.vae, self.on_demand = cache, caption_keys, vae, on_demand
         self.clip_keys, self.flipped_keys, self.prompt_keys = clip_keys, flipped_keys, prompt_keys
 
     def __len__(self):
@@ -157,22 +157,27 @@ class Encodings:
             self.on_demand.store(key)
         return read_entry(entry_path(self.cache, "captions", key))
 
+    def finish(self, due):
+        """Store all captions that are still missing, if due, and free T5."""
+        if due and self.on_demand:
+            for key in list(self.on_demand.missing):
+                self.on_demand.store(key)
+
 
 class CaptionsOnDemand:
     """The captions that are encoded when a step first reads them, so that the first step does not wait for the others.
 
-    T5 stays in memory until the last one is stored. captions: key -> caption of the missing entries. load: () -> (tokenizer, text
-    encoder). A caption that cannot be encoded or stored ends the run.
+    T5 stays in memory until the last one is stored. captions: key -> caption of the missing entries. models: (tokenizer, text
+    encoder), loaded, so that a measurement of free memory sees them. A caption that cannot be encoded or stored ends the run.
     """
 
-    def __init__(self, cache, captions, load, max_text_seq_length):
-        self.cache, self.missing, self.load, self.length, self.models = cache, dict(captions), load, max_text_seq_length, None
+    def __init__(self, cache, captions, models, max_text_seq_length):
+        self.cache, self.missing, self.models, self.length = cache, dict(captions), models, max_text_seq_length
 
     def store(self, key):
         """Encode and store the caption of `key`, unless that is done."""
         if key not in self.missing:
             return
-        self.models = self.models or self.load()
         failure = encode_caption(self.cache, key, self.missing.pop(key), *self.models, self.length)
         if failure:
             fail(BAD_OUTPUT if "--encoding_cache_dir" in failure else BAD_DATA, failure)
@@ -214,12 +219,11 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
     keys, clip_keys, missing_captions, missing_clips, vae, tiling, identities, problems = broadcast_object_list(plan)[0]
     if problems:
         fail(BAD_FLAGS, problems)
-    jobs, new_clips = {}, []
+    jobs = {}
     for flipped, row in enumerate(clip_keys):
-        for number, (record, clip, key) in enumerate(zip(data.records, data.clips, row, strict=True)):
+        for record, clip, key in zip(data.records, data.clips, row, strict=True):
             if key in missing_clips:
                 jobs[key] = (key, record.path, clip_framing(record, data.framing, args.seed), bool(flipped), clip["frames"], record.listed)
-                new_clips += [] if flipped else [number]
     total_clips, total_captions = len({key for row in clip_keys for key in row}), len(set(keys.values()))
     cached = f"{total_clips - len(jobs)} of {total_clips} clips and {total_captions - len(missing_captions)} of {total_captions} captions"
     say(f"\nencodings in {cache}: {cached} are cached; {tiling.reason}")
@@ -235,8 +239,8 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
     text_encoder_bytes = sum(file.stat().st_size for file in weight_files(folder / "text_encoder", variant)[0])
     on_demand, failures = None, []
     if missing_captions and may_wait(text_encoder_bytes, device, world_size, args.dataloader_num_workers):
-        say("captions are encoded when a step first reads them; T5 stays in memory until the last one is stored")
-        on_demand = CaptionsOnDemand(cache, missing_captions, load_text, length)
+        say("captions are encoded when a step first reads them, at the latest at the first checkpoint")
+        on_demand = CaptionsOnDemand(cache, missing_captions, load_text(), length)
     else:
         with timed("encode the captions"):
             failures += fill_captions(cache, missing_captions, load_text, length, rank, world_size)
@@ -247,7 +251,7 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
         fail(BAD_OUTPUT if any("--encoding_cache_dir" in failure for failure in failures) else BAD_DATA, list(dict.fromkeys(failures)))
     free(device)
     prompt_keys = [keys[record.caption] for record in data.records]
-    encodings = Encodings(cache, clip_keys[0], clip_keys[-1], prompt_keys, keys, vae, new_clips, on_demand)
+    encodings = Encodings(cache, clip_keys[0], clip_keys[-1], prompt_keys, keys, vae, on_demand)
     return encodings, identities
 
 

@@ -200,8 +200,11 @@ def start_trackers(args, accelerator, facts):
     return accelerator.trackers if accelerator.is_main_process else []
 
 
-def track_videos(trackers, folder, jobs, prompts, step, fps):
-    """Log a validation's videos to tensorboard (as GIFs) and wandb. A tracker's failure is a warning."""
+def track_videos(trackers, folder, jobs, prompts, step, now, fps):
+    """Log a validation's videos to tensorboard (as GIFs) and wandb. A tracker's failure is a warning.
+
+    now: the steps trained so far; wandb drops what is logged for an earlier step, so step 0's videos get a name of their own.
+    """
     for tracker in trackers:
         try:
             paths = [(job, Path(folder) / job["name"]) for job in jobs]
@@ -213,7 +216,7 @@ def track_videos(trackers, folder, jobs, prompts, step, fps):
                 import wandb
 
                 videos = [wandb.Video(str(path), caption=prompts[job["prompt"]], format="mp4") for job, path in paths]
-                tracker.log({"validation": videos}, step=step)
+                tracker.log({"validation" if step == now else "validation, base model": videos}, step=now)
         except Exception as error:
             warn(f"{tracker.name} did not log the validation videos ({type(error).__name__}: {error}); they are in {folder}")
 

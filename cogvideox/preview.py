@@ -19,27 +19,27 @@ CLIPS_SHOWN, SECONDS_TO_SHOW = 3, 10  # show no further clip after 10 seconds: a
 
 
 class Preview:
-    """Shows the first clips that this run encoded, after its first checkpoint: the first step does not wait for it.
+    """Shows the first training clips after the first checkpoint, unless an earlier start did: the first step does not wait for it.
 
     encodings: encodings.Encodings. load_vae: () -> the VAE. Every rank calls `offer`, and rank 0 works.
     """
 
     def __init__(self, args, trained, data, encodings, load_vae):
         self.args, self.trained, self.data, self.encodings, self.load_vae = args, trained, data, encodings, load_vae
-        self.clips = list(encodings.new_clips[:CLIPS_SHOWN])
+        self.clips, self.done = data.trained[:CLIPS_SHOWN], False
 
     def offer(self, due):
         """Show the clips if due and not yet done."""
-        if not due or not self.clips:
+        if not due or self.done:
             return
-        if self.trained.is_main:
+        self.done = True
+        if self.trained.is_main and not (Path(self.args.output_dir) / "encoded/contact_sheet.png").exists():
             with timed("show the encoded clips"):
                 try:
                     self.show()
                 except Exception as error:  # a preview must not end the run
                     warn(f"the preview of the encoded clips was not saved ({type(error).__name__}: {error})")
             report.refresh(self.args.output_dir)
-        self.clips = []
         free(self.trained.device)
         self.trained.barrier()
 

@@ -16,7 +16,7 @@ LARGE_SHARE = 0.2  # a larger share of the time is a warning
 
 @dataclass
 class Part:
-    """Videos, scores or checkpoints of a run: how often, the seconds of each time, and the flag that halves their time."""
+    """Videos, scores or checkpoints of a run: how often, the seconds of each time, and what makes them cheaper."""
 
     name: str
     times: int
@@ -58,14 +58,15 @@ def video_seconds(config, vae_config, facts, settings, forward_seconds, trained_
     return forward_seconds * flops / forward_flops(config, trained_shape)
 
 
-def predict(args, plan, first_step, measured, seconds_of_video, processes, watchers):
-    """The Parts of a run from `first_step` on. measured: `rehearsal.Measured`. watchers: (checkpointer, scorer, validator)."""
+def predict(args, plan, first_step, measured, seconds_of_video, base_videos, processes, watchers):
+    """The Parts of a run from `first_step` on. measured: `rehearsal.Measured`. base_videos: of step 0, to be made.
+
+    watchers: (checkpointer, scorer, validator).
+    """
     checkpointer, scorer, validator = watchers
     steps = [(step, step == plan.total_steps) for step in range(first_step + 1, plan.total_steps + 1)]
     looks = [step for step, last in steps if validator.is_due(step, last)]
-    jobs = [len(validator.jobs_of(step)) for step in looks]
-    if validator.jobs and validator.base_is_pending and looks and first_step == 0:
-        jobs.append(len(validator.jobs))
+    jobs = [len(validator.jobs_of(step)) for step in looks] + [base_videos]
     rounds = sum(-(-count // processes) for count in jobs)
     parts = [Part("videos", rounds, seconds_of_video, halve_videos(args, looks, plan.total_steps))]
 
@@ -75,23 +76,29 @@ def predict(args, plan, first_step, measured, seconds_of_video, processes, watch
     captions = len({scorer.captions[clip] for clip in scorer.sets["held_out"] or scorer.sets["train"]})
     crossed = captions**2 * (BANDS - BANDS // 2) if captions >= LEAST_CAPTIONS else 0
     passes = scores * clips * BANDS + crossed + (0 if scorer.base else clips * BANDS + crossed)
-    remedy = f"--eval_steps {2 * args.eval_steps}" if args.eval_steps else f"--eval_clips {args.eval_clips // 2}"
-    parts.append(Part("scores", scores, passes * forward / scores if scores else 0.0, remedy))
+    parts.append(Part("scores", scores, passes * forward / scores if scores else 0.0, halve_scores(args, scorer, steps)))
 
     saves = sum(checkpointer.is_due(step, last) for step, last in steps)
-    parts.append(Part("checkpoints", saves, measured.save_seconds, f"--checkpointing_steps {2 * args.checkpointing_steps}"))
+    remedy = f"--checkpointing_steps {2 * args.checkpointing_steps} halves the time of checkpoints"
+    parts.append(Part("checkpoints", saves, measured.save_seconds, remedy))
     return [part for part in parts if part.times]
 
 
 def halve_videos(args, looks, total_steps):
     """The flag that halves the time of videos: their interval, if most are made at one, and otherwise their denoising steps."""
     if sum(step < total_steps for step in looks) > 2:
-        return (
-            f"--validation_steps {2 * args.validation_steps}"
-            if args.validation_steps
-            else f"--validation_epochs {2 * args.validation_epochs}"
-        )
-    return f"--num_inference_steps {max(1, args.num_inference_steps // 2)} (with --validation_scheduler dpm)"
+        interval = "validation_steps" if args.validation_steps else "validation_epochs"
+        return f"--{interval} {2 * getattr(args, interval)} halves the time of videos"
+    return f"--num_inference_steps {max(1, args.num_inference_steps // 2)} (with --validation_scheduler dpm) halves the time of videos"
+
+
+def halve_scores(args, scorer, steps):
+    """The flag that halves the time of scores: their interval, if most are made at it, and otherwise the scored clips."""
+    due = [step for step, last in steps if scorer.is_due(step, last)]
+    if args.eval_steps and sum(step % (2 * args.eval_steps) != 0 for step in due) >= len(due) / 2:
+        return f"--eval_steps {2 * args.eval_steps} halves the time of scores"
+    clips = max(len(clips) for clips in scorer.sets.values()) // 2
+    return f"--eval_clips {clips} halves the time of scores" if clips else "--eval_clips 0 omits the scores"
 
 
 def say_price(parts, training_seconds):
@@ -102,15 +109,15 @@ def say_price(parts, training_seconds):
     largest = max(parts, key=lambda part: part.seconds)
     listed = ", ".join(f"{part.name} {100 * part.seconds / total:.1f} % ({part.times} x {part.seconds_each:.3g} s)" for part in parts)
     share = 1 - training_seconds / total
-    (warn if share > LARGE_SHARE else say)(
-        f"predicted: {100 * share:.0f} % of this run's time goes into {listed}; {largest.remedy} halves the time of {largest.name}"
-    )
+    (warn if share > LARGE_SHARE else say)(f"predicted: {100 * share:.0f} % of this run's time goes into {listed}; {largest.remedy}")
 
 
 def say_price_of(args, plan, measured, transformer, folder, facts, trained_shape, processes, watchers, first_step):
-    """`say_price` of a run from `first_step` on. trained_shape: latents [F', C, H', W'] of the rehearsed clip. folder: of the model."""
+    """`say_price` of a run from `first_step` on; a collective. trained_shape: latents [F', C, H', W'] of the rehearsed clip. folder: of the model."""
     settings, forward_seconds = watchers[2].settings, measured.forward_seconds / args.train_batch_size
     config, vae_config = transformer.config, read_json(folder / "vae/config.json")
     seconds = video_seconds(config, vae_config, facts, settings, forward_seconds, trained_shape) if watchers[2].jobs else 0.0
-    parts = predict(args, plan, first_step, measured, seconds, processes, watchers)
+    # After a resume, step 0's videos are made only if a new LoRA can be switched off for them.
+    base_videos = len(watchers[2].restore_base(copy=False)) if first_step == 0 or watchers[2].base_is_pending else 0
+    parts = predict(args, plan, first_step, measured, seconds, base_videos, processes, watchers)
     say_price(parts, (plan.total_steps - first_step) * measured.seconds_per_step)

@@ -22,6 +22,7 @@ from cogvideox.launch import peak_memory_gib, peak_memory_text
 from cogvideox.model import checkpoint_blocks
 from cogvideox.report import run_facts
 from cogvideox.stopping import exit_if_requested
+from cogvideox.validation import undisturbed
 from cogvideox.video import read_video, write_video
 
 
@@ -67,6 +68,9 @@ def rehearse(args, trained, result_facts, batch, compute_loss, train_step):
                 finite, tries = outcome.finite or not accelerator.scaler, tries + 1
             synchronize(device)
             seconds = (time.perf_counter() - started) / tries * args.gradient_accumulation_steps
+        if args.compile:  # that step compiled; scores and videos run without compilation
+            with undisturbed(trained.transformer):
+                timed_loss(trained.model, {name: value.to(device) for name, value in batch.items()})
         peak, megabytes = peak_memory_gib(device), checkpoint_mebibytes(args, trained)
         state = trained.state()
         with trained.full_model() as full_model:

@@ -200,7 +200,8 @@ class Scorer:
         settings += [(data.clips[clip]["sha256"], self.captions[clip]) for clips in self.sets.values() for clip in clips]
         self.clips = {name: len(clips) for name, clips in self.sets.items()}
         self.clips["sha256"] = key_of(settings)[:12]
-        entries = [[(encodings.clip_keys[clip], encodings.prompt_keys[clip]) for clip in clips] for clips in self.sets.values()]
+        # A clip's number seeds its noise.
+        entries = [[(clip, encodings.clip_keys[clip], encodings.prompt_keys[clip]) for clip in clips] for clips in self.sets.values()]
         self.base_key = key_of("base score", base_identity, BANDS, *self.noise, entries)
         self.lines, self.meter, self.checkpointer, self.validator = [], None, None, None
         self.base = base_of(self.earlier_lines()) if args.resume_from_checkpoint else None
@@ -231,7 +232,7 @@ class Scorer:
 
     def score_what_training_changes(self):
         """Score the base model now if a step or a checkpoint changes its weights, so call it before either."""
-        if self.args.eval_clips and not self.base and not base_model.stays_available(self.args, self.trained.transformer):
+        if self.args.eval_clips and not self.base and not lora_modules(self.trained.transformer):
             with self.trained.full_model() as full_model:
                 self.base = self.score_base(full_model)
                 del full_model  # a copy is freed at the end of the block
@@ -269,22 +270,32 @@ class Scorer:
         untrained = step == 0 and not self.args.init_lora  # a new LoRA has no effect
         if untrained and not self.base:
             return  # the base model is scored with the first score, so that the first step does not wait for it
-        with timed(f"score step {step}"), self.trained.averaged(), self.trained.full_model() as full_model:
-            share = update_share(full_model)
-            if not self.base:
-                self.base = self.score_base(full_model)
-                if self.base:
-                    self.log(0, self.base, None if share is None else 0.0)
-            now = self.base if untrained else self.base and self.score(full_model, with_gap=last)
-        free(self.trained.device)
+        now, share = (self.base, 0.0) if untrained else self.score_step(step, last)
         if not now:
             return  # a signal requested a stop
+        if step > 0 and not self.args.init_lora and not any(line["step"] == 0 for line in self.lines):
+            self.log(0, self.base, 0.0)
         line = self.log(step, now, share)
         if line["best_step"] == step:
             self.checkpointer.save_best(step)
         self.trained.barrier()
         if self.trained.is_main:
             report.refresh(self.output_dir)
+
+    def score_step(self, step, last):
+        """(the score of the current weights, `update_share`). Scores the base model first if need be. (None, None) after a signal."""
+        with timed(f"score step {step}"), self.trained.averaged(), self.trained.full_model() as full_model:
+            self.base = self.base or self.score_base(full_model)
+            now = self.base and self.score(full_model, with_gap=last)
+            share = now and update_share(full_model)
+            del full_model  # a copy is freed at the end of the block
+        free(self.trained.device)
+        return now, share
+
+    def make_missing(self, step):
+        """Score the last step if a signal or a kill prevented it."""
+        if self.args.eval_clips and not any(line["step"] == step for line in self.lines):
+            self.offer(step, last=True)
 
     def log(self, step, scores, share):
         """Log one score. Returns its line of metrics.jsonl."""

@@ -15,7 +15,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPi
 
 from cogvideox import base_model, metrics, report
 from cogvideox.console import say, timed, warn
-from cogvideox.files import key_of, write_bytes
+from cogvideox.files import key_of, read_json, write_bytes
 from cogvideox.launch import free
 from cogvideox.model import decode_latents
 from cogvideox.stopping import interruptible, raise_if_noticed
@@ -111,7 +111,8 @@ def failure(job, error):
     """A sentence for a failed video, with the failing line of code."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     reason = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
-    return f"validation video {job['name']} failed, training continues: {reason}"
+    ending = "was not made" if isinstance(error, InterruptedError) else "failed, training continues"
+    return f"validation video {job['name']} {ending}: {reason}"
 
 
 def write_sheet(folder, first_folder, jobs, prompts, step, settings):
@@ -146,12 +147,12 @@ def is_due(step, clips_per_step, num_clips, args):
 
 
 class Validator:
-    """Generates the validation videos before the first step, when they are due, and after the last step.
+    """Generates the validation videos of step 0, when they are due, and after the last step.
 
-    The base model's videos (step 0) come from the cache, or are made with the first others, so that the first step does not wait for
-    them; where training changes the base's weights, before the first step. encodings: encodings.Encodings. load_vae: () -> the VAE.
-    clip_shape: default (frames, height, width) of the videos. plan: order.Plan. base_identity: `base_model.identity_of`. Every rank
-    calls every method and generates its share.
+    Step 0's come from the cache, or are made with the first others, so that the first step does not wait for them; where that is
+    too late, because training changes the weights of step 0, they are made before the first step. encodings: encodings.Encodings.
+    load_vae: () -> the VAE. clip_shape: default (frames, height, width) of the videos. plan: order.Plan. base_identity:
+    `base_model.identity_of`. Every rank calls every method and generates its share.
     """
 
     def __init__(self, args, trained, scheduler, encodings, load_vae, clip_shape, plan, base_identity=""):
@@ -168,7 +169,7 @@ class Validator:
             "guidance_scale": args.guidance_scale,
             "use_dynamic_cfg": args.use_dynamic_cfg,
         }
-        self.base_identity = base_identity, args.validation_scheduler
+        self.base_identity = base_identity, base_model.initial_lora(args), args.validation_scheduler
         self.base_is_pending = bool(self.jobs) and base_model.stays_available(args, trained.transformer)
 
     def folder_of(self, step):
@@ -203,45 +204,57 @@ class Validator:
             self.make(step)
 
     def offer_base(self, step):
-        """Take the base model's videos from the cache, or generate those that are missing unless they can be made after the first step."""
+        """Take step 0's videos from the cache, or generate those that are missing unless they can be made after the first step."""
         missing = self.restore_base()
         if missing and step == 0 and self.base_is_pending:
             return
         self.base_is_pending = False
         if missing:
-            self.generate(0, missing, of_base=step > 0)
+            self.generate(0, missing, of_base=step > 0, now=step)
         elif not (self.folder_of(0) / "contact_sheet.png").exists():
-            self.show(0)
+            self.show(0, step)
 
     def make_missing(self, step):
-        """Generate the last step's videos if a kill prevented it."""
-        if self.jobs and not (self.folder_of(step) / "contact_sheet.png").exists():
-            self.make(step)
+        """Generate the last step's videos if a signal or a kill prevented it."""
+        missing = [job for job in self.jobs_of(step) if not (self.folder_of(step) / job["name"]).exists()]
+        if broadcast_object_list([missing])[0]:
+            self.offer(step, last=True)
 
     def make(self, step):
         """Generate a step's videos with the current weights, and show them."""
-        self.generate(step, self.jobs_of(step))
+        self.generate(step, self.jobs_of(step), now=step)
 
-    def restore_base(self):
-        """Copy the base model's videos from the cache. Returns the jobs whose videos are in neither place, the same on all ranks."""
+    def restore_base(self, copy=True):
+        """Copy step 0's videos from the cache. Returns the jobs whose videos are in neither place, the same on all ranks.
+
+        A video in the output folder counts if its key is on record there: an earlier start may have had other settings.
+        """
         missing = None
         if self.trained.is_main:
-            folder, frames = self.folder_of(0), self.settings["num_frames"]
-            missing = [
-                job
-                for job in self.jobs
-                if not (folder / job["name"]).exists()
-                and not base_model.take_video(self.args.encoding_cache_dir, self.base_key(job), folder / job["name"], frames)
-            ]
+            cache, folder, frames = self.args.encoding_cache_dir, self.folder_of(0), self.settings["num_frames"]
+            try:
+                known = {video["name"]: video["key"] for video in read_json(folder / "videos.json")["videos"]}
+            except (OSError, ValueError, KeyError, TypeError):
+                known = {}
+            missing = []
+            for job in self.jobs:
+                key, path = self.base_key(job), folder / job["name"]
+                if path.exists() and known.get(job["name"]) == key:
+                    continue
+                if not (base_model.take_video(cache, key, path, frames) if copy else base_model.has_video(cache, key)):
+                    missing.append(job)
         return broadcast_object_list([missing])[0]
 
     def base_key(self, job):
-        """The cache key of one video of the base model."""
+        """The cache key of one video of step 0."""
         captions = [self.encodings.caption_keys[text] for text in (self.args.prompts[job["prompt"]], self.args.negative_prompt)]
         return key_of("base video", *self.base_identity, self.encodings.vae, captions, job["seed"], self.settings, self.args.fps)
 
-    def generate(self, step, jobs, of_base=False):
-        """Generate videos with the current weights or, with `of_base`, without the LoRA; keep step 0's in the cache, and show them."""
+    def generate(self, step, jobs, now, of_base=False):
+        """Generate videos with the current weights or, with `of_base`, without the LoRA; keep step 0's in the cache, and show them.
+
+        now: the steps trained so far, if step 0's videos are made later.
+        """
         trained, folder = self.trained, self.folder_of(step)
         rank, world_size = trained.accelerator.process_index, trained.accelerator.num_processes
         texts = [*self.args.prompts, self.args.negative_prompt]
@@ -256,7 +269,7 @@ class Validator:
                 folder, jobs, rank, world_size, full_model, self.scheduler, (prompts, negative), self.load_vae, trained.device,
                 self.args.fps, self.settings,
             )  # fmt: skip
-        del full_model
+            del full_model  # a copy is freed at the end of the block
         for sentence in failures:
             print(f"warning: {sentence}", file=sys.stderr, flush=True)
         free(trained.device)
@@ -265,19 +278,20 @@ class Validator:
             for job in jobs:
                 if (folder / job["name"]).exists():
                     base_model.keep_video(self.args.encoding_cache_dir, self.base_key(job), folder / job["name"])
-        self.show(step)
+        self.show(step, now)
 
-    def show(self, step):
-        """Add a step's videos to a contact sheet, the trackers and the report."""
+    def show(self, step, now):
+        """Add a step's videos to a contact sheet, the trackers and the report. now: as in `generate`."""
         trained, folder, jobs = self.trained, self.folder_of(step), self.jobs_of(step)
         if not trained.is_main:
             return
         if folder.exists():
             try:
-                write_sheet(folder, self.folder_of(0), jobs, self.args.prompts, step, self.settings)
+                keyed = [job | {"key": self.base_key(job)} for job in jobs] if step == 0 else jobs
+                write_sheet(folder, self.folder_of(0), keyed, self.args.prompts, step, self.settings)
             except Exception as error:  # Pillow and the video reader raise many kinds of errors; none must end the run
                 warn(f"the contact sheet of step {step} was not written ({type(error).__name__}: {error})")
-            metrics.track_videos(trained.accelerator.trackers, folder, jobs, self.args.prompts, step, self.args.fps)
+            metrics.track_videos(trained.accelerator.trackers, folder, jobs, self.args.prompts, step, now, self.args.fps)
         report.refresh(self.args.output_dir)
 
     def videos_of(self, step):

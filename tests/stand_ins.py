@@ -117,7 +117,7 @@ RESULT = SimpleNamespace(
 class Noise:
     """The encodings of clips: the same moments and caption for each."""
 
-    vae, new_clips = ("vae",), ()
+    vae = ("vae",)
     clip_keys, prompt_keys = [f"clip {number}" for number in range(9)], [f"caption {number}" for number in range(9)]
     caption_keys = {text: f"key of {text}" for text in ("", "a rabbit", "a bird", "a fox")}
 

@@ -13,18 +13,18 @@ from cogvideox.rehearsal import Measured
 MEASURED = Measured(seconds_per_step=10.0, peak_gib=1.0, checkpoint_mib=100.0, forward_seconds=2.0, save_seconds=5.0)
 
 
-def parts_of(steps, looks=(), saves=(), scores=(), prompts=1, processes=1, pending=False, base=True, captions=2, **flags):
+def parts_of(steps, looks=(), saves=(), scores=(), prompts=1, processes=1, base_videos=0, base=True, captions=2, **flags):
     """The predicted parts of a run: videos of 30 s after the steps `looks`, scores of two clips, checkpoints."""
     args = {"train_batch_size": 1, "validation_steps": 0, "validation_epochs": 2, "num_inference_steps": 50, "eval_steps": 0}
     args = SimpleNamespace(**args | {"eval_clips": 2, "checkpointing_steps": 500} | flags)
     jobs = [{"prompt": number} for number in range(prompts)]
-    validator = SimpleNamespace(is_due=lambda step, last: step in looks, jobs=jobs, jobs_of=lambda step: jobs, base_is_pending=pending)
+    validator = SimpleNamespace(is_due=lambda step, last: step in looks, jobs=jobs, jobs_of=lambda step: jobs)
     sets = {"train": [0, 1], "held_out": []}
     texts = [f"caption {number % captions}" for number in range(9)]
     scorer = SimpleNamespace(is_due=lambda step, last: step in scores, sets=sets, captions=texts, base=base)
     checkpointer = SimpleNamespace(is_due=lambda step, last: step in saves)
     plan = SimpleNamespace(total_steps=steps)
-    parts = price.predict(args, plan, 0, MEASURED, 30.0, processes, (checkpointer, scorer, validator))
+    parts = price.predict(args, plan, 0, MEASURED, 30.0, base_videos, processes, (checkpointer, scorer, validator))
     return {part.name: part for part in parts}
 
 
@@ -33,7 +33,7 @@ def test_each_part_is_counted_as_often_as_it_is_due():
     assert parts["videos"].seconds == 2 * 2 * 30  # three prompts on two processes are two rounds
     assert parts["scores"].seconds == 2 * (2 * price.BANDS) * 2.0 / 2  # two clips of one set, in four bands, on two processes
     assert parts["checkpoints"].seconds == 5
-    assert parts_of(10, looks=(5, 10), prompts=3, processes=2, pending=True)["videos"].seconds == 3 * 2 * 30  # and the base model's
+    assert parts_of(10, looks=(5, 10), prompts=3, processes=2, base_videos=3)["videos"].seconds == 3 * 2 * 30  # and the base model's
     assert parts_of(10, scores=(10,), base=None)["scores"].seconds == 2 * parts_of(10, scores=(10,))["scores"].seconds
     assert parts_of(10) == {}
 
@@ -52,7 +52,9 @@ def test_the_remedy_for_videos_halves_what_there_is_most_of(looks, flags, remedy
 
 @pytest.mark.parametrize(("seconds", "share", "warned"), [(400.0, "20 %", False), (420.0, "21 %", True)])
 def test_more_than_a_fifth_of_the_time_is_a_warning(seconds, share, warned, capsys):
-    price.say_price([price.Part("videos", 4, seconds / 4, "--validation_epochs 4"), price.Part("scores", 1, 0.0, "--eval_clips 1")], 1600.0)
+    price.say_price(
+        [price.Part("videos", 4, seconds / 4, "--validation_epochs 4 halves the time of videos"), price.Part("scores", 1, 0.0, "")], 1600.0
+    )
     told = capsys.readouterr().err
     assert f"{share} of this run's time" in told
     assert "--validation_epochs 4 halves the time of videos" in told

@@ -56,7 +56,7 @@ def pipeline(monkeypatch):
 def made(monkeypatch):
     """The steps whose videos are made, in order; nothing is made."""
     steps = []
-    monkeypatch.setattr(validation.Validator, "generate", lambda self, step, jobs, of_base=False: steps.append(step))
+    monkeypatch.setattr(validation.Validator, "generate", lambda self, step, jobs, now, of_base=False: steps.append(step))
     return steps
 
 
