@@ -108,6 +108,7 @@ def check_flags(job):
     if not plain:
         return
     for name, (words, share, saves) in VARIANTS.items():
+        saves = saves and job["device"] == "cuda"  # a CPU offloads nothing, and the states of a tiny LoRA have no 8 bits
         claim = f"{name}: the plain step's loss{', in less memory' if saves else ''}"
         package = NEEDS.get(words[-1])
         if package and importlib.util.find_spec(package) is None:
@@ -129,8 +130,6 @@ def compare_with_plain(job, claim, words, share, saves, plain):
     both = list(zip(plain["losses"], measured["losses"], strict=True))
     off = max(abs(ours - theirs) / abs(theirs) for theirs, ours in both)
     remark = f"off by {100 * off:.2g} %, at most {100 * share:g} %; {spell_cost(measured)}"
-    # A CPU offloads nothing, and the states of a tiny LoRA have no 8 bits.
-    saves = saves and job["device"] == "cuda"
     holds = off <= share and (not saves or measured["allocated"] < plain["allocated"])
     yield row(claim, plain["losses"][-1], measured["losses"][-1], "", holds, remark, off=off, **measured)
     if "--compile" in words:
