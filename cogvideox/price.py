@@ -113,7 +113,10 @@ def say_price(parts, training_seconds):
 
 
 def say_price_of(args, plan, measured, transformer, folder, facts, trained_shape, processes, watchers, first_step):
-    """`say_price` of a run from `first_step` on; a collective. trained_shape: latents [F', C, H', W'] of the rehearsed clip. folder: of the model."""
+    """`say_price` of a run from `first_step` on. A collective.
+
+    trained_shape: latents [F', C, H', W'] of the rehearsed clip. folder: of the model. watchers: as in `predict`.
+    """
     settings, forward_seconds = watchers[2].settings, measured.forward_seconds / args.train_batch_size
     config, vae_config = transformer.config, read_json(folder / "vae/config.json")
     seconds = video_seconds(config, vae_config, facts, settings, forward_seconds, trained_shape) if watchers[2].jobs else 0.0

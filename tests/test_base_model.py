@@ -44,6 +44,20 @@ def test_a_second_run_takes_the_score_from_the_cache_unless_anything_that_it_dep
         assert score_of(tmp_path, **changes)[1] > 0, changes
 
 
+def test_the_same_clips_under_other_numbers_have_other_noise_and_another_score(tmp_path):
+    class Shifted(Noise):
+        clip_keys, prompt_keys = ["new", *Noise.clip_keys], ["new", *Noise.prompt_keys]
+
+    def key(encodings, clips):
+        data = clips_of(9)
+        data.trained = clips
+        args = flags_of(tmp_path, eval_clips=2)
+        return scoring.Scorer(args, make_trained(), None, encodings, data, 1.0, 1000).base_key
+
+    assert key(Noise(), [0, 1]) == key(Noise(), [0, 1])
+    assert key(Noise(), [0, 1]) != key(Shifted(), [1, 2])
+
+
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"train": [NaN], "held_out": null, "gap": null}'])
 def test_a_damaged_score_is_computed_again(tmp_path, content):
     base, _ = score_of(tmp_path)
@@ -84,6 +98,27 @@ def videos(monkeypatch):
 
     monkeypatch.setattr(validation, "validate", validate)
     return asked
+
+
+def test_a_clean_start_and_other_settings_do_not_take_videos_that_lie_in_the_output_folder(tmp_path, videos):
+    watcher(tmp_path / "out", tmp_path / "cache").offer(0)
+    watcher(tmp_path / "out", tmp_path / "another cache").offer(0)  # its own, with their keys on record
+    assert len(videos) == 1
+    watcher(tmp_path / "out", tmp_path / "cache", num_inference_steps=7).offer(0)
+    assert len(videos) == 2
+    (tmp_path / "out/validation/step-000000/videos.json").unlink()
+    watcher(tmp_path / "out", tmp_path / "another cache", num_inference_steps=7).offer(0)
+    assert len(videos) == 3
+
+
+def test_videos_of_step_0_depend_on_an_initial_lora(tmp_path, videos):
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
+        watcher(tmp_path / name, tmp_path / "cache", init_lora=str(tmp_path / f"{name}.safetensors")).offer(0)
+    watcher(tmp_path / "none", tmp_path / "cache").offer(0)
+    assert len(videos) == 3
+    watcher(tmp_path / "again", tmp_path / "cache", init_lora=str(tmp_path / "first.safetensors")).offer(0)
+    assert len(videos) == 3
 
 
 def watcher(output_dir, cache, prompts=("a rabbit",), **flags):
@@ -273,15 +308,31 @@ def test_a_signal_ends_a_score_after_the_forward_pass_that_it_met(tmp_path, monk
     scorer = scoring.Scorer(args, make_trained(), losses, Noise(), clips_of(4), 1.0, 1000)
     scorer.base = {"train": [1.0] * 4, "held_out": None, "gap": None}
     scorer.follow(SimpleNamespace(is_due=lambda step, last: True), None)
-    scorer.lines = [{"step": 0}]
     scorer.begin(SimpleNamespace(log=logged.append))
     scorer.offer(1)
     assert len(counted) == 3
     assert logged == []  # half a score is no score
     stopping.received["signal"] = 0
-    scorer.offer(1)
+    scorer.make_missing(1)  # what the next start of a complete run does
     assert len(counted) == 3 + 2 * scoring.BANDS
-    assert len(logged) == 1
+    assert [line["step"] for line in logged] == [0, 1]
+    scorer.make_missing(1)
+    assert len(logged) == 2
+
+
+def test_a_resumed_run_that_finds_its_base_in_the_cache_logs_it(tmp_path):
+    base, _ = score_of(tmp_path)
+    args, logged = flags_of(tmp_path, eval_clips=2, resume_from_checkpoint="latest"), []
+    trained = make_trained()
+    torch.nn.init.constant_(trained.transformer.trained, 2.0)
+    scorer = scoring.Scorer(
+        args, trained, lambda model, batch: model.trained.mean().expand(1), Noise(), clips_of(4, 2), 1.0, 1000, (), "model"
+    )
+    scorer.follow(SimpleNamespace(is_due=lambda step, last: True, save_best=lambda step: None), None)
+    scorer.begin(SimpleNamespace(log=logged.append))
+    scorer.offer(7)
+    assert [(line["step"], line["eval_train_loss"]) for line in logged] == [(0, 4.0), (7, 2.0)]
+    assert base["train"] == [4.0] * scoring.BANDS
 
 
 def test_a_signal_before_training_ends_the_base_score_and_the_run(tmp_path, monkeypatch):

@@ -253,12 +253,12 @@ def watch(scorer, first_step, total_steps, weights=None):
 @pytest.mark.parametrize(
     ("flags", "first_step", "total", "steps"),
     [
-        ({}, 0, 5, [5]),  # the last step has a checkpoint
+        ({}, 0, 5, [0, 5]),  # the last step has a checkpoint; the base is logged with the first score
         ({"saves": [0, 2, 4]}, 0, 5, [0, 2, 4, 5]),  # at every checkpoint (one is "due" at step 0)
         ({"videos": [0, 3, 5]}, 0, 5, [0, 3, 5]),  # with every validation; once where both are due
         ({"eval_steps": 2}, 0, 5, [0, 2, 4, 5]),  # every N steps, and at step 0
         ({"eval_steps": 2, "saves": [3], "videos": [4]}, 0, 5, [0, 2, 3, 4, 5]),
-        ({"eval_steps": 2}, 3, 7, [4, 6, 7]),  # resumed in the middle: nothing before the first step
+        ({"eval_steps": 2}, 3, 7, [0, 4, 6, 7]),  # resumed before anything was scored
         ({"eval_steps": 2, "saves": [2], "eval_clips": 0}, 0, 5, []),  # no clips: never
     ],
 )
@@ -306,10 +306,10 @@ def test_a_score_is_logged_before_the_best_is_written_and_the_report_comes_last(
     scorer, watcher = scorer_of(tmp_path)
     monkeypatch.setattr(scoring.report, "refresh", lambda folder: watcher.order.append("report"))
     watch(scorer, 0, 1)
-    assert watcher.order == ["log", "best", "report"]
+    assert watcher.order == ["log", "log", "best", "report"]  # the base, then the step
     scorer.trained.accelerator.is_main_process = False
     scorer.offer(2, last=True)
-    assert watcher.order == ["log", "best", "report", "log"]  # other ranks take part; Meter and Checkpointer know who writes
+    assert watcher.order == ["log", "log", "best", "report", "log"]  # other ranks take part; Meter and Checkpointer know who writes
 
 
 def test_a_score_is_of_the_averaged_weights_and_leaves_no_trace(tmp_path):
@@ -319,8 +319,8 @@ def test_a_score_is_of_the_averaged_weights_and_leaves_no_trace(tmp_path):
         train_one_step(trained)
     live, random = trained.transformer.trained.detach().clone(), torch.random.get_rng_state()
     scorer.offer(3, last=True)
-    assert watcher.lines[0]["eval_train_loss"] == pytest.approx(trained.average.shadow_params[0].mean().item())
-    assert watcher.lines[0]["eval_train_loss"] != pytest.approx(live.mean().item())
+    assert watcher.lines[-1]["eval_train_loss"] == pytest.approx(trained.average.shadow_params[0].mean().item())
+    assert watcher.lines[-1]["eval_train_loss"] != pytest.approx(live.mean().item())
     assert torch.equal(trained.transformer.trained, live)
     assert trained.transformer.training
     assert torch.equal(torch.random.get_rng_state(), random)
