@@ -224,4 +224,4 @@ def settle(args, trained, batch):
     """Choose the run's backend and use it in the transformer, and in the full copies that a sharding engine builds. A collective."""
     backend, build = choose(args, trained, batch), trained.build
     use(trained.transformer, backend)
-    trained.build = lambda: use(build(), backend)
+    trained.build = lambda device: use(build(device=device), backend)

@@ -122,8 +122,8 @@ def test_the_chosen_kernel_trains_scores_and_makes_videos(train, monkeypatch):
 
 
 def test_the_copies_of_a_sharding_engine_take_the_chosen_kernel(tiny_model):
-    def build():
-        return model.load_transformer(tiny_model, torch.float32)
+    def build(device="cpu"):
+        return model.load_transformer(tiny_model, torch.float32, device=device)
 
     accelerator = OneProcess(distributed_type=DistributedType.FSDP)
     trained = engine.Trained(accelerator, build(), None, [], None, None, build=build)
