@@ -14,6 +14,7 @@ metrics.jsonl, loss.png, dataset_report.txt, best/ (the lowest held-out loss), v
 """
 
 import functools
+import gc
 import importlib.util
 import math
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 
 from cogvideox import flags
 from cogvideox.device import cpu_is_wanted, hide_gpus
+from cogvideox.files import hash_ahead
 from cogvideox.stopping import end_with_launcher
 
 # -----------------------------------------------------------------------------
@@ -193,6 +195,15 @@ def check_flags(args):
     return problems
 
 
+def hash_model_ahead(args):
+    """Begin to hash the weights of a local model, on the rank that asks for it, while the libraries are imported."""
+    if os.environ.get("RANK", "0") == "0":
+        parts, ending = ("text_encoder", "vae", "transformer"), f".{args.variant}.safetensors" if args.variant else ".safetensors"
+        folder = Path(args.pretrained_model_name_or_path).expanduser()
+        files = [file for part in parts for file in sorted((folder / part).glob(f"*{ending}"))]
+        hash_ahead([file for file in files if args.variant or "." not in file.stem], Path(args.encoding_cache_dir))
+
+
 def parse_args(arguments=None):
     """The checked flags; problems end the program with exit code 2, one line each."""
     return flags.parse(build_parser(), arguments, check_flags)
@@ -201,6 +212,8 @@ def parse_args(arguments=None):
 if __name__ == "__main__":
     end_with_launcher()
     ARGS = parse_args()
+    hash_model_ahead(ARGS)
+    gc.disable()  # collecting garbage takes a sixth of the time of the imports, which leave none
     if ARGS.cpu:
         hide_gpus()
 
@@ -367,6 +380,8 @@ def make_losses(args, transformer, scheduler, dtype, device):
 
 def main(args):
     """One training run, from flags to a LoRA on disk."""
+    gc.freeze()  # no collection looks at the million objects of the imports again: 0.2 seconds each
+    gc.enable()
     configure(args.verbose)
     # Read the model's configs, not its weights; its problems are reported together with the data's.
     folder, facts, tokenizer, problems = open_model(args)

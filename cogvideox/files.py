@@ -8,8 +8,10 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 import time
 import uuid
+from concurrent.futures import Future
 from pathlib import Path
 
 from cogvideox.console import say
@@ -81,8 +83,11 @@ def write_tensors(path, tensors, metadata=None):
 
 def file_sha256(path):
     """Hex SHA-256 of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 24))  # large: for each part a thread waits for Python's lock
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+    return digest.hexdigest()
 
 
 def still_missing(paths):
@@ -125,8 +130,32 @@ def key_of(*parts):
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
 
+ahead = {}  # path -> Future of its hash
+
+
+def hash_ahead(paths, cache):
+    """Begin to hash files in a thread: `hash_file` then waits for what is not done. For the seconds in which torch is imported."""
+    futures = {os.fspath(path): Future() for path in paths}
+    ahead.update(futures)
+
+    def work():
+        for path, future in futures.items():
+            try:
+                future.set_result(hash_now(path, cache))
+            except Exception as error:  # whoever asks for the file is told
+                future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+
+
 def hash_file(path, cache):
     """SHA-256 of a file's content, cached in `cache` (which may be read-only) until the file changes."""
+    pending = ahead.pop(os.fspath(path), None)
+    return pending.result() if pending else hash_now(path, cache)
+
+
+def hash_now(path, cache):
+    """`hash_file` in this thread."""
     status = os.stat(path)
     if resolved_blob := hub_blob_hash(path):
         return resolved_blob
