@@ -80,6 +80,7 @@ def predict(args, plan, first_step, measured, seconds_of_video, base_videos, pro
 
     saves = sum(checkpointer.is_due(step, last) for step, last in steps)
     remedy = f"--checkpointing_steps {2 * args.checkpointing_steps} halves the time of checkpoints"
+    remedy = remedy if saves > 1 else "the last checkpoint is always written"
     parts.append(Part("checkpoints", saves, measured.save_seconds, remedy))
     return [part for part in parts if part.times]
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,25 +150,33 @@ def try_results(args, trained, full_model, state, result_facts):
 
     state: the weights after a step. Returns (the problem as a sentence or None, seconds per written MiB). Only rank 0 calls it.
     """
-    folder, rate = Path(args.output_dir) / ".rehearsal", 0.0
+    folder, rate, problem = Path(args.output_dir) / ".rehearsal", 0.0, None
     try:
         folder.mkdir(exist_ok=True)
-        started = time.perf_counter()
-        trained.kind.write(folder, trained.export(full_model, state), result_facts)
-        written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
-        rate = (time.perf_counter() - started) / written
-        _, effect = trained.kind.check_export(folder, full_model)
+        with ThreadPoolExecutor(1) as thread:  # ffmpeg is a process of its own
+            pictures = thread.submit(try_video_and_card, args, folder)
+            started = time.perf_counter()
+            trained.kind.write(folder, trained.export(full_model, state), result_facts)
+            written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
+            rate = (time.perf_counter() - started) / written
+            _, effect = trained.kind.check_export(folder, full_model)
+            problem = pictures.result()
         if effect == 0:
             warn("an optimizer step does not change the model's output; check --learning_rate and --target_modules")
-        write_video(folder / "video.mp4", np.zeros((5, 32, 32, 3), np.uint8), args.fps)
-        if (frames := len(read_video(folder / "video.mp4"))) != 5:
-            return f"rehearsal in {folder}: a video of 5 frames was read back with {frames} frames", rate
-        hub.write_model_card(folder, run_facts(public_flags(args), hub.NO_FACTS))
     except (OSError, ValueError, RuntimeError) as error:
-        return f"rehearsal in {folder}: {type(error).__name__}: {error}", rate
+        problem = f"{type(error).__name__}: {error}"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return None, rate
+    return problem and f"rehearsal in {folder}: {problem}", rate
+
+
+def try_video_and_card(args, folder):
+    """Write and read a video of five frames, and write a model card. Returns the problem, or None."""
+    write_video(folder / "video.mp4", np.zeros((5, 32, 32, 3), np.uint8), args.fps)
+    if (frames := len(read_video(folder / "video.mp4"))) != 5:
+        return f"a video of 5 frames was read back with {frames} frames"
+    hub.write_model_card(folder, run_facts(public_flags(args), hub.NO_FACTS))
+    return None
 
 
 def fit_to_memory(args, trained, loss):
