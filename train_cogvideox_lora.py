@@ -81,7 +81,7 @@ def build_parser():
     flag = flags.flag_group(parser, "validation")
     flag("--validation_prompt", None, "validation prompts, joined by the separator (default: no videos)", free=True)
     flag("--validation_prompt_separator", ":::", "separator between prompts", free=True)
-    flag("--validation_epochs", 50, "make videos every N epochs, and at the start and end (0: only those)", at_least=0, free=True)
+    flag("--validation_epochs", 50, "make videos every N epochs, and of step 0 and the last (0: only those)", at_least=0, free=True)
     flag("--validation_steps", 0, "make videos every N optimizer steps instead (0: off)", at_least=0, free=True)
     flag("--num_validation_videos", 1, "videos per prompt, with seeds --seed, --seed + 1, ...", at_least=1, free=True)
     flag(

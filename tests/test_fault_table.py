@@ -130,16 +130,20 @@ def at_step(monkeypatch, step, action):
 # The table
 
 
-def test_every_test_that_the_table_of_faults_names_exists():
-    text = (ROOT / "docs/faults.md").read_text()
+@pytest.mark.parametrize(("page", "least"), [("faults", 60), ("gpu", 30)])
+def test_every_test_that_a_table_names_exists(page, least):
+    text = (ROOT / f"docs/{page}.md").read_text()
     named = set(re.findall(r"`(tests/\w+\.py)::(\w+)`", text))
     defined = set()
     for path in (ROOT / "tests").glob("test_*.py"):
         functions = {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
         defined |= {(f"tests/{path.name}", name) for name in functions}
-    assert len(named) > 60
+    assert len(named) >= least
     assert named <= defined, named - defined
-    assert text.count("::test_") == text.count("`tests/")  # nothing is named in another way
+    assert text.count("::test_") == len(re.findall(r"`tests/\w+\.py::", text))  # nothing is named in another way
+    if page == "gpu":
+        numbers = re.findall(r"^\| (\d+) \|", text.split("## What the trainer does on a GPU")[1], re.M)
+        assert numbers == [str(number) for number in range(1, 17)]
 
 
 def table_rows():

@@ -1,5 +1,6 @@
 """When videos are made, what they leave behind, and what a failure costs. No model folder, no training run."""
 
+import contextlib
 import json
 from types import SimpleNamespace
 
@@ -241,3 +242,17 @@ def test_the_dpm_sampler_makes_other_videos_of_the_same_model(train):
         return next((folder / "validation/step-000000").glob("*.mp4")).read_bytes()
 
     assert videos("ddim") == videos("stored") != videos("dpm")
+
+
+def test_a_video_on_a_gpu_saves_the_generators_of_that_gpu_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices=None: asked.append(devices) or contextlib.nullcontext())
+
+    def model_on(*place):
+        parameter = SimpleNamespace(device=torch.device(*place))
+        return SimpleNamespace(training=True, eval=lambda: None, train=lambda mode: None, parameters=lambda: iter([parameter]))
+
+    for place in (("cuda", 1), ("cpu",)):
+        with validation.undisturbed(model_on(*place)):
+            pass
+    assert asked == [[torch.device("cuda", 1)], []]  # None would be those of all GPUs
