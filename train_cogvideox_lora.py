@@ -503,9 +503,10 @@ def main(args):
         guard.check(step, outcome)  # too many non-finite gradients end the run
         meter.offer(step, outcome, last)
         checkpointer.offer(step, last)
-        with meter.paused(), trained.one_full_model():
-            scorer.offer(step, last)
-            validator.offer(step, last)
+        with meter.paused():
+            with trained.one_full_model():
+                scorer.offer(step, last)
+                validator.offer(step, last)
             preview.offer(due=checkpointer.is_due(step, last))
             encodings.finish(due=checkpointer.is_due(step, last))
         # A signal to any rank stops all ranks here, after a checkpoint.

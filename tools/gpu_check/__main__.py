@@ -150,7 +150,7 @@ def run_cases(options, work):
                 stopped = "stopped by Ctrl-C"
                 rows.append({"case": name} | not_run(claim, stopped))
                 continue
-            rows, facts, seconds[name] = rows + found, facts | of_card, round(time.monotonic() - began, 1)
+            rows, facts, seconds[name] = rows + found, facts | of_card, round(time.monotonic() - began, 3)
             bar.update(expected - (bar.n - done))
             say(f"{name}: {summary_of(found)} ({seconds[name]:.0f} s)")
     return rows, seconds, facts
