@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 import train_cogvideox_lora as script
 from cogvideox import attention, engine, model
 from tests.conftest import lora_of, same, words
+from tests.cpu_kinds import needs_bf16_attention
 from tests.stand_ins import OneProcess
 
 CPU = torch.device("cpu")
@@ -190,7 +191,7 @@ def test_flash_attention_3_takes_the_place_of_torchs_own_only_where_it_is_asked_
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16_attention), torch.float16])
 def test_kernels_are_compared_with_the_exact_result(dtype, monkeypatch):
     shape, real, broken = (1, 3, 300, 32), attention.attend, []
 

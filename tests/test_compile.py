@@ -13,6 +13,7 @@ from torch._inductor import cpp_builder
 from cogvideox import linear, lora, model, offload
 from demo.make_model import make_model
 from tests.conftest import ROOT, environment, lora_of, words
+from tests.cpu_kinds import needs_bf16_attention
 
 BLOCKS = 12  # torch stops compiling a function after eight graphs
 
@@ -75,6 +76,7 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@needs_bf16_attention
 def test_twelve_blocks_in_half_precision_share_two_graphs(deep_model, without_backend):
     compiled, straight = prepared(deep_model), gradients(prepared(deep_model, compiled=False))
     assert equal(gradients(compiled), straight)

@@ -3,12 +3,10 @@
 import functools
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +21,7 @@ import train_cogvideox_lora as script
 from cogvideox import checkpoint, engine
 from cogvideox.video import read_video, write_video
 from tests.conftest import ROOT, STEADY_ADAM, words
+from tests.cpu_kinds import needs_bf16_attention
 from tests.forked import free_port
 from tests.stand_ins import make_trained, train_one_step
 
@@ -182,10 +181,6 @@ def test_two_processes_go_on_from_what_one_has_saved(name, kind, tiny_model, six
     assert losses_of(begun) == pytest.approx(losses_of(alone[kind]), rel=1e-4)
 
 
-# torch packs for the CPU that is there and runs the kernel that is asked for: "pack_vnni2 is only supported when avx512 is".
-LESS_THAN_THIS_CPU = os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2") and "avx512" in Path("/proc/cpuinfo").read_text()
-
-
 # Tells of each transformer that is read from disk before training has ended, and compares each full copy with one that is.
 COPIES = """
 import contextlib
@@ -237,7 +232,7 @@ def test_the_copies_of_a_sharded_model_come_from_its_shards_and_each_process_rea
 @pytest.mark.numeric
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(LESS_THAN_THIS_CPU, reason="torch's bf16 attention ends where ATEN_CPU_CAPABILITY is less than the CPU has")
+@needs_bf16_attention
 def test_fsdp2_in_bf16_with_accumulation_checkpointing_and_an_average(tiny_model, six_clips, tmp_path, encodings, train, launch):
     flags = {"training_type": "sft", "learning_rate": 1e-3, "mixed_precision": "bf16", "gradient_checkpointing": "attention"}
     flags |= {"max_train_steps": 3, "ema_decay": 0.9, "eval_clips": 2}

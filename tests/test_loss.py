@@ -10,6 +10,7 @@ from diffusers import CogVideoXDDIMScheduler
 
 import train_cogvideox_lora as script
 from tests.conftest import ROOT
+from tests.cpu_kinds import needs_bf16_attention
 
 SCHEDULE = {
     "beta_start": 0.00085,
@@ -137,6 +138,7 @@ def test_min_snr_weights_of_the_velocity_error():
 
 
 @pytest.mark.numeric
+@needs_bf16_attention
 def test_a_base_stored_in_fp16_keeps_its_loss_in_fp16_and_less_so_in_bf16():
     """At fixed noise, on the demo's base. Prints the largest relative difference of a clip's loss from that in fp32."""
     from cogvideox.folder import stored_precision
