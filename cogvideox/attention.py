@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from cogvideox.console import say
-from cogvideox.launch import problem_of_any_rank
+from cogvideox.folder import patches_of
+from cogvideox.launch import problem_of_any_rank, synchronize
 
 # --attention_backend's names, in the order of preference where time must not decide. "default", torch's own choice, is none of them.
 KERNELS = {
@@ -147,10 +148,10 @@ def measure(backends, device, dtype, shape, repeats=3):
             select_flash(backend)
             first, seconds = attend(backend, query, key, value, chosen), []
             for _ in range(repeats):
-                wait_for(device)
+                synchronize(device)
                 started = time.perf_counter()
                 again = attend(backend, query, key, value, chosen)
-                wait_for(device)
+                synchronize(device)
                 seconds.append(time.perf_counter() - started)
             repeatable = not torch.are_deterministic_algorithms_enabled() or all(map(torch.equal, first, again))
             measured[backend] = (min(seconds), difference(first)) if repeatable else FAILED
@@ -158,12 +159,6 @@ def measure(backends, device, dtype, shape, repeats=3):
             measured[backend] = FAILED
     select_flash("flash")
     return measured
-
-
-def wait_for(device):
-    """Wait for the work of a device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def tolerance(dtype):
@@ -206,9 +201,9 @@ def choose(args, trained, batch):
         return args.attention_backend
     if accelerator.device.type != "cuda":
         return "default"
-    clips, frames, _, height, width = batch["latents"].shape
-    patches = frames // (config.patch_size_t or 1) * (height // config.patch_size) * (width // config.patch_size)
-    shape = (clips, config.num_attention_heads, batch["prompt"].shape[1] + patches, config.attention_head_dim)
+    clips, *latent_shape = batch["latents"].shape
+    tokens = batch["prompt"].shape[1] + patches_of(config, latent_shape)
+    shape = (clips, config.num_attention_heads, tokens, config.attention_head_dim)
     found = gather_object([usable(accelerator.device, dtype, shape[-1])])  # the ranks' GPUs may differ
     common = [name for name in found[0] if name != "math" and all(name in one for one in found)]  # math keeps tokens x tokens numbers
     decision = [None]

@@ -7,19 +7,16 @@ an entry's name is a hash of everything that its content depends on. A failed wr
 import contextlib
 import json
 import math
-import shutil
-import uuid
-from pathlib import Path
 
 import diffusers
 
 from cogvideox.console import warn
-from cogvideox.files import LORA_FILE, file_sha256, key_of, read_json, write_bytes
+from cogvideox.files import entry_path, file_sha256, key_of, lora_path, read_json, write_bytes
 from cogvideox.lora import lora_modules
 from cogvideox.video import read_video
 
 VERSION = 1  # raise it when the score, or the way a video is made, changes
-FOLDERS = {"scores": "json", "videos": "mp4"}
+ENDINGS = {"scores": "json", "videos": "mp4"}  # folder of the cache: the ending of its files
 
 
 def identity_of(args, transformer_identity, scheduler, device):
@@ -34,10 +31,7 @@ def identity_of(args, transformer_identity, scheduler, device):
 
 def initial_lora(args):
     """A hash of the LoRA of --init_lora, or None."""
-    if not args.init_lora:
-        return None
-    path = Path(args.init_lora)
-    return file_sha256(path / LORA_FILE if path.is_dir() else path)
+    return file_sha256(lora_path(args.init_lora)) if args.init_lora else None
 
 
 @contextlib.contextmanager
@@ -61,15 +55,10 @@ def stays_available(args, transformer):
     return bool(lora_modules(transformer)) and not args.init_lora
 
 
-def entry_path(cache, kind, key):
-    """The path of an entry: cache/scores/ab/abcdef....json or cache/videos/ab/abcdef....mp4."""
-    return Path(cache) / kind / key[:2] / f"{key}.{FOLDERS[kind]}"
-
-
 def read_score(cache, key):
     """The stored score, in the form of `scoring.score`, or None."""
     try:
-        score = read_json(entry_path(cache, "scores", key))
+        score = read_json(entry_path(cache, "scores", key, ENDINGS["scores"]))
         numbers = [*score["train"], *(score["held_out"] or []), *(score["gap"] or [])]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -79,22 +68,22 @@ def read_score(cache, key):
 def write_score(cache, key, score):
     """Store a score."""
     try:
-        write_bytes(entry_path(cache, "scores", key), json.dumps(score).encode())
+        write_bytes(entry_path(cache, "scores", key, ENDINGS["scores"]), json.dumps(score).encode())
     except OSError as error:
         warn(f"the base model's score was not kept in the cache ({error.strerror})")
 
 
 def has_video(cache, key):
     """Whether a video is stored."""
-    return entry_path(cache, "videos", key).exists()
+    return entry_path(cache, "videos", key, ENDINGS["videos"]).exists()
 
 
 def take_video(cache, key, path, frames):
     """Copy a stored video to `path`. Returns whether there is one of this many frames."""
-    stored = entry_path(cache, "videos", key)
+    stored = entry_path(cache, "videos", key, ENDINGS["videos"])
     try:
         if stored.exists() and len(read_video(stored)) == frames:
-            copy_file(stored, path)
+            write_bytes(path, stored.read_bytes())
             return True
     except Exception:  # the video reader raises many kinds of errors on a damaged file, which is then made again
         return False
@@ -104,17 +93,6 @@ def take_video(cache, key, path, frames):
 def keep_video(cache, key, path):
     """Store the video at `path`."""
     try:
-        copy_file(path, entry_path(cache, "videos", key))
+        write_bytes(entry_path(cache, "videos", key, ENDINGS["videos"]), path.read_bytes())
     except OSError as error:
         warn(f"a video of the base model was not kept in the cache ({error.strerror})")
-
-
-def copy_file(source, path):
-    """Copy a file under a temporary name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        shutil.copyfile(source, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

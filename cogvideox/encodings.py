@@ -11,12 +11,10 @@ import functools
 import hashlib
 import json
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import psutil
 import safetensors
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -24,7 +22,7 @@ from safetensors.torch import save
 
 from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, progress, say, timed, warn
 from cogvideox.decode import ENCODING_VERSION, clip_framing
-from cogvideox.files import hash_file, key_of, read_json, still_missing, write_bytes
+from cogvideox.files import entry_path, hash_file, key_of, read_json, still_missing, write_bytes
 from cogvideox.folder import PRECISIONS, component_note, latent_shape, stored_dtype, weight_files
 from cogvideox.launch import free
 from cogvideox.memory import memory_for_encoding, untiled_encoding_bytes
@@ -78,11 +76,6 @@ def caption_key(caption, text_identity, dtype, max_text_seq_length):
 
 # -----------------------------------------------------------------------------
 # Files
-
-
-def entry_path(cache, kind, key):
-    """The path of an entry: cache/clips/ab/abcdef....safetensors."""
-    return cache / kind / key[:2] / f"{key}.safetensors"
 
 
 def write_entry(path, tensor):
@@ -191,7 +184,7 @@ def may_wait(text_encoder_bytes, device, processes, loader_workers):
     A GPU takes milliseconds for a caption, and its memory is needed. text_encoder_bytes: of T5's weights.
     """
     alone = device.type == "cpu" and processes == 1 and loader_workers == 0
-    return alone and LARGE_TEXT_ENCODER <= text_encoder_bytes <= psutil.virtual_memory().available / 3
+    return alone and LARGE_TEXT_ENCODER <= text_encoder_bytes <= memory_for_encoding(device) / 3
 
 
 def missing_entries(cache, kind, shapes):
@@ -262,8 +255,8 @@ def plan_encodings(args, folder, facts, data, captions, cache, device, free_memo
     """
     remember_survey(data.clips, cache)
     parts = {"text_encoder": args.variant, "vae": args.variant, "tokenizer": None, "transformer": args.variant}
-    with timed("hash the model's files"), ThreadPoolExecutor() as threads:  # hashing releases Python's lock
-        found = dict(zip(parts, threads.map(lambda part: identify(folder, part, cache, parts[part]), parts), strict=True))
+    with timed("hash the model's files"):
+        found = {part: identify(folder, part, cache, variant) for part, variant in parts.items()}
     (text_identity, text_dtype), (vae_identity, vae_dtype) = found["text_encoder"], found["vae"]
     tokenizer_identity, transformer_identity = found["tokenizer"][0], found["transformer"][0]
     text = (key_of(text_identity, tokenizer_identity), usable_dtype(text_dtype, device), facts.max_text_seq_length)

@@ -125,6 +125,17 @@ def why_unwritable(folder):
     return None
 
 
+def entry_path(cache, kind, key, ending="safetensors"):
+    """The path of a cache entry: cache/clips/ab/abcdef....safetensors."""
+    return Path(cache) / kind / key[:2] / f"{key}.{ending}"
+
+
+def lora_path(path):
+    """The file of a LoRA that is given as a file or as the folder of a run."""
+    path = Path(path).expanduser()
+    return path / LORA_FILE if path.is_dir() else path
+
+
 def key_of(*parts):
     """A hash of JSON-ready values, usable as a file name."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]

@@ -222,6 +222,12 @@ def latent_shape(facts, frames, height, width):
     return (frames - 1) // facts.frames_per_latent + 1, facts.latent_channels, height // compression, width // compression
 
 
+def patches_of(config, shape):
+    """The video tokens of a clip with latents of `shape` [F', C, H', W']. config: the transformer's."""
+    frames, _, height, width = shape
+    return frames // (config.patch_size_t or 1) * (height // config.patch_size) * (width // config.patch_size)
+
+
 def check_geometry(facts, height, width, num_frames, names=("--height", "--width", "--max_num_frames")):
     """Problems of a clip size for this model, with the nearest legal sizes."""
     problems = []

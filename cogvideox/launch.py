@@ -294,6 +294,12 @@ def peak_memory_text(device, peak=None):
     return f"{text} in tensors, {reserved / 2**30:.2f} reserved, of {total / 2**30:.1f}"
 
 
+def synchronize(device):
+    """Wait for the work queued on a GPU; a CPU has none. device: a torch.device or its name."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def free(device):
     """Release the memory of a deleted model."""
     free_memory()

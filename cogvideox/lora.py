@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from cogvideox.engine import trained_state, trained_weights, write_trained
-from cogvideox.files import LORA_FILE, write_durably
+from cogvideox.files import LORA_FILE, lora_path, write_durably
 from cogvideox.launch import problem_of_any_rank
 from cogvideox.model import load_transformer
 
@@ -111,8 +111,7 @@ def load_exported(transformer, path):
 
     Raises ValueError if the file is missing, or for another model, rank or other targets.
     """
-    path = Path(path).expanduser()
-    path = path / LORA_FILE if path.is_dir() else path
+    path = lora_path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     scaling = {name: layer.scaling["default"] for name, layer in lora_modules(transformer)}

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogvideox.console import say, warn
 from cogvideox.files import read_json
-from cogvideox.folder import latent_shape
+from cogvideox.folder import latent_shape, patches_of
 from cogvideox.scoring import BANDS, LEAST_CAPTIONS
 
 LARGE_SHARE = 0.2  # a larger share of the time is a warning
@@ -34,9 +34,7 @@ def forward_flops(config, shape):
     Linear layers: attention has 4 d^2 weights and the feed-forward layers 8 d^2, for n tokens of d channels. Attention: n^2 d
     products for its scores and as many for its output. A multiplication and an addition are two FLOPs.
     """
-    frames, _, height, width = shape
-    patches = frames // (config.patch_size_t or 1) * (height // config.patch_size) * (width // config.patch_size)
-    tokens, channels = config.max_text_seq_length + patches, config.num_attention_heads * config.attention_head_dim
+    tokens, channels = config.max_text_seq_length + patches_of(config, shape), config.num_attention_heads * config.attention_head_dim
     return config.num_layers * (24 * tokens * channels**2 + 4 * tokens**2 * channels)
 
 

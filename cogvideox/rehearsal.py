@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cogvideox import attention, engine, hub
 from cogvideox.console import BAD_OUTPUT, fail, say, warn
 from cogvideox.flags import public_flags
-from cogvideox.launch import peak_memory_gib, peak_memory_text
+from cogvideox.launch import peak_memory_gib, peak_memory_text, synchronize
 from cogvideox.model import checkpoint_blocks
 from cogvideox.report import run_facts
 from cogvideox.stopping import exit_if_requested
@@ -80,12 +80,6 @@ def rehearse(args, trained, result_facts, batch, compute_loss, train_step):
     if problem:
         fail(BAD_OUTPUT, problem)
     return Measured(seconds, peak, megabytes, forward_seconds, megabytes * rate)
-
-
-def synchronize(device):
-    """Wait for the work queued on a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextlib.contextmanager

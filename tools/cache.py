@@ -25,7 +25,7 @@ KINDS = {
 
 def entries(cache, kind):
     """The files of one kind, sorted."""
-    return sorted((cache / kind).glob(f"??/*.{base_model.FOLDERS.get(kind, 'safetensors')}"))
+    return sorted((cache / kind).glob(f"??/*.{base_model.ENDINGS.get(kind, 'safetensors')}"))
 
 
 def leftovers(cache):

@@ -11,15 +11,13 @@ from safetensors import safe_open
 
 from cogvideox import model
 from cogvideox.console import progress, warn
-from cogvideox.files import read_json
+from cogvideox.files import LORA_FILE, lora_path, read_json
 from cogvideox.folder import broken_safetensors, count_tokens, load_tokenizer, read_facts, safetensors_header, weight_files
-from cogvideox.lora import LORA_FILE
 
 
 def find_lora(name):
     """The LoRA file that `name` means: the file itself, or a run's folder, its best/ or a checkpoint-N/. ValueError if there is none."""
-    path = Path(name).expanduser()
-    file = path / LORA_FILE if path.is_dir() else path
+    path, file = Path(name).expanduser(), lora_path(name)
     if file.is_file():
         return file
     if (path / "transformer/config.json").is_file():

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from cogvideox.launch import synchronize
 from tools.benchmark.harness import seconds_of
 
 BYTES = {"float": 4, "c10::BFloat16": 2, "c10::Half": 2, "double": 8, "long int": 8, "long": 8, "int": 4}
@@ -25,12 +26,6 @@ COLLECTIVES |= {"nccl:_all_gather_base": "all_gather"}
 PRODUCTS = ((1024, 1920, 1920), (1024, 1920, 7680), (1024, 7680, 1920), (1024, 4096, 4096))
 # 1024 rows do not fill a GPU: the rows of a clip of 49x480x720, and a square that reaches what the makers publish.
 GPU_PRODUCTS = ((17776, 1920, 7680), (17776, 7680, 1920), (8192, 8192, 8192))
-
-
-def synchronize(device):
-    """Wait until a GPU has done what it was given; a CPU has."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def waited(call, device):

@@ -12,8 +12,9 @@ import torch
 
 import train_cogvideox_lora as script
 from cogvideox import memory, rehearsal
+from cogvideox.launch import synchronize
 from tools.benchmark import harness, variants
-from tools.benchmark.counters import peak_bytes, step_flops, synchronize
+from tools.benchmark.counters import peak_bytes, step_flops
 from tools.benchmark.harness import seconds_of
 from tools.benchmark.measurements import CONFIGS, sent_on_a_ring
 from tools.benchmark.sizes import spell
