@@ -66,8 +66,9 @@ def choose_frames(times, framing):
     """Pick source frames so that the clip plays at `framing.fps`, by presentation time.
 
     times: seconds, one per source frame, increasing. Target k is k / fps after the first frame that is not skipped; the
-    source frame nearest in time is taken, so a variable frame rate keeps its speed, but none that comes more than half a
-    target's time later. A target may be at most half a source frame after the last frame. Returns a list of indices of legal length. Raises BadClip if no frames are left.
+    source frame nearest in time is taken, so a variable frame rate keeps its speed, but a frame that is held for long is taken
+    until the next one comes. A target may be at most half a source frame after the last frame. Returns a list of indices of
+    legal length. Raises BadClip if no frames are left.
     """
     total = len(times)
     first, end = framing.skip_frames_start, total - framing.skip_frames_end
