@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import imageio_ffmpeg
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 
 from cogvideox import picture
 from cogvideox.container import BadClip
@@ -188,6 +188,15 @@ def test_an_animation_keeps_the_time_that_each_of_its_pictures_stays(tmp_path):
     assert frames[:, 0, 0, 0].tolist() == [0, 80, 80, 80, 80, 160, 200, 220, 240]
     later = framing(skip_frames_start=1)
     assert read_clip(tmp_path / "a.webp", later)[0][:, 0, 0, 0].tolist() == [80, 80, 80, 80, 160]
+
+
+def test_an_animated_avif_is_a_clip(tmp_path):
+    shades = [Image.new("RGB", (96, 64), (shade, shade, shade)) for shade in (0, 60, 120, 180, 240)]
+    if not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    shades[0].save(tmp_path / "a.avif", save_all=True, append_images=shades[1:], duration=125, quality=100)
+    frames, _ = read_clip(tmp_path / "a.avif", framing())
+    assert frames[:, 0, 0, 0].tolist() == pytest.approx([0, 60, 120, 180, 240], abs=3)
 
 
 def test_a_second_picture_in_a_photograph_is_no_clip(tmp_path):
