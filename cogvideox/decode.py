@@ -13,14 +13,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from cogvideox.container import BadClip, frame_times, list_packets, moves_by_alignment, shown_frames
-from cogvideox.picture import has_alpha, picture_times, rgb_of, rgb_of_picture, treated, treatment_of
+from cogvideox.picture import has_alpha, picture_times, rgb_of, rgb_of_picture, side_data, treated, treatment_of
 
 ENCODING_VERSION = 1  # raise it when this module or encodings.py computes other numbers from the same input
 SURVEY_VERSION = 2  # raise it when `read_clip` returns other facts; the clips are then decoded again, not encoded
 
 IMAGE_SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff"}
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"}
-VIDEO_SUFFIXES |= {".mts", ".m2ts", ".m2v", ".vob", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".ogg", ".mjpeg", ".qt"}
+VIDEO_SUFFIXES |= {".mxf", ".mts", ".m2ts", ".m2v", ".vob", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".ogg", ".mjpeg", ".qt"}
 PLAYLIST_STARTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<SMIL", b"<MPD")
 
 
@@ -93,7 +93,7 @@ def choose_frames(times, framing):
     left = right - 1
     right = np.minimum(right, len(window) - 1)
     # A picture that is held for long is seen until the next one comes, not until half-way to it.
-    is_soon = window[right] - targets <= max(spacing, 1 / framing.fps) / 2 + 1e-6
+    is_soon = window[right] - targets <= max(spacing, 1 / framing.fps) + 1e-6
     nearest = np.where(is_soon & (np.abs(window[right] - targets) < np.abs(window[left] - targets) - 1e-6), right, left)
     return [int(i) + first for i in nearest]
 
@@ -141,6 +141,7 @@ def read_picture(path, framing):
     try:
         with Image.open(path) as picture:
             numbers, times = picture_times(picture)
+        with Image.open(path) as picture:  # again: Pillow loses the palette of an animated PNG that goes back
             if len(times) == 1 and framing.latents_per_patch > 1:
                 raise BadClip("an image is one frame; this model needs at least 5")
             indices = choose_frames(times, framing) if len(times) > 1 else [0]
@@ -148,7 +149,7 @@ def read_picture(path, framing):
             for index in sorted(set(indices)):
                 picture.seek(numbers[index])
                 frame, changed = rgb_of_picture(ImageOps.exif_transpose(picture), framing.background)
-                facts = facts or clip_facts(times, indices, frame.shape[1], frame.shape[0], framing)
+                facts = facts or clip_facts(times, indices, frame.shape[1::-1], framing)
                 frames[index] = fit(frame, facts)
                 changes += [change for change in changed if change not in changes]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -207,16 +208,16 @@ def read_video(path, framing, reader):
     if shown.is_cropped and moves_by_alignment(path, shown.first):
         doubt = doubt or "decord crops the left edge of its frames at another pixel"
     left, top, right, bottom = packets.crop
-    width, height, aspect = shown.first.width - left - right, shown.first.height - top - bottom, packets.aspect
+    stored, aspect = (shown.first.width - left - right, shown.first.height - top - bottom), (packets.aspect, 1)
     if turn[0]:
-        width, height, aspect = height, width, 1 / aspect
-    if aspect != 1:
-        changes.append(f"{aspect.numerator}:{aspect.denominator} pixels")
+        stored, aspect = stored[::-1], aspect[::-1]
+    if packets.aspect != 1:
+        changes.append(f"{packets.aspect.numerator}:{packets.aspect.denominator} pixels")
     if packets.of > 1:
         doubt = doubt or "decord may read another of its video streams"
         treatment |= {"video_stream": packets.number}
         changes.append(f"video stream {packets.number} of {packets.of}")
-    facts = clip_facts(seconds(stamps, unit), indices, width, height, framing, float(aspect)) | {"treatment": treatment}
+    facts = clip_facts(seconds(stamps, unit), indices, stored, framing, aspect) | {"treatment": treatment}
     if reader != "pyav":
         try:
             if doubt:
@@ -255,11 +256,11 @@ def picture_turn(frame):
 
     Raises BadClip for anything but quarter turns and mirrors.
     """
-    side = frame.side_data.get("DISPLAYMATRIX")
-    if side is None:
-        return NO_TURN
+    side = side_data(frame, "DISPLAYMATRIX")
+    if not side:
+        return {0: NO_TURN, 90: (True, -1, 1), -90: (True, 1, -1), 180: (False, -1, -1), -180: (False, -1, -1)}.get(frame.rotation, NO_TURN)
     # A pixel at (x, y) is shown at x' = a x + c y, y' = b x + d y.
-    a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[:5].tolist()
+    a, b, _, c, d = np.frombuffer(side, np.int32)[:5].tolist()
     if (a and d) and not (b or c):
         return False, int(np.sign(d)), int(np.sign(a))
     if (b and c) and not (a or d):
@@ -316,12 +317,13 @@ def first_line(error):
     return re.sub(r"^.*(Check failed: .*?\(.*?\)|\.cc:\d+:) *(ERROR|Error:)? *", "", text)[:160]
 
 
-def clip_facts(times, indices, stored_width, height, framing, aspect=1.0):
-    """A clip's facts for the report and the cache; JSON-ready. aspect: width over height of a stored pixel.
+def clip_facts(times, indices, stored, framing, aspect=(1, 1)):
+    """A clip's facts for the report and the cache; JSON-ready.
 
-    The source's size is that of the picture as it is shown, the box counts stored pixels.
+    stored: (width, height) of the stored picture. aspect: how wide and how high a stored pixel is shown. The source's size is that of
+    the picture as it is shown, the box counts stored pixels.
     """
-    width = stored_width * aspect
+    width, height = stored[0] * float(aspect[0]), stored[1] * float(aspect[1])
     target_height, target_width = choose_size(width, height, framing.sizes)
     box = source_box(width, height, target_width, target_height, framing)
     spacing = float(np.median(np.diff(times))) if len(times) > 1 else 1 / framing.fps
@@ -335,9 +337,9 @@ def clip_facts(times, indices, stored_width, height, framing, aspect=1.0):
         "source_fps": round((len(times) - 1) / float(times[-1] - times[0]), 3) if len(times) > 1 else 0.0,
         "source_seconds": round(seconds, 3),
         "source_width": round(width),
-        "source_height": height,
-        "stored_width": stored_width,
-        "stored_height": height,
+        "source_height": round(height),
+        "stored_width": stored[0],
+        "stored_height": stored[1],
         "indices": list(indices),
         "frames": len(indices),
         "repeated_frames": len(indices) - len(set(indices)),
@@ -347,7 +349,8 @@ def clip_facts(times, indices, stored_width, height, framing, aspect=1.0):
         "stretch_percent": round(100 * abs(stretch - 1), 1),
         "height": target_height,
         "width": target_width,
-        "box": [box[0] / aspect, float(box[1]), box[2] / aspect, float(box[3])],
+        # Rounding may pass the edge by a hair, which Pillow refuses.
+        "box": [min(max(box[i] / float(aspect[i % 2]), 0.0), float(stored[i % 2])) for i in range(4)],
         "note": "",
     }
 

@@ -91,17 +91,40 @@ def tone_cube(transfer, primaries, peak_nits):
 def peak_nits_of(frame):
     """The luminance of the brightest pixel: MaxCLL, or else the mastering display's, or else 1000 nits."""
     peak = 0.0
-    if (side := frame.side_data.get("MASTERING_DISPLAY_METADATA")) is not None:
+    if side := side_data(frame, "MASTERING_DISPLAY_METADATA"):
         # AVMasteringDisplayMetadata: ten rationals, of which the last is max_luminance; has_primaries; has_luminance
-        numbers = struct.unpack_from("22i", bytes(side))
+        numbers = struct.unpack_from("22i", side)
         peak = numbers[18] / numbers[19] if numbers[21] and numbers[19] else 0.0
-    if (side := frame.side_data.get("CONTENT_LIGHT_LEVEL")) is not None:
-        peak = float(struct.unpack_from("I", bytes(side))[0]) or peak
+    if side := side_data(frame, "CONTENT_LIGHT_LEVEL"):
+        peak = float(struct.unpack_from("I", side)[0]) or peak
     return float(np.clip(peak or HDR_PEAK_NITS, DARKEST_PEAK_NITS, 10000))
 
 
 # -----------------------------------------------------------------------------
 # Frames of a video
+
+# AVColorSpace and AVColorTransferCharacteristic that neither decord nor swscale converts: they would train other colours silently.
+UNKNOWN_MATRICES = {
+    8: "YCgCo",
+    10: "BT.2020 with constant luminance",
+    11: "SMPTE 2085",
+    12: "chromaticity-derived",
+    13: "chromaticity-derived",
+    14: "ICtCp",
+    15: "IPT (Dolby Vision)",
+    16: "YCgCo-Re",
+    17: "YCgCo-Ro",
+}
+UNKNOWN_TRANSFERS = {8: "linear", 9: "logarithmic", 10: "logarithmic", 17: "SMPTE 428"}
+
+
+def side_data(frame, name):
+    """The bytes of a frame's side data of this kind, or b"" if it has none."""
+    try:
+        side = frame.side_data.get(name)
+    except ValueError:  # PyAV 18 cannot list data of a kind that it does not know, such as EXIF
+        return b""
+    return b"" if side is None else bytes(side)
 
 
 def has_alpha(frame):
@@ -112,15 +135,18 @@ def has_alpha(frame):
 def treatment_of(frame, interlaced):
     """What FFmpeg's filters have to change before a video is shown: (JSON-ready settings, words for the report).
 
-    frame: the clip's first. interlaced: whether the decoder marks any of its frames so. Raises BadClip for what only a licensed
-    player shows.
+    frame: the clip's first. interlaced: whether the decoder marks any of its frames so. Raises BadClip for colours that cannot be
+    converted.
     """
+    if frame.color_trc == 2 and side_data(frame, "DOVI_METADATA"):
+        raise BadClip("Dolby Vision without a layer for other screens (profile 5); convert it to HDR10 or SDR first")
+    for kind, names, value in (("matrix", UNKNOWN_MATRICES, frame.colorspace), ("transfer", UNKNOWN_TRANSFERS, frame.color_trc)):
+        if name := names.get(int(value)):
+            raise BadClip(f"its colours have a {name} {kind}, which cannot be converted; convert it to BT.709 first")
     treatment, words = ({"deinterlaced": "bwdif"}, ["deinterlaced"]) if interlaced else ({}, [])
     if transfer := HDR_TRANSFERS.get(frame.color_trc):
         treatment["tone_mapped"] = [transfer, int(frame.color_primaries), peak_nits_of(frame)]
         words.append(f"{transfer} to SDR")
-    elif frame.color_trc == 2 and frame.side_data.get("DOVI_METADATA") is not None:
-        raise BadClip("Dolby Vision without a layer for other screens (profile 5); convert it to HDR10 or SDR first")
     return treatment, words
 
 

@@ -209,6 +209,14 @@ def test_a_variable_frame_rate_keeps_its_speed():
     assert np.abs(times[chosen] - np.arange(21) / 8).max() <= 0.05
 
 
+def test_a_frame_that_is_held_for_long_is_seen_until_the_next_one_comes():
+    times = np.concatenate([np.arange(0, 1, 1 / 24), 3 + np.arange(0, 1, 1 / 24)])  # a pause of two seconds after the 24th frame
+    chosen = choose_frames(times, framing())
+    held = [k for k, index in enumerate(chosen) if index == 23]
+    assert held == list(range(8, 23))  # from 1.0 s to 2.75 s; half-way would be 2.0 s
+    assert chosen[24] == 24
+
+
 def test_skipped_frames_are_left_out_and_too_many_are_told():
     times = np.arange(49) / 24
     assert choose_frames(times, framing(skip_frames_start=6))[0] == 6
