@@ -36,7 +36,7 @@ GREY = {"gray": "gray"}
 
 # codec: (encoder's options, containers, pixel formats, pixel formats with transparency)
 CODECS = {
-    "h264": ("libx264 -preset veryfast -crf 10 -threads 1", (*EVERY, "avi", "ts", "mpg", "flv", "3gp"), YUV | DEEP | GREY, {}),
+    "h264": ("libx264 -preset veryfast -crf 10 -threads 1", (*EVERY, "avi", "ts", "flv", "3gp"), YUV | DEEP | GREY, {}),
     "h264_rgb": ("libx264rgb -preset veryfast -crf 10 -threads 1", (*EVERY, "avi"), {"rgb": "rgb24"}, {}),
     "hevc": (
         "libx265 -preset ultrafast -crf 8 -x265-params log-level=none:pools=1:frame-threads=1",
@@ -60,7 +60,7 @@ CODECS = {
     "mpeg1": ("mpeg1video -q:v 2", ("mpg",), {"420": "yuv420p"}, {}),
     "mpeg2": ("mpeg2video -q:v 2 -bf 2", ("mpg", "ts", *EVERY, "avi", "mxf"), {"420": "yuv420p", "422": "yuv422p"}, {}),
     "mpeg4": ("mpeg4 -q:v 2 -bf 1", (*EVERY, "avi", "3gp"), {"420": "yuv420p"}, {}),
-    "h263": ("h263p -q:v 2", ("3gp",), {"420": "yuv420p"}, {}),
+    "h263": ("h263 -q:v 2", ("3gp",), {"420": "yuv420p"}, {}),
     "flv1": ("flv -q:v 2", ("flv",), {"420": "yuv420p"}, {}),
     "wmv2": ("wmv2 -q:v 2", ("wmv", "avi"), {"420": "yuv420p"}, {}),
     "theora": ("libtheora -q:v 10", ("ogv", "mkv"), YUV, {}),
@@ -105,7 +105,7 @@ FACTORS = {
     "turn": ("0", "90", "180", "270", "mirrored"),
     "fields": ("progressive", "tff", "bff", "flagged", "fake"),
     "start": ("0", "5 s", "edit list"),
-    "size": ("96x64", "98x60", "97x61", "64x608", "256x128", "720x576"),
+    "size": ("96x64", "98x60", "97x61", "64x608", "176x144", "256x128", "720x576"),
     "crop": ("none", "container"),
     "streams": ("one", "two", "cover"),
 }
@@ -143,7 +143,7 @@ def choices(container, codec, pixels, alpha):
     elif codec == "dnxhd":
         sizes = ["256x128"]
     elif codec == "h263":
-        aspects, sizes = ["1:1"], ["96x64"]
+        aspects, sizes = ["1:1"], ["176x144"]
     if codec == "raw" and pixels == "422":
         sizes = ["96x64"]
     late = container in (*EVERY, "3gp", "webm", "ts", "mpg", "flv", "wmv", "ogv")
@@ -169,7 +169,7 @@ BASES = [
     for alpha, formats in (("opaque", opaque), ("alpha", transparent))
     for pixels in formats
     for base in [(container, codec, pixels, alpha)]
-    if alpha == "opaque" or (codec, container) != ("ffv1", "avi")
+    if (codec, container, alpha) != ("ffv1", "avi", "alpha") and (codec, container, pixels) != ("raw", "mkv", "rgb")
 ]
 
 
@@ -276,8 +276,8 @@ def pictures(count, width, height, alpha=False):
     frames = 90 + 60 * column / width + strength * np.sin(2 * np.pi * (number / period + column / width + row / height / 2) + colour)
     frames = frames.astype(np.uint8)
     for k in range(count):
-        for i, paint in enumerate(((255, 0, 0), (255, 255, 0), (0, 0, 255), (0, 255, 255), (255, 255, 255), (0, 0, 0))):
-            x, y = int(width * (i / 6 + k / 20)) % width, height * (i % 3) // 3 + k % 3
+        for i, paint in enumerate(((255, 0, 0), (255, 255, 0), (0, 0, 255), (255, 255, 255))):
+            x, y = int(width * (i / 4 + k / 20)) % width, height * (i % 3) // 3 + k % 3
             frames[k, y : y + height // 4, x : x + width // 8] = paint
     if not alpha:
         return frames
@@ -324,8 +324,9 @@ def make(clip, path):
     if COLOURS[clip["colour"]]:
         matrix, primaries, transfer = COLOURS[clip["colour"]]
         filters += [f"setparams=colorspace={matrix}:color_primaries={primaries}:color_trc={transfer}:range={clip['range']}"]
-    elif "pc" in clip["range"] and "yuv" in pixels:
-        filters += ["setparams=range=pc"]
+    else:
+        told = "pc" if clip["range"] == "pc" and "yuv" in pixels else "unknown"
+        filters += [f"setparams=colorspace=unknown:color_primaries=unknown:color_trc=unknown:range={told}"]
     if clip["pixels"] == "pal8":
         filters = ["split[a][b];[a]palettegen[p];[b][p]paletteuse"]
     filters += [f"setfield={fields if woven else 'tff' if interlaced else 'prog'}", f"setsar={clip['aspect'].replace(':', '/')}"]
@@ -352,12 +353,16 @@ def make(clip, path):
         first.write_bytes(with_clap(first.read_bytes(), width, height))
     skip = ["-ss", "0.1"] if clip["start"] == "edit list" else []
     also, maps = [], ["-map", "0"]
-    if clip["streams"] == "two":
-        also, maps = ["-f", "lavfi", "-i", "testsrc2=s=192x160:r=25:d=0.6"], ["-map", "0", "-map", "1", "-c:v:1", "mpeg4"]
+    if clip["streams"] == "two":  # the first is the default where a container has one; else players show the larger
+        size = "48x32" if clip["container"] == "ts" else "192x160"
+        also, maps = ["-f", "lavfi", "-i", f"testsrc2=s={size}:r=25:d=0.6"], ["-map", "0", "-map", "1", "-c:v:1", "mpeg4"]
     elif clip["streams"] == "cover":
-        also = ["-f", "lavfi", "-i", "color=red:s=200x200:r=1:d=1"]
-        maps = ["-map", "1", "-map", "0", "-c:v:0", "mjpeg", "-disposition:v:0", "attached_pic"]
-        maps += ["-frames:v:0", "1"]
+        cover = path.with_name("cover.jpg")
+        ffmpeg("-f", "lavfi", "-i", "color=red:s=200x200", "-frames:v", "1", cover)
+        if clip["container"] == "mkv":
+            maps += ["-attach", cover, "-metadata:s:t", "mimetype=image/jpeg"]
+        else:
+            also, maps = ["-i", cover], ["-map", "1", "-map", "0", "-disposition:v:0", "attached_pic"]
     ffmpeg(*skip, "-i", first, *also, "-c", "copy", *maps, *late, path)
 
 
@@ -423,6 +428,43 @@ def shown(clip, path):
     width, height = int(lines[0][1]), int(lines[0][2])
     times = np.array([float(line[0]) for line in lines])
     return times - times[0], np.frombuffer(raw, np.uint8).reshape(len(lines), height, width, 3), told
+
+
+def stored_size(clip):
+    """(width, height) in stored pixels, after cropping and before turning."""
+    width, height = map(int, clip["size"].split("x"))
+    left, right, top, bottom = CROP if clip["crop"] == "container" else (0, 0, 0, 0)
+    return width - left - right, height - top - bottom
+
+
+def shown_size(clip):
+    """(height, width) in square pixels, after turning."""
+    width, height = stored_size(clip)
+    wide, high = map(int, clip["aspect"].split(":"))
+    width = int(width * wide / high + 0.5) if wide else width
+    return (width, height) if clip["turn"] in ("90", "270") else (height, width)
+
+
+def check_made(clip, frames, told):
+    """Assert that a file has what its clip names, by what ffmpeg says of it and shows. Keeps the matrix from being one file 200 times."""
+    first = re.search(r"showinfo_0 .* n: *0 .*\n.*", told)[0]
+    assert frames.shape[1:3] == shown_size(clip)
+    names = {"mpeg1": "mpeg1video", "mpeg2": "mpeg2video", "dv": "dvvideo", "raw": "rawvideo", "h264_rgb": "h264", "webp": "webp_anim"}
+    assert re.search(rf"Video: {names.get(clip['codec'], clip['codec'])}\b", told)
+    assert told.count(": Video: ") - told.count("Video: rawvideo, rgb24") == (1 if clip["streams"] == "one" else 2)
+    assert ("Frame Cropping: 8/4/2/6" in told) == (clip["crop"] == "container")
+    kind = {"tff": "T", "bff": "B", "flagged": "T"}.get(clip["fields"], "P")
+    assert f" i:{kind} " in first
+    start = float(re.search(r"Duration: .*, start: (-?[\d.]+)", told)[1])
+    assert (start >= 5) == (clip["start"] == "5 s")
+    assert (len(frames) == COUNT) == (clip["start"] != "edit list")
+    if clip["colour"] in ("bt709", "bt601", "pal", "srgb", "bt2020", *HDR):
+        wanted = "color_range:{} color_space:{} color_primaries:{} color_trc:{}".format(clip["range"], *COLOURS[clip["colour"]])
+        assert wanted.replace("bt2020-10", "bt2020-10") in first
+    elif clip["codec"] in ("h264", "hevc", "av1", "mpeg2", "prores") and clip["pixels"] != "rgb":
+        assert "color_primaries:unknown color_trc:unknown" in first
+        assert "color_space:unknown" in first
+    assert (frames[0, -1, -1].min() > 250) == (clip["alpha"] == "alpha")
 
 
 def at_times(times, frames, count):
