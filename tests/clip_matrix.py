@@ -277,9 +277,9 @@ def pictures(count, width, height, alpha=False):
     frames = 90 + 60 * column / width + strength * np.sin(2 * np.pi * (number / period + column / width + row / height / 2) + colour)
     frames = frames.astype(np.uint8)
     for k in range(count):
-        for i, paint in enumerate(((255, 0, 0), (255, 255, 0), (0, 0, 255), (255, 255, 255))):
-            x, y = int(width * (i / 4 + k / 20)) % width, height * (i % 3) // 3 + k % 3
-            frames[k, y : y + height // 4, x : x + width // 8] = paint
+        for i, paint in enumerate(((255, 0, 0), (255, 255, 255), (0, 0, 255), (0, 0, 0))):
+            x, y, side = int(width * (i / 4 + k / 20)) % width, height * (i % 3) // 3 + k % 3, 8 if i % 2 else 12
+            frames[k, y : y + height // (side // 2), x : x + width // side] = paint
     if not alpha:
         return frames
     number, row, column = np.ogrid[:count, :height, :width]
