@@ -10,15 +10,20 @@ import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-ENCODING_VERSION = 1  # raise it when this module or encodings.py computes other numbers from the same input
+from cogvideox.picture import has_alpha, picture_times, rgb_of, rgb_of_picture, treated, treatment_of
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+ENCODING_VERSION = 1  # raise it when this module or encodings.py computes other numbers from the same input
+SURVEY_VERSION = 2  # raise it when `read_clip` returns other facts; the clips are then decoded again, not encoded
+
+IMAGE_SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp"}
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"}
+VIDEO_SUFFIXES |= {".mts", ".m2ts", ".m2v", ".vob", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".ogg", ".mjpeg", ".qt"}
 # Supported containers; the list also keeps PyAV from formats that refer to other files or addresses.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,gif,flv,asf,ogg"
 PLAYLIST_STARTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<SMIL", b"<MPD")
@@ -31,7 +36,7 @@ class Framing:
     `skip_frames_*` count frames of the source. `frames_per_latent` and `latents_per_patch` are the model's: the VAE maps
     4k + 1 frames to k + 1 latents, CogVideoX 1.5 patches two latents in time. `crop_x` and `crop_y` place the crop (0: left or
     top, 1: right or bottom). `sizes`: the allowed (height, width), of which a clip gets the nearest aspect ratio. `lengths`: the
-    allowed frame counts (empty: any legal one).
+    allowed frame counts (empty: any legal one). `background`: the RGB colour behind transparent pixels.
     """
 
     fps: float
@@ -45,6 +50,7 @@ class Framing:
     crop_y: float = 0.5
     frames_per_latent: int = 4
     latents_per_patch: int = 1
+    background: tuple[int, int, int] = (255, 255, 255)
 
 
 class BadClip(ValueError):
@@ -137,18 +143,37 @@ def read_clip(path, framing, reader="auto"):
 
 
 def read_picture(path, framing):
-    """An image as a clip of one frame."""
-    if framing.latents_per_patch > 1:
-        raise BadClip("an image is one frame; this model needs at least 5")
+    """An image as a clip of one frame, or an animated one (PNG, WebP) as a clip."""
     try:
         with Image.open(path) as picture:
-            if picture.mode.startswith("I"):  # 16-bit grey: Pillow would clip it at 255
-                picture = picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-            frame = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+            numbers, times = picture_times(picture)
+            if len(times) == 1 and framing.latents_per_patch > 1:
+                raise BadClip("an image is one frame; this model needs at least 5")
+            indices = choose_frames(times, framing) if len(times) > 1 else [0]
+            frames, changes, facts = {}, [], None
+            for index in sorted(set(indices)):
+                picture.seek(numbers[index])
+                frame, changed = rgb_of_picture(ImageOps.exif_transpose(picture), framing.background)
+                facts = facts or clip_facts(times, indices, frame.shape[1], frame.shape[0], framing)
+                frames[index] = fit(frame, facts)
+                changes += [change for change in changed if change not in changes]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, BadClip):
+            raise
         raise BadClip(f"not a readable image ({error})") from None
-    facts = clip_facts([0.0], [0], frame.shape[1], frame.shape[0], framing)
-    return np.stack([fit(frame, facts)]), facts | {"reader": "picture"}
+    facts |= {"reader": "picture", "decoder": "", "treatment": {"colours": changes} if changes else {}}
+    tell_changes(facts, changes, framing.background)
+    return np.stack([frames[index] for index in indices]), facts
+
+
+def tell_changes(facts, changes, background, doubt=""):
+    """Fill in a clip's note for the report: what is changed to show it, and why decord does not read it. Records the background
+    in its treatment if anything is transparent."""
+    if "transparent" in changes:
+        colour = "#{:02x}{:02x}{:02x}".format(*background)
+        facts["treatment"] = facts["treatment"] | {"background": colour}
+        changes = [f"transparent over {colour}" if change == "transparent" else change for change in changes]
+    facts["note"] = "; ".join([", ".join(changes)] * bool(changes) + [f"read with PyAV: {doubt}"] * bool(doubt))
 
 
 # -----------------------------------------------------------------------------
@@ -165,28 +190,52 @@ def read_video(path, framing, reader):
     The packets give each frame's presentation time. PyAV then decodes up to the last chosen frame, which reveals damaged and
     missing frames: decord would return a neighbour instead. If the packets are wrong, the times come from decoding the whole file.
     """
-    stamps, unit, kind, doubt = list_packets(path)
+    stamps, unit, kind, doubt, streams = list_packets(path)
     indices = choose_frames(seconds(stamps, unit), framing) if stamps else []
-    shown, picture = frame_times(path, kind, indices[-1] + 1 if indices else None)
+    shown, first, interlaced = frame_times(path, kind, indices[-1] + 1 if indices else None)
     if not indices or shown != stamps[: len(shown)]:
         doubt = doubt or "its packets do not match its frames"
-        stamps, picture = frame_times(path, kind)
+        stamps, first, interlaced = frame_times(path, kind)
         indices = choose_frames(seconds(stamps, unit), framing)
-    turn = picture_turn(picture)
+    turn = picture_turn(first)
     if turn != NO_TURN:
         doubt = doubt or "its picture is rotated or mirrored when it is shown"
-    width, height = (picture.height, picture.width) if turn[0] else (picture.width, picture.height)
-    facts = clip_facts(seconds(stamps, unit), indices, width, height, framing)
+    treatment = treatment_of(first, interlaced)
+    changes = ["deinterlaced"] if interlaced else []
+    changes += [f"{treatment['tone_mapped'][0]} to SDR"] if "tone_mapped" in treatment else []
+    if treatment or has_alpha(first):
+        doubt = doubt or "decord shows its pictures as they are stored"
+    width, height, aspect = first.width, first.height, pixel_aspect(path)
+    if turn[0]:
+        width, height, aspect = height, width, 1 / aspect
+    if aspect != 1:
+        changes.append(f"{aspect.numerator}:{aspect.denominator} pixels")
+    if streams[1] > 1:
+        doubt = doubt or "decord may read another of its video streams"
+        treatment |= {"video_stream": streams[0]}
+        changes.append(f"video stream {streams[0]} of {streams[1]}")
+    facts = clip_facts(seconds(stamps, unit), indices, width, height, framing, float(aspect)) | {"treatment": treatment}
     if reader != "pyav":
         try:
             if doubt:
                 raise Untrusted(doubt)
-            return read_with_decord(path, seconds(stamps, unit), facts), facts | {"reader": "decord"}
+            frames = read_with_decord(path, seconds(stamps, unit), facts)
+            tell_changes(facts, changes, framing.background)
+            return frames, facts | {"reader": "decord", "decoder": ""}  # there is one release
         except Untrusted as reason:
             if reader == "decord":
                 raise
-            facts["note"] = f"read with PyAV: {reason}"
-    return read_with_pyav(path, turn, facts), facts | {"reader": "pyav"}
+            doubt = str(reason)
+    frames, is_transparent = read_with_pyav(path, unit, turn, facts, framing.background)
+    tell_changes(facts, changes + ["transparent"] * is_transparent, framing.background, doubt if reader != "pyav" else "")
+    return frames, facts | {"reader": "pyav", "decoder": pyav_version()}
+
+
+def pyav_version():
+    """The release of FFmpeg in PyAV, on which colours depend."""
+    import av
+
+    return " ".join(f"{name} {av.library_versions[name][0]}" for name in ("libavcodec", "libavfilter", "libswscale"))
 
 
 def seconds(stamps, unit):
@@ -204,8 +253,10 @@ def open_video(path):
     try:
         with av.open(path, metadata_errors="replace", options={"format_whitelist": CONTAINERS}) as container:
             stream = container.streams.best("video")
-            if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+            if stream is None or is_attached_picture(stream):
                 raise BadClip("no video stream")
+            # Without it libavcodec moves a left crop to the next multiple of 32 or so, and shows what should be hidden.
+            stream.codec_context.flags |= av.codec.context.Flags.unaligned
             yield container, stream
     except av.FFmpegError as error:
         missing = missing_bytes(path)
@@ -220,10 +271,13 @@ def list_packets(path):
     """The presentation times of a file's frames, from its packets, without decoding.
 
     Returns (timestamps of the frames shown, increasing; their unit in seconds; the container; why decord must not read the
-    file, or ""). The list is empty if the packets have no times. Raises BadClip for a truncated file.
+    file, or ""; which video stream this is, from 1, and of how many). The list is empty if the packets have no times. Raises
+    BadClip for a truncated file.
     """
     with open_video(path) as (container, stream):
         kind, unit, announced = container.format.name.split(",")[0], stream.time_base, stream.frames
+        films = [s.index for s in container.streams.video if not is_attached_picture(s)]
+        streams = films.index(stream.index) + 1, len(films)
         # The demuxer's last packet is empty: it flushes the decoder.
         packets = [(p.pts, p.is_keyframe, p.is_discard, p.is_corrupt) for p in container.demux(stream) if p.size]
     whole, missing = sum(not corrupt for _, _, _, corrupt in packets), missing_bytes(path)
@@ -233,7 +287,7 @@ def list_packets(path):
     if whole < len(packets):
         raise BadClip(f"damaged: {len(packets) - whole} of its {len(packets)} packets are broken")
     if any(stamp is None for stamp, _, _, _ in packets):
-        return [], unit, kind, "its packets have no timestamps"
+        return [], unit, kind, "its packets have no timestamps", streams
     shown = [(stamp, key) for stamp, key, discard, _ in packets if not discard]
     by_time = sorted(shown)
     doubt = ""
@@ -244,7 +298,21 @@ def list_packets(path):
         doubt = "an edit list hides some of its frames"
     elif [key for _, key in shown] != [key for _, key in by_time]:
         doubt = "frames stored after a key frame are shown before it (an open group of pictures)"
-    return [stamp for stamp, _ in by_time], unit, kind, doubt
+    return [stamp for stamp, _ in by_time], unit, kind, doubt, streams
+
+
+def is_attached_picture(stream):
+    """Whether a video stream is a cover, not a film."""
+    import av
+
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)
+
+
+def pixel_aspect(path):
+    """Width over height of a stored pixel, as a Fraction; 1 if the file does not say, or says nonsense."""
+    with open_video(path) as (_, stream):
+        aspect = stream.sample_aspect_ratio
+    return Fraction(aspect) if aspect else Fraction(1)
 
 
 def missing_bytes(path):
@@ -288,7 +356,7 @@ def shown_frames(path, count=None):
     number, size = 0, None
     with open_video(path) as (container, stream):
         try:
-            for frame in container.decode(stream):
+            for frame in decoded(container, stream):
                 if frame.pts is None:
                     raise BadClip("its frames have no timestamps")
                 if frame.is_corrupt:
@@ -306,18 +374,36 @@ def shown_frames(path, count=None):
         raise BadClip("no frame can be decoded")
 
 
+def decoded(container, stream):
+    """The frames of a stream. FFmpeg's own VP8 and VP9 decoders drop transparency, libvpx keeps it."""
+    import av
+
+    if stream.metadata.get("alpha_mode") != "1" or stream.codec_context.name not in ("vp8", "vp9"):
+        yield from container.decode(stream)
+        return
+    try:
+        decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream.codec_context.name], "r")
+    except av.codec.codec.UnknownCodecError:
+        raise BadClip("transparent VP8 and VP9 need a PyAV with libvpx") from None
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet if packet.size else None)  # the last packet is empty: it flushes the decoder
+
+
 def frame_times(path, kind, count=None):
-    """Decode `count` frames (None: all) and keep only the first. Returns (their timestamps, the first frame)."""
-    stamps, first = [], None
+    """Decode `count` frames (None: all) and keep only the first.
+
+    Returns (their timestamps, the first frame, whether any of them is interlaced).
+    """
+    stamps, first, interlaced = [], None, False
     for frame in shown_frames(path, count):
         stamps.append(frame.pts)
-        first = first or frame
+        first, interlaced = first or frame, interlaced or frame.interlaced_frame
     if kind == "avi":  # an AVI frame's timestamp is its packet's number, and B-frames are stored out of order
         stamps.sort()
     backwards = np.nonzero(np.diff(stamps) < 0)[0]
     if len(backwards):
         raise BadClip(f"its timestamps go backwards after frame {backwards[0]} (joined recordings, or a damaged file)")
-    return stamps, first
+    return stamps, first, interlaced
 
 
 NO_TURN = (False, 1, 1)
@@ -362,21 +448,23 @@ def read_with_decord(path, times, facts):
         except (decord.DECORDError, RuntimeError, IndexError) as error:
             reason = f"decord: {first_line(error)}"
             continue
-        left, top = (round(facts["box"][0] * width / facts["source_width"]), round(facts["box"][1] * height / facts["source_height"]))
+        left, top = (round(facts["box"][0] * width / facts["stored_width"]), round(facts["box"][1] * height / facts["stored_height"]))
         return frames[:, top : top + facts["height"], left : left + facts["width"]]
     raise Untrusted(reason)
 
 
-def read_with_pyav(path, turn, facts):
-    """The frames at facts["indices"], turned upright."""
-    chosen, frames = set(facts["indices"]), {}
+def read_with_pyav(path, unit, turn, facts, background):
+    """The frames at facts["indices"], treated and turned upright; and whether anything in them is transparent."""
+    chosen, frames, is_transparent = set(facts["indices"]), {}, False
     swap, rows, columns = turn
-    for number, frame in enumerate(shown_frames(path, max(chosen) + 1)):
+    count = max(chosen) + (2 if "deinterlaced" in facts["treatment"] else 1)  # a deinterlacer also looks at the next frame
+    pictures = treated(shown_frames(path, count), unit, facts["treatment"])
+    for number, frame in enumerate(pictures):
         if number in chosen:
-            picture = frame.to_ndarray(format="rgb24")
+            picture, had_alpha = rgb_of(frame, background)
             picture = (picture.swapaxes(0, 1) if swap else picture)[::rows, ::columns]
-            frames[number] = fit(np.ascontiguousarray(picture), facts)
-    return np.stack([frames[index] for index in facts["indices"]])
+            frames[number], is_transparent = fit(np.ascontiguousarray(picture), facts), is_transparent or had_alpha
+    return np.stack([frames[index] for index in facts["indices"]]), is_transparent
 
 
 def first_line(error):
@@ -385,8 +473,12 @@ def first_line(error):
     return re.sub(r"^.*(Check failed: .*?\(.*?\)|\.cc:\d+:) *(ERROR|Error:)? *", "", text)[:160]
 
 
-def clip_facts(times, indices, width, height, framing):
-    """A clip's facts for the report and the cache; JSON-ready."""
+def clip_facts(times, indices, stored_width, height, framing, aspect=1.0):
+    """A clip's facts for the report and the cache; JSON-ready. aspect: width over height of a stored pixel.
+
+    The source's size is that of the picture as it is shown, the box counts stored pixels.
+    """
+    width = stored_width * aspect
     target_height, target_width = choose_size(width, height, framing.sizes)
     box = source_box(width, height, target_width, target_height, framing)
     spacing = float(np.median(np.diff(times))) if len(times) > 1 else 1 / framing.fps
@@ -399,8 +491,10 @@ def clip_facts(times, indices, width, height, framing):
         "source_frames": len(times),
         "source_fps": round((len(times) - 1) / float(times[-1] - times[0]), 3) if len(times) > 1 else 0.0,
         "source_seconds": round(seconds, 3),
-        "source_width": width,
+        "source_width": round(width),
         "source_height": height,
+        "stored_width": stored_width,
+        "stored_height": height,
         "indices": list(indices),
         "frames": len(indices),
         "repeated_frames": len(indices) - len(set(indices)),
@@ -410,7 +504,7 @@ def clip_facts(times, indices, width, height, framing):
         "stretch_percent": round(100 * abs(stretch - 1), 1),
         "height": target_height,
         "width": target_width,
-        "box": [float(side) for side in box],
+        "box": [box[0] / aspect, float(box[1]), box[2] / aspect, float(box[3])],
         "note": "",
     }
 
@@ -422,7 +516,7 @@ def exact_scale(facts):
     """
     left, top, right, bottom = facts["box"]
     scale_x, scale_y = facts["width"] / (right - left), facts["height"] / (bottom - top)
-    exact = [facts["source_width"] * scale_x, facts["source_height"] * scale_y, left * scale_x, top * scale_y]
+    exact = [facts["stored_width"] * scale_x, facts["stored_height"] * scale_y, left * scale_x, top * scale_y]
     if any(abs(value - round(value)) > 1e-6 for value in exact):
         return None
     return round(exact[0]), round(exact[1])

@@ -239,9 +239,9 @@ def test_the_crop_is_centred_keeps_the_aspect_and_none_stretches():
 
 
 def test_a_decoder_scales_only_where_that_is_exact():
-    facts = {"source_width": 240, "source_height": 160, "width": 96, "height": 64, "box": [0.0, 0.0, 240.0, 160.0]}
+    facts = {"stored_width": 240, "stored_height": 160, "width": 96, "height": 64, "box": [0.0, 0.0, 240.0, 160.0]}
     assert exact_scale(facts) == (96, 64)
-    assert exact_scale(facts | {"source_width": 1280, "source_height": 720, "box": [100.0, 0.0, 1180.0, 720.0]}) is None
+    assert exact_scale(facts | {"stored_width": 1280, "stored_height": 720, "box": [100.0, 0.0, 1180.0, 720.0]}) is None
 
 
 def test_scaling_in_the_decoder_gives_the_picture_that_pillow_gives(six_clips):

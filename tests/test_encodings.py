@@ -126,21 +126,34 @@ def test_other_weights_or_another_config_are_another_component(tiny_model, tmp_p
     assert encodings.identify(tmp_path / "config", part, tmp_path)[0] != before[0]
 
 
+def test_the_encodings_of_plain_clips_keep_their_names():
+    facts = {"sha256": "a", "indices": [0, 3], "height": 32, "width": 48, "box": [0.0, 0.0, 9.0, 9.0], "reader": "decord", "treatment": {}}
+    written_before = "c9513a7b6cbde5018bac695e60bf0205a63230d9"
+    assert encodings.clip_key(facts, "vae", torch.float32, True, True, False) == written_before
+    assert encodings.clip_key(facts | {"treatment": {"deinterlaced": "bwdif"}}, "vae", torch.float32, True, True, False) != written_before
+
+
 def test_every_setting_that_changes_an_encoding_changes_its_name():
     facts = {"sha256": "a", "indices": [0, 3], "height": 32, "width": 48, "box": [0.0, 0.0, 9.0, 9.0], "reader": "decord"}
+    facts |= {"treatment": {}}
     base = (facts, "vae", torch.float32, True, True, False)
     others = [
         (facts | {name: value}, *base[1:])
         for name, value in {"sha256": "b", "indices": [0], "height": 48, "width": 32, "box": [1.0, 0.0, 9.0, 9.0], "reader": "pyav"}.items()
     ]
     others += [
+        (facts | {"treatment": {"deinterlaced": "bwdif"}}, *base[1:]),
+        (facts | {"treatment": {"background": "#ffffff"}}, *base[1:]),
+        (facts | {"treatment": {"background": "#000000"}}, *base[1:]),
+        (*base, "libavcodec 62"),
+        (*base, "libavcodec 63"),
         (facts, "vae2", *base[2:]),
         (*base[:2], torch.bfloat16, *base[3:]),
         (*base[:3], False, *base[4:]),
         (*base[:4], False, False),
         (*base[:5], True),
     ]
-    assert len({encodings.clip_key(*each) for each in [base, *others]}) == 12
+    assert len({encodings.clip_key(*each) for each in [base, *others]}) == 17
     captions = [
         ("a", "t5", torch.float32, 226),
         ("b", "t5", torch.float32, 226),
