@@ -422,7 +422,7 @@ def shown(clip, path):
         if clip["alpha"] == "alpha" and clip["codec"] in ("vp9", "vp8")
         else []
     )
-    raw, told = ffmpeg(*decoder, "-i", path, "-an", "-vf", ",".join(filters), "-f", "rawvideo", "-fps_mode", "passthrough", "-")
+    raw, told = ffmpeg(*decoder, "-reinit_filter", 0, "-i", path, "-an", "-vf", ",".join(filters), "-f", "rawvideo", "-fps_mode", "passthrough", "-")
     found = [(int(number), *rest) for number, *rest in re.findall(r"showinfo_(\d+) .*? pts_time:(\S+) .* s:(\d+)x(\d+) ", told)]
     last = max(number for number, *_ in found)
     lines = [rest for number, *rest in found if number == last]
