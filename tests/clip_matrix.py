@@ -388,7 +388,8 @@ def with_clap(data, width, height):
 # -----------------------------------------------------------------------------
 # What the ffmpeg program shows
 
-# ffmpeg turns the picture first; rows of a field lie along the stored picture, so it is turned back for the deinterlacer.
+KEEPS_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # ffmpeg's own decoders leave transparency out
+# ffmpeg turns a picture first. Fields and colour planes lie along the stored one, so it is turned back for their filters.
 TURNED_BACK = {
     "0": ("null", "null"),
     "90": ("transpose=clock", "transpose=cclock"),
@@ -403,9 +404,9 @@ FINE = "flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
 def shown(clip, path):
     """What a good player shows: (seconds after the first frame, frames uint8 [F, H, W, 3], what ffmpeg said)."""
     back, again = TURNED_BACK[clip["turn"]]
-    filters = ["showinfo"]
+    filters = ["showinfo", back]
     if clip["fields"] != "progressive":
-        filters += [back, "bwdif=mode=send_frame:deint=interlaced", again]
+        filters += ["bwdif=mode=send_frame:deint=interlaced"]
     if clip["alpha"] == "alpha" or clip["pixels"] == "pal8":
         filters += [ON_WHITE]
     elif clip["colour"] in ("bt2020", *HDR):
@@ -413,16 +414,12 @@ def shown(clip, path):
         filters += ["zscale=m=gbr:p=bt709:t=bt709:r=pc:f=bicubic:npl=203,format=gbrp"]
     elif clip["colour"] != "unspecified":
         filters += ["zscale=m=gbr:r=pc:f=bicubic,format=gbrp"]
-    filters += [f"scale={FINE},format=gbrp"]
     square = "w=iw:h='round(ih/sar)'" if clip["turn"] in ("90", "270") else "w='round(iw*sar)':h=ih"
-    filters += [f"scale={square}:{FINE}", "format=rgb24,showinfo"]
-    # ffmpeg's own VP8 and VP9 decoders leave transparency out.
-    decoder = (
-        ["-c:v", {"vp9": "libvpx-vp9", "vp8": "libvpx"}[clip["codec"]]]
-        if clip["alpha"] == "alpha" and clip["codec"] in ("vp9", "vp8")
-        else []
-    )
-    raw, told = ffmpeg(*decoder, "-reinit_filter", 0, "-i", path, "-an", "-vf", ",".join(filters), "-f", "rawvideo", "-fps_mode", "passthrough", "-")
+    filters += [f"scale={FINE},format=gbrp", again, f"scale={square}:{FINE}", "format=rgb24,showinfo"]
+    decoder = ["-c:v", KEEPS_ALPHA[clip["codec"]]] if clip["alpha"] == "alpha" and clip["codec"] in KEEPS_ALPHA else []
+    # Without a new graph half-way: the first frame of a stream that holds its turn would be lost.
+    before = [*decoder, "-reinit_filter", 0, "-i", path]
+    raw, told = ffmpeg(*before, "-an", "-vf", ",".join(filters), "-f", "rawvideo", "-fps_mode", "passthrough", "-")
     found = [(int(number), *rest) for number, *rest in re.findall(r"showinfo_(\d+) .*? pts_time:(\S+) .* s:(\d+)x(\d+) ", told)]
     last = max(number for number, *_ in found)
     lines = [rest for number, *rest in found if number == last]
