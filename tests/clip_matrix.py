@@ -278,8 +278,9 @@ def pictures(count, width, height, alpha=False):
     frames = frames.astype(np.uint8)
     for k in range(count):
         for i, paint in enumerate(((255, 0, 0), (255, 255, 255), (0, 0, 255), (0, 0, 0))):
-            x, y, side = int(width * (i / 4 + k / 20)) % width, height * (i % 3) // 3 + k % 3, 8 if i % 2 else 12
-            frames[k, y : y + height // (side // 2), x : x + width // side] = paint
+            x, y = int(width * (i / 4 + k / 20)) % width, height * (i % 3) // 3 + k % 3
+            size = 8 if i % 2 else 16  # colours with sharp edges are small: readers fill in 4:2:0 in unlike ways
+            frames[k, y : y + 2 * height // size, x : x + width // size] = paint
     if not alpha:
         return frames
     number, row, column = np.ogrid[:count, :height, :width]
