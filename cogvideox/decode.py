@@ -3,19 +3,16 @@
 Without torch: the guarded reader processes (cogvideox/reader.py) import this module and must start fast.
 """
 
-import errno
 import hashlib
 import math
-import os
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from cogvideox.container import BadClip, frame_times, list_packets, moves_by_alignment, shown_frames
 from cogvideox.picture import has_alpha, picture_times, rgb_of, rgb_of_picture, treated, treatment_of
 
 ENCODING_VERSION = 1  # raise it when this module or encodings.py computes other numbers from the same input
@@ -24,8 +21,6 @@ SURVEY_VERSION = 2  # raise it when `read_clip` returns other facts; the clips a
 IMAGE_SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp"}
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"}
 VIDEO_SUFFIXES |= {".mts", ".m2ts", ".m2v", ".vob", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".ogg", ".mjpeg", ".qt"}
-# Supported containers; the list also keeps PyAV from formats that refer to other files or addresses.
-CONTAINERS = "mov,matroska,avi,mpegts,mpeg,gif,flv,asf,ogg"
 PLAYLIST_STARTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<SMIL", b"<MPD")
 
 
@@ -51,10 +46,6 @@ class Framing:
     frames_per_latent: int = 4
     latents_per_patch: int = 1
     background: tuple[int, int, int] = (255, 255, 255)
-
-
-class BadClip(ValueError):
-    """A file that cannot be trained on; the message says why, for the user."""
 
 
 # -----------------------------------------------------------------------------
@@ -180,6 +171,9 @@ def tell_changes(facts, changes, background, doubt=""):
 # Videos: PyAV lists the frames, decord decodes them if it lists the same
 
 
+AS_STORED = "decord returns its pictures as they are stored"
+
+
 class Untrusted(Exception):
     """decord cannot read this file, or would silently read it wrongly; PyAV may succeed."""
 
@@ -190,30 +184,35 @@ def read_video(path, framing, reader):
     The packets give each frame's presentation time. PyAV then decodes up to the last chosen frame, which reveals damaged and
     missing frames: decord would return a neighbour instead. If the packets are wrong, the times come from decoding the whole file.
     """
-    stamps, unit, kind, doubt, streams = list_packets(path)
+    packets = list_packets(path)
+    stamps, unit, doubt = packets.stamps, packets.unit, packets.doubt
     indices = choose_frames(seconds(stamps, unit), framing) if stamps else []
-    shown, first, interlaced = frame_times(path, kind, indices[-1] + 1 if indices else None)
-    if not indices or shown != stamps[: len(shown)]:
+    shown = frame_times(path, packets.kind, indices[-1] + 1 if indices else None)
+    if not indices or shown.stamps != stamps[: len(shown.stamps)]:
         doubt = doubt or "its packets do not match its frames"
-        stamps, first, interlaced = frame_times(path, kind)
-        indices = choose_frames(seconds(stamps, unit), framing)
-    turn = picture_turn(first)
+        shown = frame_times(path, packets.kind)
+        stamps, indices = shown.stamps, choose_frames(seconds(shown.stamps, unit), framing)
+    turn = picture_turn(shown.first)
     if turn != NO_TURN:
         doubt = doubt or "its picture is rotated or mirrored when it is shown"
-    treatment = treatment_of(first, interlaced)
-    changes = ["deinterlaced"] if interlaced else []
-    changes += [f"{treatment['tone_mapped'][0]} to SDR"] if "tone_mapped" in treatment else []
-    if treatment or has_alpha(first):
-        doubt = doubt or "decord shows its pictures as they are stored"
-    width, height, aspect = first.width, first.height, pixel_aspect(path)
+    treatment, changes = treatment_of(shown.first, shown.is_interlaced)
+    if any(packets.crop):
+        treatment["crop"] = packets.crop
+        changes.append("cropped by its container")
+    if treatment or has_alpha(shown.first):
+        doubt = doubt or AS_STORED
+    if shown.is_cropped and moves_by_alignment(path, shown.first):
+        doubt = doubt or "decord crops the left edge of its frames at another pixel"
+    left, top, right, bottom = packets.crop
+    width, height, aspect = shown.first.width - left - right, shown.first.height - top - bottom, packets.aspect
     if turn[0]:
         width, height, aspect = height, width, 1 / aspect
     if aspect != 1:
         changes.append(f"{aspect.numerator}:{aspect.denominator} pixels")
-    if streams[1] > 1:
+    if packets.of > 1:
         doubt = doubt or "decord may read another of its video streams"
-        treatment |= {"video_stream": streams[0]}
-        changes.append(f"video stream {streams[0]} of {streams[1]}")
+        treatment |= {"video_stream": packets.number}
+        changes.append(f"video stream {packets.number} of {packets.of}")
     facts = clip_facts(seconds(stamps, unit), indices, width, height, framing, float(aspect)) | {"treatment": treatment}
     if reader != "pyav":
         try:
@@ -227,7 +226,9 @@ def read_video(path, framing, reader):
                 raise
             doubt = str(reason)
     frames, is_transparent = read_with_pyav(path, unit, turn, facts, framing.background)
-    tell_changes(facts, changes + ["transparent"] * is_transparent, framing.background, doubt if reader != "pyav" else "")
+    changes += ["transparent"] if is_transparent else []
+    obvious = reader == "pyav" or (changes and doubt == AS_STORED)
+    tell_changes(facts, changes, framing.background, "" if obvious else doubt)
     return frames, facts | {"reader": "pyav", "decoder": pyav_version()}
 
 
@@ -241,169 +242,6 @@ def pyav_version():
 def seconds(stamps, unit):
     """Timestamps as seconds after the first."""
     return (np.asarray(stamps, dtype=np.int64) - stamps[0]) * float(unit)
-
-
-@contextmanager
-def open_video(path):
-    """A file's container and its main video stream, in PyAV. Raises BadClip, also in place of PyAV's errors in the block."""
-    try:
-        import av
-    except ImportError:
-        raise BadClip("a video needs PyAV: pip install av") from None
-    try:
-        with av.open(path, metadata_errors="replace", options={"format_whitelist": CONTAINERS}) as container:
-            stream = container.streams.best("video")
-            if stream is None or is_attached_picture(stream):
-                raise BadClip("no video stream")
-            # Without it libavcodec moves a left crop to the next multiple of 32 or so, and shows what should be hidden.
-            stream.codec_context.flags |= av.codec.context.Flags.unaligned
-            yield container, stream
-    except av.FFmpegError as error:
-        missing = missing_bytes(path)
-        if missing:
-            raise BadClip(f"truncated: at least {missing} bytes are missing at its end") from None
-        if error.errno == errno.EINVAL:  # raised for containers outside the whitelist
-            raise BadClip(f"not a video in a supported container ({CONTAINERS}); an image needs an image's suffix") from None
-        raise BadClip(f"not a readable video ({error.strerror})") from None
-
-
-def list_packets(path):
-    """The presentation times of a file's frames, from its packets, without decoding.
-
-    Returns (timestamps of the frames shown, increasing; their unit in seconds; the container; why decord must not read the
-    file, or ""; which video stream this is, from 1, and of how many). The list is empty if the packets have no times. Raises
-    BadClip for a truncated file.
-    """
-    with open_video(path) as (container, stream):
-        kind, unit, announced = container.format.name.split(",")[0], stream.time_base, stream.frames
-        films = [s.index for s in container.streams.video if not is_attached_picture(s)]
-        streams = films.index(stream.index) + 1, len(films)
-        # The demuxer's last packet is empty: it flushes the decoder.
-        packets = [(p.pts, p.is_keyframe, p.is_discard, p.is_corrupt) for p in container.demux(stream) if p.size]
-    whole, missing = sum(not corrupt for _, _, _, corrupt in packets), missing_bytes(path)
-    if missing:
-        of = f" of the {announced}" if announced > whole else ""
-        raise BadClip(f"truncated: {whole}{of} frames are there, at least {missing} bytes are missing at its end")
-    if whole < len(packets):
-        raise BadClip(f"damaged: {len(packets) - whole} of its {len(packets)} packets are broken")
-    if any(stamp is None for stamp, _, _, _ in packets):
-        return [], unit, kind, "its packets have no timestamps", streams
-    shown = [(stamp, key) for stamp, key, discard, _ in packets if not discard]
-    by_time = sorted(shown)
-    doubt = ""
-    # In each of these cases decord silently returns other frames than requested.
-    if kind not in ("mov", "matroska"):
-        doubt = f"decord seeks exactly only in MP4, MOV, MKV and WebM, this is {kind}"
-    elif len(shown) < len(packets):
-        doubt = "an edit list hides some of its frames"
-    elif [key for _, key in shown] != [key for _, key in by_time]:
-        doubt = "frames stored after a key frame are shown before it (an open group of pictures)"
-    return [stamp for stamp, _ in by_time], unit, kind, doubt, streams
-
-
-def is_attached_picture(stream):
-    """Whether a video stream is a cover, not a film."""
-    import av
-
-    return bool(stream.disposition & av.stream.Disposition.attached_pic)
-
-
-def pixel_aspect(path):
-    """Width over height of a stored pixel, as a Fraction; 1 if the file does not say, or says nonsense."""
-    with open_video(path) as (_, stream):
-        aspect = stream.sample_aspect_ratio
-    return Fraction(aspect) if aspect else Fraction(1)
-
-
-def missing_bytes(path):
-    """At least how many bytes are missing at a file's end.
-
-    Computed from the boxes of an MP4, the segment of a Matroska file, the RIFF header of an AVI, and the last byte of a GIF.
-    """
-    size, end = os.path.getsize(path), 0
-    with open(path, "rb") as file:
-        start = file.read(4096)
-        segment = start.find(b"\x18\x53\x80\x67") + 4
-        if start.startswith(b"RIFF"):
-            end = 8 + int.from_bytes(start[4:8], "little")
-        elif start.startswith(b"\x1a\x45\xdf\xa3") and 4 <= segment < len(start) and start[segment]:
-            width = 9 - start[segment].bit_length()  # the leading zeros encode the number's length in bytes
-            length = int.from_bytes(start[segment : segment + width]) - (1 << 7 * width)
-            if length < (1 << 7 * width) - 1:  # all ones: a live recording, of unknown length
-                end = segment + width + length
-        elif start.startswith(b"GIF8"):
-            file.seek(max(0, size - 4096))
-            end = size + (not file.read().rstrip(b"\0\r\n").endswith(b";"))
-        else:
-            position = 0
-            while position + 8 <= size:
-                file.seek(position)
-                length, kind = int.from_bytes(file.read(4)), file.read(4)
-                if length == 1:
-                    length = int.from_bytes(file.read(8))
-                if length < 8:  # 0: up to the end of the file
-                    break
-                position += length
-                if kind in (b"moov", b"moof", b"mdat"):
-                    end = position
-    return max(0, end - size)
-
-
-def shown_frames(path, count=None):
-    """Decode at most `count` frames with PyAV, in presentation order. Raises BadClip for a damaged frame."""
-    import av
-
-    number, size = 0, None
-    with open_video(path) as (container, stream):
-        try:
-            for frame in decoded(container, stream):
-                if frame.pts is None:
-                    raise BadClip("its frames have no timestamps")
-                if frame.is_corrupt:
-                    raise BadClip(f"damaged: frame {number} cannot be decoded completely")
-                size = size or (frame.width, frame.height)
-                if (frame.width, frame.height) != size:
-                    raise BadClip(f"its size changes from {size[0]}x{size[1]} to {frame.width}x{frame.height} at frame {number}")
-                yield frame
-                number += 1
-                if number == count:
-                    return
-        except av.FFmpegError as error:
-            raise BadClip(f"damaged: frame {number} cannot be decoded ({error.strerror})") from None
-    if not number:
-        raise BadClip("no frame can be decoded")
-
-
-def decoded(container, stream):
-    """The frames of a stream. FFmpeg's own VP8 and VP9 decoders drop transparency, libvpx keeps it."""
-    import av
-
-    if stream.metadata.get("alpha_mode") != "1" or stream.codec_context.name not in ("vp8", "vp9"):
-        yield from container.decode(stream)
-        return
-    try:
-        decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream.codec_context.name], "r")
-    except av.codec.codec.UnknownCodecError:
-        raise BadClip("transparent VP8 and VP9 need a PyAV with libvpx") from None
-    for packet in container.demux(stream):
-        yield from decoder.decode(packet if packet.size else None)  # the last packet is empty: it flushes the decoder
-
-
-def frame_times(path, kind, count=None):
-    """Decode `count` frames (None: all) and keep only the first.
-
-    Returns (their timestamps, the first frame, whether any of them is interlaced).
-    """
-    stamps, first, interlaced = [], None, False
-    for frame in shown_frames(path, count):
-        stamps.append(frame.pts)
-        first, interlaced = first or frame, interlaced or frame.interlaced_frame
-    if kind == "avi":  # an AVI frame's timestamp is its packet's number, and B-frames are stored out of order
-        stamps.sort()
-    backwards = np.nonzero(np.diff(stamps) < 0)[0]
-    if len(backwards):
-        raise BadClip(f"its timestamps go backwards after frame {backwards[0]} (joined recordings, or a damaged file)")
-    return stamps, first, interlaced
 
 
 NO_TURN = (False, 1, 1)
@@ -458,10 +296,12 @@ def read_with_pyav(path, unit, turn, facts, background):
     chosen, frames, is_transparent = set(facts["indices"]), {}, False
     swap, rows, columns = turn
     count = max(chosen) + (2 if "deinterlaced" in facts["treatment"] else 1)  # a deinterlacer also looks at the next frame
-    pictures = treated(shown_frames(path, count), unit, facts["treatment"])
+    pictures = treated((frame for frame, _ in shown_frames(path, count)), unit, facts["treatment"])
+    left, top, right, bottom = facts["treatment"].get("crop", (0, 0, 0, 0))
     for number, frame in enumerate(pictures):
         if number in chosen:
             picture, had_alpha = rgb_of(frame, background)
+            picture = picture[top : frame.height - bottom, left : frame.width - right]
             picture = (picture.swapaxes(0, 1) if swap else picture)[::rows, ::columns]
             frames[number], is_transparent = fit(np.ascontiguousarray(picture), facts), is_transparent or had_alpha
     return np.stack([frames[index] for index in facts["indices"]]), is_transparent

@@ -12,6 +12,8 @@ import tempfile
 import numpy as np
 from PIL import Image, ImageCms
 
+from cogvideox.container import BadClip
+
 # AVColorTransferCharacteristic and AVColorPrimaries, which are the code points of ITU-T H.273
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
 PRIMARIES = {  # x and y of red, green and blue; the white of all is D65
@@ -108,19 +110,23 @@ def has_alpha(frame):
 
 
 def treatment_of(frame, interlaced):
-    """What FFmpeg's filters have to change before a frame is shown, JSON-ready; empty for most clips.
+    """What FFmpeg's filters have to change before a video is shown: (JSON-ready settings, words for the report).
 
-    frame: the clip's first. interlaced: whether the decoder marks any of its frames so.
+    frame: the clip's first. interlaced: whether the decoder marks any of its frames so. Raises BadClip for what only a licensed
+    player shows.
     """
-    treatment = {"deinterlaced": "bwdif"} if interlaced else {}
+    treatment, words = ({"deinterlaced": "bwdif"}, ["deinterlaced"]) if interlaced else ({}, [])
     if transfer := HDR_TRANSFERS.get(frame.color_trc):
         treatment["tone_mapped"] = [transfer, int(frame.color_primaries), peak_nits_of(frame)]
-    return treatment
+        words.append(f"{transfer} to SDR")
+    elif frame.color_trc == 2 and frame.side_data.get("DOVI_METADATA") is not None:
+        raise BadClip("Dolby Vision without a layer for other screens (profile 5); convert it to HDR10 or SDR first")
+    return treatment, words
 
 
 def treated(frames, time_base, treatment):
     """Pass frames through FFmpeg's filters, one out for each one in."""
-    if not treatment:
+    if not treatment.keys() & {"deinterlaced", "tone_mapped"}:
         yield from frames
         return
     import av

@@ -399,6 +399,8 @@ def test_both_readers_agree_on_every_file_that_both_read(name, corpus):
     for framing in (whole(frames), enlarged):
         (one, one_facts), (other, other_facts) = (read_clip(corpus[name], framing, reader) for reader in ("decord", "pyav"))
         assert (one_facts.pop("reader"), other_facts.pop("reader")) == ("decord", "pyav")
+        assert one_facts.pop("decoder") == ""
+        assert "libavcodec" in other_facts.pop("decoder")
         assert one_facts == other_facts
         assert apart(one, other).max() < TOLERANCE
         if len(one) > 1:
