@@ -105,7 +105,7 @@ FACTORS = {
     "turn": ("0", "90", "180", "270", "mirrored"),
     "fields": ("progressive", "tff", "bff", "flagged", "fake"),
     "start": ("0", "5 s", "edit list"),
-    "size": ("96x64", "98x60", "97x61", "64x608", "176x144", "256x128", "720x576"),
+    "size": ("144x96", "146x92", "145x93", "64x608", "176x144", "256x128", "720x576"),
     "crop": ("none", "container"),
     "streams": ("one", "two", "cover"),
 }
@@ -115,7 +115,7 @@ CROP = (8, 4, 2, 6)  # pixels that the container takes off: left, right, top, bo
 def choices(container, codec, pixels, alpha):
     """factor -> the values that can occur with these four; the first is the plain one."""
     boxes, transparent = container in (*EVERY, "3gp"), alpha == "alpha"
-    colours, ranges, aspects, fields, sizes = ["unspecified"], ["tv"], ["1:1"], ["progressive"], ["96x64", "98x60"]
+    colours, ranges, aspects, fields, sizes = ["unspecified"], ["tv"], ["1:1"], ["progressive"], ["144x96", "146x92"]
     if codec in TAGGED and not transparent and pixels not in ("rgb", "gray", "pal8"):
         colours += ["bt709", "bt601", "pal", "srgb"]
         if pixels.endswith("_10"):
@@ -126,8 +126,8 @@ def choices(container, codec, pixels, alpha):
         ranges = ["pc"]
     if boxes or codec in ("h264", "hevc", "mpeg4", "theora", "ffv1"):
         aspects += ["0:1", "64:45", "8:9", "4:3", "1:2"]
-    elif codec == "mpeg2":  # its header holds the aspect ratio of the picture: 4:3 of 96x64 is 8:9
-        aspects, sizes = ["1:1", "8:9"], ["96x64"]
+    elif codec == "mpeg2":  # its header holds the aspect ratio of the picture: 4:3 of 144x96 is 8:9
+        aspects, sizes = ["1:1", "8:9"], ["144x96"]
     if codec in ("h264", "mpeg2", "mpeg4", "ffv1") and pixels not in ("gray", "rgb") and not transparent:
         fields += ["tff", "bff", "flagged"]
     if codec == "prores":
@@ -137,7 +137,7 @@ def choices(container, codec, pixels, alpha):
     if codec in ("h264", "vp9", "av1") or (codec == "mpeg2" and boxes):
         sizes += ["64x608"]
     if pixels in ("444", "gray", "rgb", "pal8") or codec in ("vp9", "ffv1", "mjpeg"):
-        sizes += ["97x61"]
+        sizes += ["145x93"]
     if codec == "dv":
         aspects, sizes, fields = ["16:15", "64:45"], ["720x576"], ["bff"]
     elif codec == "dnxhd":
@@ -145,7 +145,7 @@ def choices(container, codec, pixels, alpha):
     elif codec == "h263":
         aspects, sizes = ["1:1"], ["176x144"]
     if codec == "raw" and pixels == "422":
-        sizes = ["96x64"]
+        sizes = ["144x96"]
     late = container in (*EVERY, "3gp", "webm", "ts", "mpg", "flv", "wmv", "ogv")
     copied = codec in ("h264", "hevc", "vp9", "av1", "mpeg4") and not transparent
     return {
@@ -176,7 +176,7 @@ BASES = [
 
 def clash(clip):
     """Whether two values that occur cannot occur together. `clip` may lack factors."""
-    odd = clip.get("size") == "97x61"
+    odd = clip.get("size") == "145x93"
     return (odd and clip.get("fields", "progressive") != "progressive") or (odd and clip.get("colour", "unspecified") != "unspecified")
 
 
@@ -249,7 +249,7 @@ def singles(clips):
 
 def name(clip):
     """A clip's name in the tests: all that is not plain."""
-    plain = ("opaque", "unspecified", "1:1", "0", "progressive", "96x64", "none", "one")
+    plain = ("opaque", "unspecified", "1:1", "0", "progressive", "144x96", "none", "one")
     return "-".join(value.replace(":", "_").replace(" ", "") for value in clip.values() if value not in plain)
 
 
@@ -274,7 +274,7 @@ def pictures(count, width, height, alpha=False):
     """
     number, row, column, colour = np.ogrid[:count, :height, :width, :3]
     period, strength = np.array([9, 7, 11])[colour], np.array([30, 75, 30])[colour]  # green leads, so that grey moves as well
-    frames = 90 + 60 * column / width + strength * np.sin(2 * np.pi * (number / period + column / width + row / height / 2) + colour)
+    frames = 90 + 60 * column / width + strength * np.sin(2 * np.pi * (number / period + (2 * column / width + row / height) / 3) + colour)
     frames = frames.astype(np.uint8)
     for k in range(count):
         for i, paint in enumerate(((255, 0, 0), (255, 255, 255), (0, 0, 255), (0, 0, 0))):
@@ -437,10 +437,10 @@ def stored_size(clip):
 
 
 def shown_size(clip):
-    """(height, width) in square pixels, after turning."""
+    """(height, width) in square pixels, after turning; not rounded."""
     width, height = stored_size(clip)
     wide, high = map(int, clip["aspect"].split(":"))
-    width = int(width * wide / high + 0.5) if wide else width
+    width = width * wide / high if wide else width
     return (width, height) if clip["turn"] in ("90", "270") else (height, width)
 
 

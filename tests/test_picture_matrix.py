@@ -43,7 +43,7 @@ def show(tmp_path_factory):
 def check_made(clip, frames, told):
     """Assert that a file has what its clip names, by what ffmpeg says of it and shows. Keeps the matrix from being one file 200 times."""
     first = re.search(r"showinfo_0 .* n: *0 (.*\n)+?.* color_range.*", told)[0]
-    assert frames.shape[1:3] == matrix.shown_size(clip)
+    assert np.abs(np.array(frames.shape[1:3]) - matrix.shown_size(clip)).max() <= 0.5
     names = {"mpeg1": "mpeg1video", "mpeg2": "mpeg2video", "dv": "dvvideo", "raw": "rawvideo", "h264_rgb": "h264", "webp": "webp_anim"}
     assert re.search(rf"Video: {names.get(clip['codec'], clip['codec'])}\b", told)
     assert told.split("Stream mapping")[0].count(": Video: ") == (1 if clip["streams"] == "one" else 2)
@@ -87,7 +87,8 @@ def test_a_clip_is_read_as_ffmpeg_shows_it(clip, show):
             continue
         readers[reader] = facts["reader"]
         assert read.shape == wanted.shape
-        assert (facts["source_height"], facts["source_width"]) == frames.shape[1:3]
+        shown = np.array([facts["source_height"], facts["source_width"]])
+        assert np.abs(shown - matrix.shown_size(clip)).max() <= 0.5
         assert facts["indices"] == indices
         assert matrix.apart(read, wanted).max() <= TOLERANCE_OF.get(clip["colour"], TOLERANCE)
         assert told_changes(facts["note"]) == changes(clip)
