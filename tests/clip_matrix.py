@@ -109,7 +109,7 @@ FACTORS = {
     "crop": ("none", "container"),
     "streams": ("one", "two", "cover"),
 }
-CROP = (8, 4, 2, 6)  # pixels that the container takes off: left, right, top, bottom
+CROP = (8, 4, 4, 8)  # pixels that the container takes off: left, right, top, bottom; rows by four, or colours would change fields
 
 
 def choices(container, codec, pixels, alpha):

@@ -47,7 +47,7 @@ def check_made(clip, frames, told):
     names = {"mpeg1": "mpeg1video", "mpeg2": "mpeg2video", "dv": "dvvideo", "raw": "rawvideo", "h264_rgb": "h264", "webp": "webp_anim"}
     assert re.search(rf"Video: {names.get(clip['codec'], clip['codec'])}\b", told)
     assert told.split("Stream mapping")[0].count(": Video: ") == (1 if clip["streams"] == "one" else 2)
-    assert ("Frame Cropping: 8/4/2/6" in told) == (clip["crop"] == "container")
+    assert ("Frame Cropping: 8/4/4/8" in told) == (clip["crop"] == "container")
     kind = {"tff": "T", "bff": "B", "flagged": "T"}.get(clip["fields"], "P")
     assert f" i:{kind} " in first
     start = re.search(r"Duration: .*, start: (-?[\d.]+)", told)
