@@ -66,8 +66,8 @@ def choose_frames(times, framing):
     """Pick source frames so that the clip plays at `framing.fps`, by presentation time.
 
     times: seconds, one per source frame, increasing. Target k is k / fps after the first frame that is not skipped; the
-    source frame nearest in time is taken, so a variable frame rate keeps its speed. A target may be at most half a source
-    frame after the last frame. Returns a list of indices of legal length. Raises BadClip if no frames are left.
+    source frame nearest in time is taken, so a variable frame rate keeps its speed, but none that comes more than half a
+    target's time later. A target may be at most half a source frame after the last frame. Returns a list of indices of legal length. Raises BadClip if no frames are left.
     """
     total = len(times)
     first, end = framing.skip_frames_start, total - framing.skip_frames_end
@@ -91,7 +91,9 @@ def choose_frames(times, framing):
     right = np.clip(np.searchsorted(window, targets), 1, max(len(window) - 1, 1))
     left = right - 1
     right = np.minimum(right, len(window) - 1)
-    nearest = np.where(np.abs(window[right] - targets) < np.abs(window[left] - targets) - 1e-6, right, left)
+    # A picture that is held for long is seen until the next one comes, not until half-way to it.
+    is_soon = window[right] - targets <= max(spacing, 1 / framing.fps) / 2 + 1e-6
+    nearest = np.where(is_soon & (np.abs(window[right] - targets) < np.abs(window[left] - targets) - 1e-6), right, left)
     return [int(i) + first for i in nearest]
 
 
