@@ -74,6 +74,7 @@ CODECS = {
     ),
     "mjpeg": ("mjpeg -q:v 2 -strict -1", (*EVERY, "avi"), {"420": "yuvj420p", "422": "yuvj422p", "444": "yuvj444p"}, {}),
     "dv": ("dvvideo", ("avi", "mov"), {"420": "yuv420p"}, {}),
+    "dv_ntsc": ("dvvideo", ("avi", "mov"), {"411": "yuv411p"}, {}),
     "raw": ("rawvideo", ("avi", "mov", "mkv"), {"rgb": "bgr24", "422": "uyvy422"}, {}),
     "qtrle": ("qtrle", ("mov",), {"rgb": "rgb24"}, {"rgb": "argb"}),
     "png": ("png", ("mov", "avi"), {"rgb": "rgb24"}, {"rgb": "rgba"}),
@@ -89,23 +90,26 @@ COLOURS = {
     "bt601": ("smpte170m", "smpte170m", "smpte170m"),
     "pal": ("bt470bg", "bt470bg", "bt470bg"),
     "srgb": ("bt709", "bt709", "iec61966-2-1"),
+    "smpte240m": ("smpte240m", "smpte240m", "smpte240m"),
+    "p3": ("bt709", "smpte432", "bt709"),
     "bt2020": ("bt2020nc", "bt2020", "bt2020-10"),
     "pq": ("bt2020nc", "bt2020", "smpte2084"),
     "hlg": ("bt2020nc", "bt2020", "arib-std-b67"),
 }
 HDR = ("pq", "hlg")
+WIDE = ("p3", "bt2020", *HDR)  # colours that BT.709 lacks
 FACTORS = {
     "container": tuple(dict.fromkeys(container for _, containers, _, _ in CODECS.values() for container in containers)),
     "codec": tuple(CODECS),
-    "pixels": (*YUV, *DEEP, "gray", "rgb", "pal8"),
+    "pixels": (*YUV, "411", *DEEP, "gray", "rgb", "pal8"),
     "alpha": ("opaque", "alpha"),
     "colour": tuple(COLOURS),
     "range": ("tv", "pc"),
-    "aspect": ("1:1", "0:1", "64:45", "8:9", "4:3", "1:2", "16:15"),
+    "aspect": ("1:1", "0:1", "64:45", "8:9", "4:3", "1:2", "16:15", "32:27"),
     "turn": ("0", "90", "180", "270", "mirrored"),
     "fields": ("progressive", "tff", "bff", "flagged", "fake"),
     "start": ("0", "5 s", "edit list"),
-    "size": ("144x96", "146x92", "145x93", "64x608", "176x144", "256x128", "720x576"),
+    "size": ("144x96", "146x92", "145x93", "64x608", "176x144", "256x128", "720x480", "720x576"),
     "crop": ("none", "container"),
     "streams": ("one", "two", "cover"),
 }
@@ -117,7 +121,7 @@ def choices(container, codec, pixels, alpha):
     boxes, transparent = container in (*EVERY, "3gp"), alpha == "alpha"
     colours, ranges, aspects, fields, sizes = ["unspecified"], ["tv"], ["1:1"], ["progressive"], ["144x96", "146x92"]
     if codec in TAGGED and not transparent and pixels not in ("rgb", "gray", "pal8"):
-        colours += ["bt709", "bt601", "pal", "srgb"]
+        colours += ["bt709", "bt601", "pal", "srgb", "smpte240m", "p3"]
         if pixels.endswith("_10"):
             colours += ["bt2020", *HDR]
         if codec in ("h264", "hevc", "vp9", "av1"):
@@ -140,6 +144,8 @@ def choices(container, codec, pixels, alpha):
         sizes += ["145x93"]
     if codec == "dv":
         aspects, sizes, fields = ["16:15", "64:45"], ["720x576"], ["bff"]
+    elif codec == "dv_ntsc":
+        aspects, sizes, fields = ["8:9", "32:27"], ["720x480"], ["bff"]
     elif codec == "dnxhd":
         sizes = ["256x128"]
     elif codec == "h263":
@@ -309,7 +315,7 @@ def make(clip, path):
     if woven:
         frames = weave(frames, fields)
     filters = []
-    if clip["colour"] in ("bt2020", *HDR):
+    if clip["colour"] in WIDE:
         matrix, primaries, transfer = COLOURS[clip["colour"]]
         # White of the SDR picture becomes 203 cd/m2: 58 % of PQ, 75 % of HLG (ITU-R BT.2408).
         filters += ["setparams=colorspace=gbr:color_primaries=bt709:color_trc=bt709:range=pc"]
@@ -317,7 +323,7 @@ def make(clip, path):
     elif clip["range"] == "pc" and "yuv" not in pixels and clip["pixels"] != "gray":
         pass
     else:
-        matrix = {"bt709": "bt709", "srgb": "bt709"}.get(clip["colour"], "bt601")
+        matrix = {"bt709": "bt709", "srgb": "bt709", "smpte240m": "smpte240m"}.get(clip["colour"], "bt601")
         filters += [f"scale=out_color_matrix={matrix}:out_range={clip['range']}"]
         if clip["pixels"] != "gray":
             filters += [f"format={'yuva' if alpha else 'yuv'}444p{'10le' * clip['pixels'].endswith('_10')}"]
@@ -347,7 +353,16 @@ def make(clip, path):
     late = ["-output_ts_offset", "5"] if clip["start"] == "5 s" else []
     cropped, copied = clip["crop"] == "container", clip["start"] == "edit list" or clip["crop"] != "none" or clip["streams"] != "one"
     first = path.with_name("encoded." + ("mp4" if cropped else clip["container"])) if copied else path
-    raw = ["-f", "rawvideo", "-pix_fmt", "rgba" if alpha else "rgb24", "-s", clip["size"], "-r", FPS]
+    raw = [
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgba" if alpha else "rgb24",
+        "-s",
+        clip["size"],
+        "-r",
+        "30000/1001" if clip["codec"] == "dv_ntsc" else FPS,
+    ]
     ffmpeg(*before, *raw, "-i", "-", "-vf", ",".join(filters), *options, *([] if copied else late), first, data=frames.tobytes())
     if not copied:
         return
@@ -410,7 +425,7 @@ def shown(clip, path):
         filters += ["bwdif=mode=send_frame:deint=interlaced"]
     if clip["alpha"] == "alpha" or clip["pixels"] == "pal8":
         filters += [ON_WHITE]
-    elif clip["colour"] in ("bt2020", *HDR):
+    elif clip["colour"] in WIDE:
         # The inverse of how the clip was made: reference white is white.
         filters += ["zscale=m=gbr:p=bt709:t=bt709:r=pc:f=bicubic:npl=203,format=gbrp"]
     elif clip["colour"] != "unspecified":
