@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from cogvideox.decode import Framing, Untrusted, read_clip
+from cogvideox.decode import BadClip, Framing, Untrusted, read_clip
 from tests import clip_matrix as matrix
 
 TOLERANCE = 3.0  # mean levels of 255
@@ -184,3 +184,35 @@ def test_colours_of_hdr_keep_their_hue_and_are_not_grey(transfer, nits, tmp_path
         wanted_hue, wanted_saturation, _ = colorsys.rgb_to_hsv(*np.array(wanted) ** (1 / 2.4))
         assert abs((hue - wanted_hue + 0.5) % 1 - 0.5) < 10 / 360, colour
         assert saturation > 0.75 * wanted_saturation, colour
+
+
+# -----------------------------------------------------------------------------
+# What is refused
+
+SDR = "setparams=colorspace=gbr:color_primaries=bt709:color_trc=bt709:range=pc,format=gbrp"
+H264, HEVC = "-c:v libx264 -crf 5", "-c:v libx265 -x265-params log-level=none:pools=1"
+# file: (filters, options, what the reason has to say)
+REFUSED = {
+    "ycgco.mp4": (f"{SDR},zscale=m=ycgco:r=tv,format=yuv444p", H264, "(?i)ycgco"),
+    "ictcp.mkv": (f"{SDR},zscale=m=ictcp:p=bt2020:t=smpte2084:r=tv:npl=203,format=yuv444p10le", f"{HEVC}:colormatrix=ictcp", "(?i)ictcp"),
+    "constant.mp4": (f"{SDR},zscale=m=bt2020c:p=bt2020:t=bt2020-10:r=tv,format=yuv444p10le", H264, "(?i)bt2020c|constant luminance"),
+    "linear.mp4": (f"{SDR},zscale=m=bt709:t=linear:r=tv,format=yuv444p10le", H264, "(?i)linear"),
+    "log.mp4": (f"{SDR},zscale=m=bt709:t=log100:r=tv,format=yuv444p10le", H264, "(?i)log"),
+    "h264_in_a_program_stream.mpg": ("null", f"{H264} -pix_fmt yuv420p", "its frames have no timestamps"),
+    "bare.h264": ("null", f"{H264} -pix_fmt yuv420p", "not a video in a supported container"),
+    "bare.y4m": ("null", "-pix_fmt yuv420p", "not a video in a supported container"),
+    "bare.ivf": ("null", "-c:v libvpx -b:v 1M -pix_fmt yuv420p", "not a video in a supported container"),
+    "real.rm": ("null", "-c:v rv10", "not a video in a supported container"),
+}
+
+
+@pytest.mark.parametrize("reader", ["auto", "pyav"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_reader_can_show_is_refused_by_name(name, reader, tmp_path):
+    """Colours for which FFmpeg's scaler has no formula: it would show another colour. And containers of one bare stream."""
+    filters, options, reason = REFUSED[name]
+    pictures = matrix.pictures(9, 144, 96)
+    raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "144x96", "-r", 25, "-i", "-"]
+    matrix.ffmpeg(*raw, "-vf", filters, *options.split(), tmp_path / name, data=pictures.tobytes())
+    with pytest.raises(BadClip, match=reason):
+        read_clip(tmp_path / name, Framing(25, 9, ((96, 144),)), reader=reader)
