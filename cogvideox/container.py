@@ -121,8 +121,11 @@ def cropping(path, stream_index):
     """
     import imageio_ffmpeg
 
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-format_whitelist", CONTAINERS, "-i", f"file:{path}"]
-    told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr.decode(errors="replace")
+    try:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-format_whitelist", CONTAINERS, "-i", f"file:{path}"]
+        told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr.decode(errors="replace")
+    except (RuntimeError, OSError):  # imageio-ffmpeg has no program for this machine
+        return 0, 0, 0, 0
     described = re.search(rf"\n  Stream #0:{stream_index}\b(?:.*\n   )* +Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)", told)
     left, right, top, bottom = map(int, described.groups() if described else (0, 0, 0, 0))
     return left, top, right, bottom

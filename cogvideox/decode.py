@@ -18,7 +18,7 @@ from cogvideox.picture import has_alpha, picture_times, rgb_of, rgb_of_picture, 
 ENCODING_VERSION = 1  # raise it when this module or encodings.py computes other numbers from the same input
 SURVEY_VERSION = 2  # raise it when `read_clip` returns other facts; the clips are then decoded again, not encoded
 
-IMAGE_SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp"}
+IMAGE_SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff"}
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"}
 VIDEO_SUFFIXES |= {".mts", ".m2ts", ".m2v", ".vob", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".ogg", ".mjpeg", ".qt"}
 PLAYLIST_STARTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<SMIL", b"<MPD")
@@ -66,8 +66,9 @@ def choose_frames(times, framing):
     """Pick source frames so that the clip plays at `framing.fps`, by presentation time.
 
     times: seconds, one per source frame, increasing. Target k is k / fps after the first frame that is not skipped; the
-    source frame nearest in time is taken, so a variable frame rate keeps its speed, but none that comes more than half a
-    target's time later. A target may be at most half a source frame after the last frame. Returns a list of indices of legal length. Raises BadClip if no frames are left.
+    source frame nearest in time is taken, so a variable frame rate keeps its speed, but a frame that is held for long is taken
+    until the next one comes. A target may be at most half a source frame after the last frame. Returns a list of indices of
+    legal length. Raises BadClip if no frames are left.
     """
     total = len(times)
     first, end = framing.skip_frames_start, total - framing.skip_frames_end

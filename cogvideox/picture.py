@@ -203,9 +203,9 @@ def flatten(picture, background):
 def picture_times(picture):
     """(the numbers of an animated picture's frames, the seconds at which each appears); one frame for a still.
 
-    Only of animations: the second picture in a JPEG is a thumbnail or another eye's view.
+    Only of animations: the second picture in a JPEG is a thumbnail or another eye's view, in a TIFF another page.
     """
-    if picture.format not in ("GIF", "PNG", "WEBP") or getattr(picture, "n_frames", 1) == 1:
+    if picture.format not in ("GIF", "PNG", "WEBP", "AVIF") or getattr(picture, "n_frames", 1) == 1:
         return [0], [0.0]
     numbers = list(range(int(bool(picture.info.get("default_image"))), picture.n_frames))  # APNG: a still for old programs comes first
     times, now = [], 0.0
