@@ -505,19 +505,18 @@ def compare_all(clips, folder, readers=("auto", "pyav", "decord")):
 
 
 def table(results):
-    """Markdown: of each value of each factor, how many files were compared and the worst difference."""
+    """Markdown: of each value of each factor, how many files were compared and the worst frame's mean difference."""
     rows = defaultdict(list)
     for clip, reader, difference in results:
         for item in (*clip.items(), ("reader", reader)):
-            rows[item].append((id(clip), difference))
-    lines = ["| factor | value | files | worst mean difference | not read |", "|---|---|---|---|---|"]
+            rows[item].append((name(clip), difference))
+    lines = ["| factor | value: files compared, worst mean difference of a frame in levels of 255 |", "|---|---|"]
     for factor in (*FACTORS, "reader"):
+        cells = []
         for value in FACTORS.get(factor, ("auto", "pyav", "decord")):
-            found = rows[factor, value]
-            numbers = [difference for _, difference in found if isinstance(difference, float)]
-            files = len({clip for clip, _ in found})
-            worst = f"{max(numbers):.2f}" if numbers else ""
-            lines.append(f"| {factor} | {value} | {files} | {worst} | {len(found) - len(numbers) or ''} |")
+            numbers = {clip: difference for clip, difference in rows[factor, value] if isinstance(difference, float)}
+            cells.append(f"{value}: {len(numbers)}, {max(numbers.values(), default=float('nan')):.1f}")
+        lines.append(f"| {factor} | {'; '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -528,7 +527,7 @@ def main():
     for clip, reader, difference in results:
         if not isinstance(difference, float):
             print(f"{name(clip)} ({reader}): {difference}", file=sys.stderr)
-    print(f"{len(clips)} files, every permitted pair of values: {len(permitted_pairs())} pairs\n")
+    print(f"{len(clips)} files with every pair of values that can occur: {len(permitted_pairs())} pairs\n")
     print(table(results))
 
 
