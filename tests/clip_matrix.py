@@ -317,9 +317,10 @@ def make(clip, path):
     filters = []
     if clip["colour"] in WIDE:
         matrix, primaries, transfer = COLOURS[clip["colour"]]
-        # White of the SDR picture becomes 203 cd/m2: 58 % of PQ, 75 % of HLG (ITU-R BT.2408).
+        # White of the SDR picture becomes 203 cd/m2: 58 % of PQ, 75 % of HLG (ITU-R BT.2408). agamma=0: HLG's gamma acts on the
+        # luminance (ITU-R BT.2100), not on each colour.
         filters += ["setparams=colorspace=gbr:color_primaries=bt709:color_trc=bt709:range=pc"]
-        filters += [f"zscale=m={matrix}:p={primaries}:t={transfer}:r={clip['range']}:npl=203,format=yuv444p10le"]
+        filters += [f"zscale=m={matrix}:p={primaries}:t={transfer}:r={clip['range']}:npl=203:agamma=0,format=yuv444p10le"]
     elif clip["range"] == "pc" and "yuv" not in pixels and clip["pixels"] != "gray":
         pass
     else:
@@ -427,7 +428,7 @@ def shown(clip, path):
         filters += [ON_WHITE]
     elif clip["colour"] in WIDE:
         # The inverse of how the clip was made: reference white is white.
-        filters += ["zscale=m=gbr:p=bt709:t=bt709:r=pc:f=bicubic:npl=203,format=gbrp"]
+        filters += ["zscale=m=gbr:p=bt709:t=bt709:r=pc:f=bicubic:npl=203:agamma=0,format=gbrp"]
     elif clip["colour"] != "unspecified":
         filters += ["zscale=m=gbr:r=pc:f=bicubic,format=gbrp"]
     square = "w=iw:h='round(ih/sar)'" if clip["turn"] in ("90", "270") else "w='round(iw*sar)':h=ih"
