@@ -5,6 +5,7 @@
 A clip is a dict of one value a factor. `covering` chooses clips so that every pair of values that can occur does occur.
 """
 
+import functools
 import itertools
 import re
 import subprocess
@@ -273,6 +274,7 @@ def ffmpeg(*arguments, data=b""):
     return result.stdout, told
 
 
+@functools.lru_cache(maxsize=4)
 def pictures(count, width, height, alpha=False):
     """Waves of three colours at three speeds, and moving boxes of full colour with sharp edges.
 
@@ -280,8 +282,8 @@ def pictures(count, width, height, alpha=False):
     """
     number, row, column, colour = np.ogrid[:count, :height, :width, :3]
     period, strength = np.array([9, 7, 11])[colour], np.array([30, 75, 30])[colour]  # green leads, so that grey moves as well
-    frames = 90 + 60 * column / width + strength * np.sin(2 * np.pi * (number / period + (2 * column / width + row / height) / 3) + colour)
-    frames = frames.astype(np.uint8)
+    waves = np.sin((2 * np.pi * (number / period + (2 * column / width + row / height) / 3) + colour).astype(np.float32))
+    frames = (90 + 60 * column / width + strength * waves).astype(np.uint8)
     for k in range(count):
         for i, paint in enumerate(((255, 0, 0), (255, 255, 255), (0, 0, 255), (0, 0, 0))):
             x, y = int(width * (i / 4 + k / 20)) % width, height * (i % 3) // 3 + k % 3
