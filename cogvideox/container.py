@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 # Supported containers; the list also keeps PyAV from formats that refer to other files or addresses.
-CONTAINERS = "mov,matroska,avi,mpegts,mpeg,gif,flv,asf,ogg,mxf"
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,gif,flv,asf,ogg,mxf,apng"
 
 
 class BadClip(ValueError):

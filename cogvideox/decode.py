@@ -20,7 +20,7 @@ SURVEY_VERSION = 2  # raise it when `read_clip` returns other facts; the clips a
 
 IMAGE_SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff"}
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"}
-VIDEO_SUFFIXES |= {".mxf", ".mts", ".m2ts", ".m2v", ".vob", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".ogg", ".mjpeg", ".qt"}
+VIDEO_SUFFIXES |= {".mxf", ".mts", ".m2ts", ".vob", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".ogg", ".qt"}
 PLAYLIST_STARTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<SMIL", b"<MPD")
 
 
@@ -137,17 +137,18 @@ def read_clip(path, framing, reader="auto"):
 
 
 def read_picture(path, framing):
-    """An image as a clip of one frame, or an animated one (PNG, WebP) as a clip."""
+    """An image as a clip of one frame, or an animated one (PNG, WebP, AVIF) as a clip."""
     try:
         with Image.open(path) as picture:
-            numbers, times = picture_times(picture)
-        with Image.open(path) as picture:  # again: Pillow loses the palette of an animated PNG that goes back
+            times = picture_times(picture)
+            if len(times) > 1 and picture.format == "PNG":  # Pillow fills what a palette's pictures uncover with black
+                return read_video(path, framing, "pyav")
             if len(times) == 1 and framing.latents_per_patch > 1:
                 raise BadClip("an image is one frame; this model needs at least 5")
             indices = choose_frames(times, framing) if len(times) > 1 else [0]
             frames, changes, facts = {}, [], None
             for index in sorted(set(indices)):
-                picture.seek(numbers[index])
+                picture.seek(index)
                 frame, changed = rgb_of_picture(ImageOps.exif_transpose(picture), framing.background)
                 facts = facts or clip_facts(times, indices, frame.shape[1::-1], framing)
                 frames[index] = fit(frame, facts)

@@ -227,21 +227,20 @@ def flatten(picture, background):
 
 
 def picture_times(picture):
-    """(the numbers of an animated picture's frames, the seconds at which each appears); one frame for a still.
+    """The seconds at which each frame of an animated picture appears; [0.0] for a still.
 
     Only of animations: the second picture in a JPEG is a thumbnail or another eye's view, in a TIFF another page.
     """
     if picture.format not in ("GIF", "PNG", "WEBP", "AVIF") or getattr(picture, "n_frames", 1) == 1:
-        return [0], [0.0]
-    numbers = list(range(int(bool(picture.info.get("default_image"))), picture.n_frames))  # APNG: a still for old programs comes first
+        return [0.0]
     times, now = [], 0.0
-    for number in numbers:
+    for number in range(picture.n_frames):
         picture.seek(number)
         picture.load()  # WebP knows a frame's duration only then
         times.append(now)
         milliseconds = picture.info.get("duration") or 0
         now += (milliseconds if milliseconds > 10 else 100) / 1000  # as browsers do
-    return numbers, times
+    return times
 
 
 def rgb_of_picture(picture, background):

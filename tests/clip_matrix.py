@@ -155,12 +155,14 @@ def choices(container, codec, pixels, alpha):
         sizes = ["144x96"]
     late = container in (*EVERY, "3gp", "webm", "ts", "mpg", "flv", "wmv", "ogv")
     copied = codec in ("h264", "hevc", "vp9", "av1", "mpeg4") and not transparent
+    # An H.264 stream can hold its turn itself. FFmpeg gives a turned PNG EXIF data too, with which PyAV shows the angle only.
+    turns = ["0", "90", "180", "270"] if boxes or (codec, container) == ("h264", "ts") else ["0"]
+    turns += ["mirrored"] if len(turns) > 1 and codec != "png" else []
     return {
         "colour": colours,
         "range": ranges,
         "aspect": aspects,
-        # An H.264 stream can hold its turn itself.
-        "turn": ["0", "90", "180", "270", "mirrored"] if boxes or (codec, container) == ("h264", "ts") else ["0"],
+        "turn": turns,
         "fields": fields,
         "start": ["0", *["5 s"] * late, *["edit list"] * (copied and container in ISO)],
         "size": sizes,
@@ -341,7 +343,7 @@ def make(clip, path):
         told = "pc" if clip["range"] == "pc" and "yuv" in pixels else "unknown"
         filters += [f"setparams=colorspace=unknown:color_primaries=unknown:color_trc=unknown:range={told}"]
     if clip["pixels"] == "pal8":
-        filters = ["split[a][b];[a]palettegen[p];[b][p]paletteuse"]
+        filters = [f"split[a][b];[a]palettegen=reserve_transparent={int(clip['alpha'] == 'alpha')}[p];[b][p]paletteuse"]
     filters += [f"setfield={fields if woven else 'tff' if interlaced else 'prog'}", f"setsar={clip['aspect'].replace(':', '/')}"]
     options = ["-c:v", *encoder.split(), "-pix_fmt", pixels]
     options += ["-flags", "+ildct+ilme"] if interlaced else []
@@ -430,8 +432,8 @@ def shown(clip, path):
         filters += ["bwdif=mode=send_frame:deint=interlaced"]
     if clip["alpha"] == "alpha" or clip["pixels"] == "pal8":
         filters += [ON_WHITE]
-    elif clip["colour"] in WIDE:
-        # The inverse of how the clip was made: reference white is white.
+    elif clip["colour"] in HDR:
+        # The inverse of how the clip was made: reference white is white. SDR keeps its primaries, as in the ffmpeg program.
         filters += ["zscale=m=gbr:p=bt709:t=bt709:r=pc:f=bicubic:npl=203:agamma=0,format=gbrp"]
     elif clip["colour"] != "unspecified":
         filters += ["zscale=m=gbr:r=pc:f=bicubic,format=gbrp"]
