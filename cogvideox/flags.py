@@ -10,6 +10,8 @@ import math
 import os
 import re
 
+from cogvideox.files import at_home, is_unicode
+
 
 def new_parser(description):
     """An empty parser. `args.declared` will hold the actions of `flag_group`'s flags by name."""
@@ -85,11 +87,16 @@ def public_flags(args):
     return {name: getattr(args, name) for name in sorted(args.declared) if name != "hub_token"}
 
 
+def undecodable(args, *names):
+    """A sentence for each of these flags whose text is not UTF-8."""
+    return [f"--{name} {getattr(args, name)!a}: is not UTF-8" for name in names if not is_unicode(getattr(args, name) or "")]
+
+
 def expand_home(args, *names):
-    """Replace ~ by the home folder in these flags."""
+    """Replace ~/ by the home folder in these flags."""
     for name in names:
         if getattr(args, name):
-            setattr(args, name, os.path.expanduser(getattr(args, name)))
+            setattr(args, name, at_home(getattr(args, name)))
 
 
 # -----------------------------------------------------------------------------
@@ -134,7 +141,7 @@ def add_data_flags(parser):
 
 def check_data_flags(args):
     """Further problems of the flags of `add_data_flags`, as sentences. Fills in the values that depend on other flags."""
-    problems = []
+    problems = undecodable(args, "id_token")
     if args.eval_share and args.eval_data_root:
         problems.append("--eval_share and --eval_data_root: both hold clips out; give only one")
     args.bucket_sizes, args.bucket_lengths = [], []
@@ -152,7 +159,5 @@ def check_data_flags(args):
     if args.dataset_name and importlib.util.find_spec("datasets") is None:
         problems.append("--dataset_name needs the datasets package: pip install datasets")
     expand_home(args, "instance_data_root", "eval_data_root", "dataset_name", "cache_dir", "encoding_cache_dir")
-    args.encoding_cache_dir = args.encoding_cache_dir or os.path.join(
-        args.cache_dir or os.path.expanduser("~/.cache"), "cogvideox-encodings"
-    )
+    args.encoding_cache_dir = args.encoding_cache_dir or os.path.join(args.cache_dir or at_home("~/.cache"), "cogvideox-encodings")
     return problems
