@@ -62,9 +62,7 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     readings = read_captions(args.id_token, tokenizer, records)
     limit, clips = facts.max_text_seq_length, without_unreadable(clips, readings)
     problems += caption_problems(args.id_token, tokenizer, records, readings, limit)
-    bad = [
-        f"{printable(r.where)}: {printable(r.listed)}: {clip['reason']}" for r, clip in zip(records, clips, strict=True) if "reason" in clip
-    ]
+    bad = unusable(records, clips)
     skipped = args.bad_videos == "skip" and len(bad) <= args.max_bad_share * len(records) and len(bad) < len(records)
     problems += [] if skipped else bad
     if bad and args.bad_videos == "skip" and not skipped:
@@ -124,10 +122,8 @@ def read_captions(id_token, tokenizer, records):
     captions = [record.caption for record in records]
     own = [caption.removeprefix(f"{id_token} ") if id_token else caption for caption in captions]
     lettered = [any(character.isalnum() for character in caption) for caption in own]
-    return [
-        Reading(tuple(ids), *rest)
-        for ids, *rest in zip(token_ids(tokenizer, captions), unknown_shares(tokenizer, own), lettered, strict=True)
-    ]
+    facts = zip(token_ids(tokenizer, captions), unknown_shares(tokenizer, own), lettered, strict=True)
+    return [Reading(tuple(ids), share, has_letters) for ids, share, has_letters in facts]
 
 
 def without_unreadable(clips, readings):
@@ -137,6 +133,12 @@ def without_unreadable(clips, readings):
         clip | {"reason": f"{100 * reading.unknown:.0f} % {rule}"} if reading.unknown > UNKNOWN_REFUSED and "reason" not in clip else clip
         for clip, reading in zip(clips, readings, strict=True)
     ]
+
+
+def unusable(records, clips):
+    """A sentence for each clip that cannot be used."""
+    pairs = zip(records, clips, strict=True)
+    return [f"{printable(record.where)}: {printable(record.listed)}: {clip['reason']}" for record, clip in pairs if "reason" in clip]
 
 
 def caption_problems(id_token, tokenizer, records, readings, limit):

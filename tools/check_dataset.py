@@ -13,7 +13,17 @@ from cogvideox.console import BAD_DATA, fail
 from cogvideox.decode import clip_framing
 from cogvideox.folder import COGVIDEOX_2B, load_tokenizer
 from cogvideox.reader import Readers, decode_workers
-from cogvideox.survey import caption_problems, describe, framing_of, printable, read_captions, survey_clips, table_lines, without_unreadable
+from cogvideox.survey import (
+    caption_problems,
+    describe,
+    framing_of,
+    printable,
+    read_captions,
+    survey_clips,
+    table_lines,
+    unusable,
+    without_unreadable,
+)
 from cogvideox.video import contact_sheet, film_strip
 from dataset import files_left_out, list_clips
 
@@ -97,9 +107,7 @@ def main(words=None):
     dataset = describe(records, clips, readings, limit, framing, left_out=left_out)
     print(f"{layout} of {args.dataset_name or args.instance_data_root}\n")
     print("\n".join([*table_lines(dataset), "", *dataset["remarks"], *advice(good, static, pairs)]))
-    problems += [
-        f"{printable(r.where)}: {printable(r.listed)}: {clip['reason']}" for r, clip in zip(records, clips, strict=True) if "reason" in clip
-    ]
+    problems += unusable(records, clips)
     if rows:
         contact_sheet(args.sheet, rows, f"{len(rows)} of {len(good)} clips as the model will see them")
         print(f"\nwhat the model will see: {args.sheet}")
