@@ -4,6 +4,7 @@
 `TrainingClips` is the torch Dataset over the run's positions.
 """
 
+import contextlib
 import csv
 import difflib
 import functools
@@ -64,7 +65,18 @@ def list_clips(args, root=None):
         records, problems, layout = read_records(root, args.caption_column, args.video_column, args.allow_external_paths)
     if args.id_token:
         records = [replace(r, caption=f"{args.id_token} {r.caption}") for r in records]
-    return records, problems, layout
+    return [r if r.reason else replace(r, path=decodable(r.path, args.encoding_cache_dir)) for r in records], problems, layout
+
+
+def decodable(path, cache):
+    """The path, or that of a link to it in the cache if its name is not UTF-8: decoders take no other name."""
+    if is_unicode(path):
+        return path
+    link = Path(cache, "unpacked", hashlib.sha256(os.fsencode(path)).hexdigest()).with_suffix(Path(path).suffix)
+    with contextlib.suppress(OSError):  # another process made it; or the cache is read-only, and the decoder says what is wrong
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    return str(link)
 
 
 def list_eval_clips(args):
@@ -389,8 +401,9 @@ def files_left_out(args, root, records, layout):
     seen -= {os.path.realpath(root)}
     root = Path(root).absolute()
     lists = [args.caption_column or "prompts.txt", args.video_column or "videos.txt"] if layout == LINE_FILES else [layout]
-    folder, paths = (root if root.is_dir() else root.parent), [Path(record.path) for record in records]
-    read = {file_identity(path) for path in [*paths, *(folder / name for name in lists)]}
+    folder = root if root.is_dir() else root.parent
+    paths = [folder / record.listed for record in records]
+    read = {file_identity(path) for path in [*(record.path for record in records), *(folder / name for name in lists)]}
     if layout == TEXT_FILES:
         read |= {file_identity(caption_file(folder, path)) for path in paths}
     own = sorted({Path(os.path.normpath(path.parent)) for path in paths})  # a linked folder is not walked from above

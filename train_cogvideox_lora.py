@@ -154,7 +154,8 @@ def build_parser():
 
 def check_flags(args):
     """Problems of the flags beyond their bounds, one sentence each. Fills in the defaults that depend on other flags."""
-    problems = flags.check_data_flags(args) + flags.undecodable(args, "validation_prompt", "negative_prompt")
+    texts = ("validation_prompt", "negative_prompt", "pretrained_model_name_or_path", "output_dir", "init_lora", "resume_from_checkpoint")
+    problems = flags.check_data_flags(args) + flags.undecodable(args, *texts)
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         problems.append(f"--lr_warmup_steps {args.lr_warmup_steps}: --lr_scheduler constant has no warm-up; use constant_with_warmup")
     if args.learning_rate == 0 and args.optimizer == "prodigy":

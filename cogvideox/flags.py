@@ -88,8 +88,12 @@ def public_flags(args):
 
 
 def undecodable(args, *names):
-    """A sentence for each of these flags whose text is not UTF-8."""
-    return [f"--{name} {getattr(args, name)!a}: is not UTF-8" for name in names if not is_unicode(getattr(args, name) or "")]
+    """A sentence for each of these flags whose text is not UTF-8, which no tokenizer takes, and no library that reads weights."""
+    return [
+        f"--{name} {getattr(args, name)!a}: is not UTF-8; write it in UTF-8, or give another"
+        for name in names
+        if not is_unicode(getattr(args, name) or "")
+    ]
 
 
 def expand_home(args, *names):
@@ -141,7 +145,7 @@ def add_data_flags(parser):
 
 def check_data_flags(args):
     """Further problems of the flags of `add_data_flags`, as sentences. Fills in the values that depend on other flags."""
-    problems = undecodable(args, "id_token")
+    problems = undecodable(args, "id_token", "encoding_cache_dir", "cache_dir")
     if args.eval_share and args.eval_data_root:
         problems.append("--eval_share and --eval_data_root: both hold clips out; give only one")
     args.bucket_sizes, args.bucket_lengths = [], []

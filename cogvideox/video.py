@@ -56,7 +56,7 @@ def system_fonts():
     """The paths of the fonts that are installed on this machine."""
     from matplotlib import font_manager  # takes seconds the first time
 
-    return sorted(font_manager.findSystemFonts())
+    return sorted(path for path in font_manager.findSystemFonts() if "lastresort" not in path.lower())  # a font of boxes
 
 
 @functools.cache
@@ -65,7 +65,7 @@ def load_font(path):
     from matplotlib.ft2font import FT2Font
 
     with contextlib.suppress(OSError, RuntimeError, ValueError):
-        return ImageFont.truetype(path, TEXT_PIXELS), frozenset(FT2Font(path).get_charmap())
+        return ImageFont.truetype(str(path), TEXT_PIXELS), frozenset(FT2Font(str(path)).get_charmap())
     return None, frozenset()
 
 
