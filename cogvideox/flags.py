@@ -83,8 +83,9 @@ def refuse(parser, problems):
 
 
 def public_flags(args):
-    """The flags of a run as JSON-ready values, without the token."""
-    return {name: getattr(args, name) for name in sorted(args.declared) if name != "hub_token"}
+    """The flags of a run as JSON-ready values, without the token, and with "?" for bytes that are not UTF-8: trackers take none."""
+    values = {name: getattr(args, name) for name in sorted(args.declared) if name != "hub_token"}
+    return {name: value.encode(errors="replace").decode() if isinstance(value, str) else value for name, value in values.items()}
 
 
 def undecodable(args, *names):
