@@ -9,6 +9,7 @@ import csv
 import difflib
 import functools
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -198,10 +199,9 @@ def read_lines(root, name, problems):
         problems.append(f"{path}: no such file (--caption_column and --video_column name the two lists){hint}")
         return []
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = error.object[: error.start].count(b"\n") + 1
-        problems.append(f"{name}:{number}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8")
+        text = read_text(path)
+    except ValueError as error:
+        problems.append(f"{name}:{str(error).removeprefix('line ')}")
         return []
     # Split at line feeds only: str.splitlines also cuts at rare separators that a caption may contain.
     lines = [line.strip() for line in text.split("\n")]
@@ -210,6 +210,15 @@ def read_lines(root, name, problems):
     if not lines:
         problems.append(f"{path}: no entries")
     return lines
+
+
+def read_text(path):
+    """The text of a UTF-8 file, without its byte order mark. OSError, or ValueError with the number of the line that is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"line {number}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8") from None
 
 
 def find_table(root, kinds):
@@ -222,7 +231,7 @@ def read_table(path, caption_column=None, video_column=None):
     problems = []
     try:
         names, rows = table_rows(path, problems)
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         return [], [f"{path}: cannot be read as {path.suffix[1:]} ({error})"]
     if not rows:
         return [], problems or [f"{path}: no rows"]
@@ -289,7 +298,7 @@ def table_rows(path, problems):
         return table.column_names, list(enumerate(table.to_pylist(), 1))
     if kind not in TABLE_KINDS:
         raise ValueError(f"a table ends in {', '.join(TABLE_KINDS)}")
-    text = path.read_bytes().decode("utf-8-sig")
+    text = read_text(path)
     rows = list(json_lines(text, path.name, problems) if kind == ".jsonl" else enumerate(json_entries(text), 1))
     return list(dict.fromkeys(name for _, row in rows for name in row)), rows
 
@@ -300,26 +309,25 @@ def csv_rows(path, problems):
     A cell too many is a caption with a comma that was not quoted, whose end would be lost.
     """
     rows, header, start = [], None, 1
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        first = file.readline()
-        file.seek(0)
-        reader = csv.reader(file, delimiter=max(",;\t", key=first.count), skipinitialspace=True, strict=True)
-        try:
-            for cells in reader:
-                number, start = start, reader.line_num + 1
-                if header is None:
-                    header = [cell.strip() for cell in cells]
-                elif cells:
-                    surplus = [cell for cell in cells[len(header) :] if cell.strip()]
-                    if surplus:
-                        rule = 'quote a text that has commas: "a rabbit, running"'
-                        problems.append(f"{path.name}:{number}: {len(cells)} cells in {len(header)} columns ({surplus[0]!r}); {rule}")
-                    elif len(cells) < len(header):
-                        problems.append(f"{path.name}:{number}: {len(cells)} cells in {len(header)} columns")
-                    else:
-                        rows.append((number, dict(zip(header, cells, strict=False))))
-        except csv.Error as error:  # an open quote takes in the rest of the file
-            raise ValueError(f"line {start}: {error}; write a quote inside a quoted text twice") from None
+    text = read_text(path)
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    try:
+        for cells in reader:
+            number, start = start, reader.line_num + 1
+            if header is None:
+                header = [cell.strip() for cell in cells]
+            elif cells:
+                surplus = [cell for cell in cells[len(header) :] if cell.strip()]
+                if surplus:
+                    rule = f'quote a text that has a "{delimiter}": "a rabbit{delimiter} running"'
+                    problems.append(f"{path.name}:{number}: {len(cells)} cells in {len(header)} columns ({surplus[0]!r}); {rule}")
+                elif len(cells) < len(header):
+                    problems.append(f"{path.name}:{number}: {len(cells)} cells in {len(header)} columns")
+                else:
+                    rows.append((number, dict(zip(header, cells, strict=False))))
+    except csv.Error as error:  # an open quote takes in the rest of the file
+        raise ValueError(f"line {start}: {error}; write a quote inside a quoted text twice") from None
     return header or [], rows
 
 
@@ -378,9 +386,10 @@ def read_label_files(root):
         text = caption_file(root, path)
         listed = str(path.relative_to(root))
         try:
-            caption = " ".join(text.read_text(encoding="utf-8-sig").split())
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"{listed}: the caption {text.relative_to(root)} cannot be read ({type(error).__name__})")
+            caption = " ".join(read_text(text).split())
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            problems.append(f"{listed}: the caption {text.relative_to(root)} cannot be read ({reason})")
             continue
         if caption:
             pairs.append((listed, listed, caption))

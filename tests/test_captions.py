@@ -40,6 +40,15 @@ def captions_of(clips, *captions):
     return lines
 
 
+@pytest.fixture(scope="module", autouse=True)
+def surveyed(six_clips, encodings):
+    """Have the cache know the six clips, so that few runs start a decoder."""
+    args = script.parse_args(words("m", six_clips, "o", encodings))
+    with Readers(2) as readers:
+        records, framing = read_records(six_clips)[0], survey.framing_of(args, folder.COGVIDEOX_2B)
+        survey.remember_survey(survey.survey_clips(records, framing, args.seed, encodings, readers, show_progress=False), encodings)
+
+
 @pytest.fixture
 def check(encodings, monkeypatch):
     """tools.check_dataset in this process, without its picture."""
@@ -56,8 +65,7 @@ class Encoding(Exception):
 def until_encoding(train, monkeypatch, tmp_path):
     """Run the script up to the encoding; returns the output folder."""
 
-    def reached(args, folder, facts, tokenizer, data, *others):
-        survey.remember_survey(data.clips, Path(args.encoding_cache_dir))
+    def reached(*arguments):
         raise Encoding
 
     def run(**flags):
@@ -218,7 +226,7 @@ def test_a_row_with_other_than_its_cells_is_named_with_its_line(tmp_path):
     pairs, problems = table(tmp_path, "metadata.csv", "\r\n".join(rows))
     assert pairs == [("1.mp4", "a rabbit, in two lines"), ("4.mp4", "a bird")]
     assert problems == [
-        "metadata.csv:4: 3 cells in 2 columns ('looking left'); quote a text that has commas: \"a rabbit, running\"",
+        'metadata.csv:4: 3 cells in 2 columns (\'looking left\'); quote a text that has a ",": "a rabbit, running"',
         "metadata.csv:5: 1 cells in 2 columns",
     ]
 
@@ -235,6 +243,19 @@ def test_a_quote_that_takes_in_other_rows_is_named(tmp_path):
     assert "line 3: ',' expected after '\"'; write a quote inside a quoted text twice" in problems[0]
     _, problems = table(tmp_path, "metadata.csv", 'video,text\n1.mp4,a cat\n2.mp4,"a bird\n3.mp4,a cat\n')
     assert "line 3: unexpected end of data" in problems[0]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl", "metadata.json"])
+def test_a_table_that_is_not_utf8_names_its_line(tmp_path, name):
+    assert "(line 2: not UTF-8 (byte 0xe9); save the file as UTF-8)" in table(tmp_path, name, b"video,text\n1.mp4,caf\xe9\n")[1][0]
+
+
+def test_a_caption_file_that_is_not_utf8_or_missing_is_named(tmp_path):
+    _, problems = table(tmp_path, "1.txt", b"caf\xe9")
+    assert problems[:2] == [
+        "1.mp4: the caption 1.txt cannot be read (line 1: not UTF-8 (byte 0xe9); save the file as UTF-8)",
+        "2.mp4: the caption 2.txt cannot be read (No such file or directory)",
+    ]
 
 
 def test_two_columns_of_one_name_are_refused_if_they_are_read(tmp_path):
