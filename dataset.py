@@ -443,12 +443,11 @@ def file_identity(path):
 
 
 def locate(root, listed, allow_external_paths):
-    """Find a listed file below `root`. Returns (absolute path, None), or (path, the reason why it cannot be used)."""
+    """Find a listed file below the absolute path `root`. Returns (path, None), or (path, the reason why it cannot be used)."""
     if "\0" in listed:
         return listed, "not a file name"
     path = Path(at_home(listed))
     inside = not path.is_absolute()
-    root = root.absolute()
     path = root / path
     try:
         resolved = path.resolve(strict=True)

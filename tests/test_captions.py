@@ -505,7 +505,7 @@ def test_every_reader_reads_files_of_any_name(oddly_named, six_clips, tmp_path):
 @pytest.mark.slow
 def test_a_run_on_files_of_any_name_ends_well(oddly_named, train, tmp_path):
     flags = {"video_reshape_mode": "random", "eval_share": 0.2, "eval_clips": 1, "report_to": "tensorboard"}
-    output = train(data=".", output=tmp_path / "兔子 out", cache=tmp_path / "cache", **flags)
+    output = train(data=oddly_named, output=tmp_path / "兔子 out", cache=tmp_path / "cache", **flags)
     dataset = read_json(output / "dataset.json")
     assert {os.fsencode(clip["path"]) for clip in dataset["clips"]} == {*ODD_NAMES, b"\xe9.png"}
     assert [clip["problem"] for clip in dataset["clips"]] == [None] * 9
