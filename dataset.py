@@ -413,8 +413,8 @@ def files_left_out(args, root, records, layout):
     folder = root if root.is_dir() else root.parent
     paths = [folder / record.listed for record in records]
     read = {file_identity(path) for path in [*(record.path for record in records), *(folder / name for name in lists)]}
-    if layout == TEXT_FILES:
-        read |= {file_identity(caption_file(folder, path)) for path in paths}
+    read |= {file_identity(caption_file(folder, path)) for path in paths if layout == TEXT_FILES}
+    read.discard(None)
     own = sorted({Path(os.path.normpath(path.parent)) for path in paths})  # a linked folder is not walked from above
     own, left_out = [place for place in own if place.is_relative_to(folder)], {}
     for start in [folder, *own] if root.is_dir() else own:

@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 import train_cogvideox_lora as script
@@ -21,7 +22,7 @@ from cogvideox.files import at_home, read_json
 from cogvideox.reader import Readers
 from dataset import files_left_out, list_clips, locate, read_records
 from tests.conftest import ROOT, environment, words
-from tools import check_dataset
+from tools import check_dataset, generate, lora_file, quality
 
 CHINESE = ["一只灰色的兔子在草地上跳来跳去", "两只猫在房间里睡觉"]
 SEPARATORS = "\u2028 \u2029 \x85 \x0b \x0c \x1c \x1e"  # str.splitlines ends a line at each of them
@@ -205,6 +206,24 @@ def test_a_prompt_that_is_not_utf8_is_refused_with_the_flags(clips, tmp_path, ca
     for flag in ("id_token", "validation_prompt", "output_dir"):
         assert f"ERROR[2]: --{flag} '" in told
     assert told.count("caf\\udce9': is not UTF-8") == 3
+
+
+def test_the_prompts_of_generate_are_counted_too_and_only_line_feeds_part_them(tiny_model, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa rabbit\u2028runs\r\n\r\n兔子\n".encode())
+    line = ["--pretrained_model_name_or_path", "m", "--lora", "x", "--prompts_file", str(tmp_path / "prompts.txt")]
+    args = generate.build_parser().parse_args(line)
+    generate.check_flags(args)
+    assert args.prompts == ["a rabbit\u2028runs", "兔子"]
+    embeddings = lora_file.encode_prompts(tiny_model, args.prompts, torch.device("cpu"))
+    assert list(embeddings) == args.prompts
+    assert capsys.readouterr().err.count("warning: this prompt has 100 % of characters that T5 does not know: '兔子'") == 1
+
+
+def test_halves_for_the_quality_command_keep_captions_with_a_line_separator(clips, tmp_path):
+    captions = captions_of(clips, "a rabbit\u2028runs")
+    train_half, held_out = quality.write_halves(clips, tmp_path)
+    assert [record.caption for record in read_records(train_half)[0]] == captions[:2] + captions[3:]
+    assert [record.caption for record in read_records(held_out)[0]] == captions[2:3]
 
 
 # -----------------------------------------------------------------------------
