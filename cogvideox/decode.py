@@ -3,24 +3,24 @@
 Without torch: the guarded reader processes (cogvideox/reader.py) import this module and must start fast.
 """
 
-import errno
 import hashlib
 import math
-import os
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-ENCODING_VERSION = 1  # raise it when this module or encodings.py computes other numbers from the same input
+from cogvideox.container import BadClip, frame_times, list_packets, moves_by_alignment, shown_frames
+from cogvideox.picture import has_alpha, picture_times, rgb_of, rgb_of_picture, side_data, treated, treatment_of
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+ENCODING_VERSION = 1  # raise it when this module or encodings.py computes other numbers from the same input
+SURVEY_VERSION = 2  # raise it when `read_clip` returns other facts; the clips are then decoded again, not encoded
+
+IMAGE_SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff"}
 VIDEO_SUFFIXES = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".gif"}
-# Supported containers; the list also keeps PyAV from formats that refer to other files or addresses.
-CONTAINERS = "mov,matroska,avi,mpegts,mpeg,gif,flv,asf,ogg"
+VIDEO_SUFFIXES |= {".mxf", ".mts", ".m2ts", ".m2v", ".vob", ".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".ogg", ".mjpeg", ".qt"}
 PLAYLIST_STARTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<SMIL", b"<MPD")
 
 
@@ -31,7 +31,7 @@ class Framing:
     `skip_frames_*` count frames of the source. `frames_per_latent` and `latents_per_patch` are the model's: the VAE maps
     4k + 1 frames to k + 1 latents, CogVideoX 1.5 patches two latents in time. `crop_x` and `crop_y` place the crop (0: left or
     top, 1: right or bottom). `sizes`: the allowed (height, width), of which a clip gets the nearest aspect ratio. `lengths`: the
-    allowed frame counts (empty: any legal one).
+    allowed frame counts (empty: any legal one). `background`: the RGB colour behind transparent pixels.
     """
 
     fps: float
@@ -45,10 +45,7 @@ class Framing:
     crop_y: float = 0.5
     frames_per_latent: int = 4
     latents_per_patch: int = 1
-
-
-class BadClip(ValueError):
-    """A file that cannot be trained on; the message says why, for the user."""
+    background: tuple[int, int, int] = (255, 255, 255)
 
 
 # -----------------------------------------------------------------------------
@@ -69,8 +66,9 @@ def choose_frames(times, framing):
     """Pick source frames so that the clip plays at `framing.fps`, by presentation time.
 
     times: seconds, one per source frame, increasing. Target k is k / fps after the first frame that is not skipped; the
-    source frame nearest in time is taken, so a variable frame rate keeps its speed. A target may be at most half a source
-    frame after the last frame. Returns a list of indices of legal length. Raises BadClip if no frames are left.
+    source frame nearest in time is taken, so a variable frame rate keeps its speed, but a frame that is held for long is taken
+    until the next one comes. A target may be at most half a source frame after the last frame. Returns a list of indices of
+    legal length. Raises BadClip if no frames are left.
     """
     total = len(times)
     first, end = framing.skip_frames_start, total - framing.skip_frames_end
@@ -94,7 +92,9 @@ def choose_frames(times, framing):
     right = np.clip(np.searchsorted(window, targets), 1, max(len(window) - 1, 1))
     left = right - 1
     right = np.minimum(right, len(window) - 1)
-    nearest = np.where(np.abs(window[right] - targets) < np.abs(window[left] - targets) - 1e-6, right, left)
+    # A picture that is held for long is seen until the next one comes, not until half-way to it.
+    is_soon = window[right] - targets <= max(spacing, 1 / framing.fps) + 1e-6
+    nearest = np.where(is_soon & (np.abs(window[right] - targets) < np.abs(window[left] - targets) - 1e-6), right, left)
     return [int(i) + first for i in nearest]
 
 
@@ -137,22 +137,45 @@ def read_clip(path, framing, reader="auto"):
 
 
 def read_picture(path, framing):
-    """An image as a clip of one frame."""
-    if framing.latents_per_patch > 1:
-        raise BadClip("an image is one frame; this model needs at least 5")
+    """An image as a clip of one frame, or an animated one (PNG, WebP) as a clip."""
     try:
         with Image.open(path) as picture:
-            if picture.mode.startswith("I"):  # 16-bit grey: Pillow would clip it at 255
-                picture = picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-            frame = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+            numbers, times = picture_times(picture)
+        with Image.open(path) as picture:  # again: Pillow loses the palette of an animated PNG that goes back
+            if len(times) == 1 and framing.latents_per_patch > 1:
+                raise BadClip("an image is one frame; this model needs at least 5")
+            indices = choose_frames(times, framing) if len(times) > 1 else [0]
+            frames, changes, facts = {}, [], None
+            for index in sorted(set(indices)):
+                picture.seek(numbers[index])
+                frame, changed = rgb_of_picture(ImageOps.exif_transpose(picture), framing.background)
+                facts = facts or clip_facts(times, indices, frame.shape[1::-1], framing)
+                frames[index] = fit(frame, facts)
+                changes += [change for change in changed if change not in changes]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, BadClip):
+            raise
         raise BadClip(f"not a readable image ({error})") from None
-    facts = clip_facts([0.0], [0], frame.shape[1], frame.shape[0], framing)
-    return np.stack([fit(frame, facts)]), facts | {"reader": "picture"}
+    facts |= {"reader": "picture", "decoder": "", "treatment": {"colours": changes} if changes else {}}
+    tell_changes(facts, changes, framing.background)
+    return np.stack([frames[index] for index in indices]), facts
+
+
+def tell_changes(facts, changes, background, doubt=""):
+    """Fill in a clip's note for the report: what is changed to show it, and why decord does not read it. Records the background
+    in its treatment if anything is transparent."""
+    if "transparent" in changes:
+        colour = "#{:02x}{:02x}{:02x}".format(*background)
+        facts["treatment"] = facts["treatment"] | {"background": colour}
+        changes = [f"transparent over {colour}" if change == "transparent" else change for change in changes]
+    facts["note"] = "; ".join([", ".join(changes)] * bool(changes) + [f"read with PyAV: {doubt}"] * bool(doubt))
 
 
 # -----------------------------------------------------------------------------
 # Videos: PyAV lists the frames, decord decodes them if it lists the same
+
+
+AS_STORED = "decord returns its pictures as they are stored"
 
 
 class Untrusted(Exception):
@@ -165,159 +188,64 @@ def read_video(path, framing, reader):
     The packets give each frame's presentation time. PyAV then decodes up to the last chosen frame, which reveals damaged and
     missing frames: decord would return a neighbour instead. If the packets are wrong, the times come from decoding the whole file.
     """
-    stamps, unit, kind, doubt = list_packets(path)
+    packets = list_packets(path)
+    stamps, unit, doubt = packets.stamps, packets.unit, packets.doubt
     indices = choose_frames(seconds(stamps, unit), framing) if stamps else []
-    shown, picture = frame_times(path, kind, indices[-1] + 1 if indices else None)
-    if not indices or shown != stamps[: len(shown)]:
+    shown = frame_times(path, packets.kind, indices[-1] + 1 if indices else None)
+    if not indices or shown.stamps != stamps[: len(shown.stamps)]:
         doubt = doubt or "its packets do not match its frames"
-        stamps, picture = frame_times(path, kind)
-        indices = choose_frames(seconds(stamps, unit), framing)
-    turn = picture_turn(picture)
+        shown = frame_times(path, packets.kind)
+        stamps, indices = shown.stamps, choose_frames(seconds(shown.stamps, unit), framing)
+    turn = picture_turn(shown.first)
     if turn != NO_TURN:
         doubt = doubt or "its picture is rotated or mirrored when it is shown"
-    width, height = (picture.height, picture.width) if turn[0] else (picture.width, picture.height)
-    facts = clip_facts(seconds(stamps, unit), indices, width, height, framing)
+    treatment, changes = treatment_of(shown.first, shown.is_interlaced)
+    if any(packets.crop):
+        treatment["crop"] = packets.crop
+        changes.append("cropped by its container")
+    if treatment or has_alpha(shown.first):
+        doubt = doubt or AS_STORED
+    if shown.is_cropped and moves_by_alignment(path, shown.first):
+        doubt = doubt or "decord crops the left edge of its frames at another pixel"
+    left, top, right, bottom = packets.crop
+    stored, aspect = (shown.first.width - left - right, shown.first.height - top - bottom), (packets.aspect, 1)
+    if turn[0]:
+        stored, aspect = stored[::-1], aspect[::-1]
+    if packets.aspect != 1:
+        changes.append(f"{packets.aspect.numerator}:{packets.aspect.denominator} pixels")
+    if packets.of > 1:
+        doubt = doubt or "decord may read another of its video streams"
+        treatment |= {"video_stream": packets.number}
+        changes.append(f"video stream {packets.number} of {packets.of}")
+    facts = clip_facts(seconds(stamps, unit), indices, stored, framing, aspect) | {"treatment": treatment}
     if reader != "pyav":
         try:
             if doubt:
                 raise Untrusted(doubt)
-            return read_with_decord(path, seconds(stamps, unit), facts), facts | {"reader": "decord"}
+            frames = read_with_decord(path, seconds(stamps, unit), facts)
+            tell_changes(facts, changes, framing.background)
+            return frames, facts | {"reader": "decord", "decoder": ""}  # there is one release
         except Untrusted as reason:
             if reader == "decord":
                 raise
-            facts["note"] = f"read with PyAV: {reason}"
-    return read_with_pyav(path, turn, facts), facts | {"reader": "pyav"}
+            doubt = str(reason)
+    frames, is_transparent = read_with_pyav(path, unit, turn, facts, framing.background)
+    changes += ["transparent"] if is_transparent else []
+    obvious = reader == "pyav" or (changes and doubt == AS_STORED)
+    tell_changes(facts, changes, framing.background, "" if obvious else doubt)
+    return frames, facts | {"reader": "pyav", "decoder": pyav_version()}
+
+
+def pyav_version():
+    """The release of FFmpeg in PyAV, on which colours depend."""
+    import av
+
+    return " ".join(f"{name} {av.library_versions[name][0]}" for name in ("libavcodec", "libavfilter", "libswscale"))
 
 
 def seconds(stamps, unit):
     """Timestamps as seconds after the first."""
     return (np.asarray(stamps, dtype=np.int64) - stamps[0]) * float(unit)
-
-
-@contextmanager
-def open_video(path):
-    """A file's container and its main video stream, in PyAV. Raises BadClip, also in place of PyAV's errors in the block."""
-    try:
-        import av
-    except ImportError:
-        raise BadClip("a video needs PyAV: pip install av") from None
-    try:
-        with av.open(path, metadata_errors="replace", options={"format_whitelist": CONTAINERS}) as container:
-            stream = container.streams.best("video")
-            if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-                raise BadClip("no video stream")
-            yield container, stream
-    except av.FFmpegError as error:
-        missing = missing_bytes(path)
-        if missing:
-            raise BadClip(f"truncated: at least {missing} bytes are missing at its end") from None
-        if error.errno == errno.EINVAL:  # raised for containers outside the whitelist
-            raise BadClip(f"not a video in a supported container ({CONTAINERS}); an image needs an image's suffix") from None
-        raise BadClip(f"not a readable video ({error.strerror})") from None
-
-
-def list_packets(path):
-    """The presentation times of a file's frames, from its packets, without decoding.
-
-    Returns (timestamps of the frames shown, increasing; their unit in seconds; the container; why decord must not read the
-    file, or ""). The list is empty if the packets have no times. Raises BadClip for a truncated file.
-    """
-    with open_video(path) as (container, stream):
-        kind, unit, announced = container.format.name.split(",")[0], stream.time_base, stream.frames
-        # The demuxer's last packet is empty: it flushes the decoder.
-        packets = [(p.pts, p.is_keyframe, p.is_discard, p.is_corrupt) for p in container.demux(stream) if p.size]
-    whole, missing = sum(not corrupt for _, _, _, corrupt in packets), missing_bytes(path)
-    if missing:
-        of = f" of the {announced}" if announced > whole else ""
-        raise BadClip(f"truncated: {whole}{of} frames are there, at least {missing} bytes are missing at its end")
-    if whole < len(packets):
-        raise BadClip(f"damaged: {len(packets) - whole} of its {len(packets)} packets are broken")
-    if any(stamp is None for stamp, _, _, _ in packets):
-        return [], unit, kind, "its packets have no timestamps"
-    shown = [(stamp, key) for stamp, key, discard, _ in packets if not discard]
-    by_time = sorted(shown)
-    doubt = ""
-    # In each of these cases decord silently returns other frames than requested.
-    if kind not in ("mov", "matroska"):
-        doubt = f"decord seeks exactly only in MP4, MOV, MKV and WebM, this is {kind}"
-    elif len(shown) < len(packets):
-        doubt = "an edit list hides some of its frames"
-    elif [key for _, key in shown] != [key for _, key in by_time]:
-        doubt = "frames stored after a key frame are shown before it (an open group of pictures)"
-    return [stamp for stamp, _ in by_time], unit, kind, doubt
-
-
-def missing_bytes(path):
-    """At least how many bytes are missing at a file's end.
-
-    Computed from the boxes of an MP4, the segment of a Matroska file, the RIFF header of an AVI, and the last byte of a GIF.
-    """
-    size, end = os.path.getsize(path), 0
-    with open(path, "rb") as file:
-        start = file.read(4096)
-        segment = start.find(b"\x18\x53\x80\x67") + 4
-        if start.startswith(b"RIFF"):
-            end = 8 + int.from_bytes(start[4:8], "little")
-        elif start.startswith(b"\x1a\x45\xdf\xa3") and 4 <= segment < len(start) and start[segment]:
-            width = 9 - start[segment].bit_length()  # the leading zeros encode the number's length in bytes
-            length = int.from_bytes(start[segment : segment + width]) - (1 << 7 * width)
-            if length < (1 << 7 * width) - 1:  # all ones: a live recording, of unknown length
-                end = segment + width + length
-        elif start.startswith(b"GIF8"):
-            file.seek(max(0, size - 4096))
-            end = size + (not file.read().rstrip(b"\0\r\n").endswith(b";"))
-        else:
-            position = 0
-            while position + 8 <= size:
-                file.seek(position)
-                length, kind = int.from_bytes(file.read(4)), file.read(4)
-                if length == 1:
-                    length = int.from_bytes(file.read(8))
-                if length < 8:  # 0: up to the end of the file
-                    break
-                position += length
-                if kind in (b"moov", b"moof", b"mdat"):
-                    end = position
-    return max(0, end - size)
-
-
-def shown_frames(path, count=None):
-    """Decode at most `count` frames with PyAV, in presentation order. Raises BadClip for a damaged frame."""
-    import av
-
-    number, size = 0, None
-    with open_video(path) as (container, stream):
-        try:
-            for frame in container.decode(stream):
-                if frame.pts is None:
-                    raise BadClip("its frames have no timestamps")
-                if frame.is_corrupt:
-                    raise BadClip(f"damaged: frame {number} cannot be decoded completely")
-                size = size or (frame.width, frame.height)
-                if (frame.width, frame.height) != size:
-                    raise BadClip(f"its size changes from {size[0]}x{size[1]} to {frame.width}x{frame.height} at frame {number}")
-                yield frame
-                number += 1
-                if number == count:
-                    return
-        except av.FFmpegError as error:
-            raise BadClip(f"damaged: frame {number} cannot be decoded ({error.strerror})") from None
-    if not number:
-        raise BadClip("no frame can be decoded")
-
-
-def frame_times(path, kind, count=None):
-    """Decode `count` frames (None: all) and keep only the first. Returns (their timestamps, the first frame)."""
-    stamps, first = [], None
-    for frame in shown_frames(path, count):
-        stamps.append(frame.pts)
-        first = first or frame
-    if kind == "avi":  # an AVI frame's timestamp is its packet's number, and B-frames are stored out of order
-        stamps.sort()
-    backwards = np.nonzero(np.diff(stamps) < 0)[0]
-    if len(backwards):
-        raise BadClip(f"its timestamps go backwards after frame {backwards[0]} (joined recordings, or a damaged file)")
-    return stamps, first
 
 
 NO_TURN = (False, 1, 1)
@@ -328,11 +256,11 @@ def picture_turn(frame):
 
     Raises BadClip for anything but quarter turns and mirrors.
     """
-    side = frame.side_data.get("DISPLAYMATRIX")
-    if side is None:
-        return NO_TURN
+    side = side_data(frame, "DISPLAYMATRIX")
+    if not side:
+        return {0: NO_TURN, 90: (True, -1, 1), -90: (True, 1, -1), 180: (False, -1, -1), -180: (False, -1, -1)}.get(frame.rotation, NO_TURN)
     # A pixel at (x, y) is shown at x' = a x + c y, y' = b x + d y.
-    a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[:5].tolist()
+    a, b, _, c, d = np.frombuffer(side, np.int32)[:5].tolist()
     if (a and d) and not (b or c):
         return False, int(np.sign(d)), int(np.sign(a))
     if (b and c) and not (a or d):
@@ -362,21 +290,25 @@ def read_with_decord(path, times, facts):
         except (decord.DECORDError, RuntimeError, IndexError) as error:
             reason = f"decord: {first_line(error)}"
             continue
-        left, top = (round(facts["box"][0] * width / facts["source_width"]), round(facts["box"][1] * height / facts["source_height"]))
+        left, top = (round(facts["box"][0] * width / facts["stored_width"]), round(facts["box"][1] * height / facts["stored_height"]))
         return frames[:, top : top + facts["height"], left : left + facts["width"]]
     raise Untrusted(reason)
 
 
-def read_with_pyav(path, turn, facts):
-    """The frames at facts["indices"], turned upright."""
-    chosen, frames = set(facts["indices"]), {}
+def read_with_pyav(path, unit, turn, facts, background):
+    """The frames at facts["indices"], treated and turned upright; and whether anything in them is transparent."""
+    chosen, frames, is_transparent = set(facts["indices"]), {}, False
     swap, rows, columns = turn
-    for number, frame in enumerate(shown_frames(path, max(chosen) + 1)):
+    count = max(chosen) + (2 if "deinterlaced" in facts["treatment"] else 1)  # a deinterlacer also looks at the next frame
+    pictures = treated((frame for frame, _ in shown_frames(path, count)), unit, facts["treatment"])
+    left, top, right, bottom = facts["treatment"].get("crop", (0, 0, 0, 0))
+    for number, frame in enumerate(pictures):
         if number in chosen:
-            picture = frame.to_ndarray(format="rgb24")
+            picture, had_alpha = rgb_of(frame, background)
+            picture = picture[top : frame.height - bottom, left : frame.width - right]
             picture = (picture.swapaxes(0, 1) if swap else picture)[::rows, ::columns]
-            frames[number] = fit(np.ascontiguousarray(picture), facts)
-    return np.stack([frames[index] for index in facts["indices"]])
+            frames[number], is_transparent = fit(np.ascontiguousarray(picture), facts), is_transparent or had_alpha
+    return np.stack([frames[index] for index in facts["indices"]]), is_transparent
 
 
 def first_line(error):
@@ -385,8 +317,13 @@ def first_line(error):
     return re.sub(r"^.*(Check failed: .*?\(.*?\)|\.cc:\d+:) *(ERROR|Error:)? *", "", text)[:160]
 
 
-def clip_facts(times, indices, width, height, framing):
-    """A clip's facts for the report and the cache; JSON-ready."""
+def clip_facts(times, indices, stored, framing, aspect=(1, 1)):
+    """A clip's facts for the report and the cache; JSON-ready.
+
+    stored: (width, height) of the stored picture. aspect: how wide and how high a stored pixel is shown. The source's size is that of
+    the picture as it is shown, the box counts stored pixels.
+    """
+    width, height = stored[0] * float(aspect[0]), stored[1] * float(aspect[1])
     target_height, target_width = choose_size(width, height, framing.sizes)
     box = source_box(width, height, target_width, target_height, framing)
     spacing = float(np.median(np.diff(times))) if len(times) > 1 else 1 / framing.fps
@@ -399,8 +336,10 @@ def clip_facts(times, indices, width, height, framing):
         "source_frames": len(times),
         "source_fps": round((len(times) - 1) / float(times[-1] - times[0]), 3) if len(times) > 1 else 0.0,
         "source_seconds": round(seconds, 3),
-        "source_width": width,
-        "source_height": height,
+        "source_width": round(width),
+        "source_height": round(height),
+        "stored_width": stored[0],
+        "stored_height": stored[1],
         "indices": list(indices),
         "frames": len(indices),
         "repeated_frames": len(indices) - len(set(indices)),
@@ -410,7 +349,8 @@ def clip_facts(times, indices, width, height, framing):
         "stretch_percent": round(100 * abs(stretch - 1), 1),
         "height": target_height,
         "width": target_width,
-        "box": [float(side) for side in box],
+        # Rounding may pass the edge by a hair, which Pillow refuses.
+        "box": [min(max(box[i] / float(aspect[i % 2]), 0.0), float(stored[i % 2])) for i in range(4)],
         "note": "",
     }
 
@@ -422,7 +362,7 @@ def exact_scale(facts):
     """
     left, top, right, bottom = facts["box"]
     scale_x, scale_y = facts["width"] / (right - left), facts["height"] / (bottom - top)
-    exact = [facts["source_width"] * scale_x, facts["source_height"] * scale_y, left * scale_x, top * scale_y]
+    exact = [facts["stored_width"] * scale_x, facts["stored_height"] * scale_y, left * scale_x, top * scale_y]
     if any(abs(value - round(value)) > 1e-6 for value in exact):
         return None
     return round(exact[0]), round(exact[1])

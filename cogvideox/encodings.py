@@ -63,9 +63,11 @@ def identify(folder, part, cache, variant=None):
     return value, dtype
 
 
-def clip_key(facts, vae_identity, dtype, slicing, tiling, flipped):
-    """The name of a clip's entry: from the file's content, the chosen frames, their crop, and how they are encoded."""
+def clip_key(facts, vae_identity, dtype, slicing, tiling, flipped, decoder=""):
+    """The name of a clip's entry: from the file's content, the chosen frames, their crop, what is changed to show them, the decoder,
+    and how they are encoded."""
     frames = {name: facts[name] for name in ("sha256", "indices", "height", "width", "box", "reader")}
+    frames |= {name: value for name, value in (("treatment", facts["treatment"]), ("decoder", decoder)) if value}
     return key_of(ENCODING_VERSION, "clip", frames, vae_identity, str(dtype), slicing, tiling, flipped)
 
 
@@ -263,10 +265,10 @@ def plan_encodings(args, folder, facts, data, captions, cache, device, free_memo
     vae = (vae_identity, usable_dtype(vae_dtype, device), args.enable_slicing, args.enable_tiling)
     keys = {caption: caption_key(caption, *text) for caption in captions}
     flips = (False, True) if args.random_flip else (False,)
-    rows = {
-        tiled: [[clip_key(clip, *vae[:3], tiled, flipped) for clip in data.clips] for flipped in flips]
-        for tiled in ((False, True) if args.enable_tiling else (False,))
-    }
+    kinds = (False, True) if args.enable_tiling else (False,)
+    rows = {t: [[clip_key(clip, *vae[:3], t, flipped, clip["decoder"]) for clip in data.clips] for flipped in flips] for t in kinds}
+    # What a run trains does not change with the decoder's version: a checkpoint is resumed after an upgrade.
+    undated = {t: [[clip_key(clip, *vae[:3], t, flipped) for clip in data.clips] for flipped in flips] for t in kinds}
     caption_shape = (facts.max_text_seq_length, read_json(folder / "text_encoder/config.json").get("d_model", 512))
     missing_captions = missing_entries(cache, "captions", dict.fromkeys(keys.values(), caption_shape))
     missing, trained_clips = {}, {}
@@ -274,12 +276,13 @@ def plan_encodings(args, folder, facts, data, captions, cache, device, free_memo
         shapes = {key: moments_shape(clip, facts) for row in both for key, clip in zip(row, data.clips, strict=True)}
         missing[tiled] = set(missing_entries(cache, "clips", shapes))
         prompts = [keys[data.records[clip].caption] for clip in data.trained]
-        trained_clips[tiled] = key_of([[row[clip] for clip in data.trained] for row in both], prompts)
+        trained_clips[tiled] = key_of([[row[clip] for clip in data.trained] for row in undated[tiled]], prompts)
     stored = clips_of_checkpoints(args)
     resumed = next((tiled for tiled, identity in trained_clips.items() if identity in stored), None)
     needed = functools.partial(untiled_bytes, folder, vae[1], data.clips, args.enable_slicing)
     tiling = choose_tiling({tiled: len(keys) for tiled, keys in missing.items()}, resumed, needed, free_memory)
     clip_keys, missing_clips, problems = rows[tiling.used], missing[tiling.used], []
+    say_encoded_again(cache, data, clip_keys[0], undated[tiling.used][0], missing_clips)
     for part, needed in (("text_encoder", missing_captions), ("vae", missing_clips or args.prompts)):
         problem = weight_files(folder / part, args.variant)[1]
         if problem and needed:
@@ -287,6 +290,17 @@ def plan_encodings(args, folder, facts, data, captions, cache, device, free_memo
     vae = (vae_identity, str(vae[1]), args.enable_slicing, args.enable_tiling)
     identities = {"clips": trained_clips[tiling.used], "transformer": transformer_identity}
     return keys, clip_keys, missing_captions, missing_clips, vae, tiling, identities, problems
+
+
+def say_encoded_again(cache, data, keys, undated, missing):
+    """Name the clips that have an entry from before entries were named with the decoder's version."""
+    pairs = zip(data.records, data.clips, keys, undated, strict=True)
+    again = [(r, clip) for r, clip, key, old in pairs if key in missing and old != key and entry_path(cache, "clips", old).exists()]
+    if again:
+        say(
+            f"{len(again)} clips are encoded again ({again[0][0].listed}{', ...' if len(again) > 1 else ''}): the names of their encodings "
+            f"now hold the decoder ({again[0][1]['decoder']}), because releases of PyAV differ in their colours"
+        )
 
 
 # -----------------------------------------------------------------------------

@@ -124,6 +124,7 @@ def add_data_flags(parser):
     flag("--video_column", None, "file of video paths, one per line, or a table's column (default: videos.txt, or video)", free=True)
     flag("--bucket", [], "sizes (480x720) and lengths (49); each clip gets the nearest of each (default: one size)", nargs="+")
     flag("--video_reshape_mode", "center", "where to crop after resizing; none: stretch", choices=("center", "random", "none"), free=True)
+    flag("--alpha_background", "white", "colour behind transparent pixels: a name, or #rrggbb", free=True)
     flag("--random_flip", False, "flip each clip horizontally with probability 0.5")
     flag("--skip_frames_start", 0, "source frames to skip at the start of each clip", at_least=0, free=True)
     flag("--skip_frames_end", 0, "source frames to skip at the end of each clip", at_least=0, free=True)
@@ -146,6 +147,8 @@ def add_data_flags(parser):
 
 def check_data_flags(args):
     """Further problems of the flags of `add_data_flags`, as sentences. Fills in the values that depend on other flags."""
+    from PIL import ImageColor  # not before a wrong flag has been refused
+
     problems = undecodable(args, "id_token", "encoding_cache_dir", "cache_dir")
     if args.eval_share and args.eval_data_root:
         problems.append("--eval_share and --eval_data_root: both hold clips out; give only one")
@@ -157,6 +160,12 @@ def check_data_flags(args):
             args.bucket_lengths.append(int(word))
         else:
             problems.append(f"--bucket {word}: a size as HEIGHTxWIDTH (480x720), or a number of frames (49)")
+    try:
+        args.background = ImageColor.getrgb(args.alpha_background)
+    except ValueError:
+        args.background = ()
+    if len(args.background) != 3:
+        problems.append(f"--alpha_background {args.alpha_background}: a colour without transparency, such as black or #00ff00")
     if not args.instance_data_root and not args.dataset_name:
         problems.append("--instance_data_root: give the folder of the clips (or --dataset_name)")
     if args.instance_data_root and args.dataset_name:

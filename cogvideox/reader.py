@@ -159,7 +159,7 @@ def serve():
         request = json.loads(line)
         framing = request["framing"]
         framing["sizes"] = tuple(map(tuple, framing["sizes"]))
-        framing["lengths"] = tuple(framing["lengths"])
+        framing["lengths"], framing["background"] = tuple(framing["lengths"]), tuple(framing["background"])
         frames = None
         try:
             frames, facts = read_clip(request["path"], Framing(**framing), request["reader"])

@@ -5,6 +5,7 @@ clips are checked once, not at every start.
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import platform
@@ -16,7 +17,7 @@ from typing import NamedTuple
 from accelerate.utils import gather_object
 
 from cogvideox.console import progress, say, warn
-from cogvideox.decode import ENCODING_VERSION, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Framing, clip_framing
+from cogvideox.decode import IMAGE_SUFFIXES, SURVEY_VERSION, VIDEO_SUFFIXES, Framing, clip_framing
 from cogvideox.files import hash_file, key_of, read_json, write_bytes
 from cogvideox.folder import UNKNOWN_NOTED, UNKNOWN_REFUSED, text_notes, token_ids, unknown_shares
 from cogvideox.order import choose_held_out
@@ -184,12 +185,19 @@ def framing_of(args, facts):
         reshape_mode=args.video_reshape_mode,
         frames_per_latent=facts.frames_per_latent,
         latents_per_patch=facts.latents_per_patch,
+        background=args.background,
     )
 
 
 def survey_key(content, framing):
-    """The cache key of a file's decoding result: from its content, the framing, and whether decord is installed."""
-    return key_of(ENCODING_VERSION, content, asdict(framing), importlib.util.find_spec("decord") is not None)
+    """The cache key of a file's decoding result: from its content, the framing, and the decoders."""
+    return key_of(SURVEY_VERSION, content, asdict(framing), decoders())
+
+
+@functools.cache
+def decoders():
+    """The installed releases of the decoders; a missing one is None."""
+    return [importlib.metadata.version(name) if importlib.util.find_spec(name) else None for name in ("decord", "av")]
 
 
 def survey_clips(records, framing, seed, cache, readers, show_progress=True):
@@ -233,7 +241,7 @@ def remember_survey(facts, cache):
 
 
 # Facts of a clip that the report omits: the frames, the crop, and its cache key.
-INNER_FACTS = {"indices", "box", "note", "survey", "path"}
+INNER_FACTS = {"indices", "box", "stored_width", "stored_height", "treatment", "decoder", "note", "survey", "path"}
 
 
 def describe(records, facts, readings, limit, framing, held_out=(), left_out=()):

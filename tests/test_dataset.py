@@ -209,6 +209,14 @@ def test_a_variable_frame_rate_keeps_its_speed():
     assert np.abs(times[chosen] - np.arange(21) / 8).max() <= 0.05
 
 
+def test_a_frame_that_is_held_for_long_is_seen_until_the_next_one_comes():
+    times = np.concatenate([np.arange(0, 1, 1 / 24), 3 + np.arange(0, 1, 1 / 24)])  # a pause of two seconds after the 24th frame
+    chosen = choose_frames(times, framing())
+    held = [k for k, index in enumerate(chosen) if index == 23]
+    assert held == list(range(8, 23))  # from 1.0 s to 2.75 s; half-way would be 2.0 s
+    assert chosen[24] == 24
+
+
 def test_skipped_frames_are_left_out_and_too_many_are_told():
     times = np.arange(49) / 24
     assert choose_frames(times, framing(skip_frames_start=6))[0] == 6
@@ -239,9 +247,9 @@ def test_the_crop_is_centred_keeps_the_aspect_and_none_stretches():
 
 
 def test_a_decoder_scales_only_where_that_is_exact():
-    facts = {"source_width": 240, "source_height": 160, "width": 96, "height": 64, "box": [0.0, 0.0, 240.0, 160.0]}
+    facts = {"stored_width": 240, "stored_height": 160, "width": 96, "height": 64, "box": [0.0, 0.0, 240.0, 160.0]}
     assert exact_scale(facts) == (96, 64)
-    assert exact_scale(facts | {"source_width": 1280, "source_height": 720, "box": [100.0, 0.0, 1180.0, 720.0]}) is None
+    assert exact_scale(facts | {"stored_width": 1280, "stored_height": 720, "box": [100.0, 0.0, 1180.0, 720.0]}) is None
 
 
 def test_scaling_in_the_decoder_gives_the_picture_that_pillow_gives(six_clips):

@@ -1,5 +1,6 @@
 """The cache of encodings: right or not found, whole or not there, filled once, by one process or many."""
 
+import json
 import os
 import random
 import shutil
@@ -8,7 +9,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -126,21 +129,34 @@ def test_other_weights_or_another_config_are_another_component(tiny_model, tmp_p
     assert encodings.identify(tmp_path / "config", part, tmp_path)[0] != before[0]
 
 
+def test_the_encodings_of_plain_clips_keep_their_names():
+    facts = {"sha256": "a", "indices": [0, 3], "height": 32, "width": 48, "box": [0.0, 0.0, 9.0, 9.0], "reader": "decord", "treatment": {}}
+    written_before = "c9513a7b6cbde5018bac695e60bf0205a63230d9"
+    assert encodings.clip_key(facts, "vae", torch.float32, True, True, False) == written_before
+    assert encodings.clip_key(facts | {"treatment": {"deinterlaced": "bwdif"}}, "vae", torch.float32, True, True, False) != written_before
+
+
 def test_every_setting_that_changes_an_encoding_changes_its_name():
     facts = {"sha256": "a", "indices": [0, 3], "height": 32, "width": 48, "box": [0.0, 0.0, 9.0, 9.0], "reader": "decord"}
+    facts |= {"treatment": {}}
     base = (facts, "vae", torch.float32, True, True, False)
     others = [
         (facts | {name: value}, *base[1:])
         for name, value in {"sha256": "b", "indices": [0], "height": 48, "width": 32, "box": [1.0, 0.0, 9.0, 9.0], "reader": "pyav"}.items()
     ]
     others += [
+        (facts | {"treatment": {"deinterlaced": "bwdif"}}, *base[1:]),
+        (facts | {"treatment": {"background": "#ffffff"}}, *base[1:]),
+        (facts | {"treatment": {"background": "#000000"}}, *base[1:]),
+        (*base, "libavcodec 62"),
+        (*base, "libavcodec 63"),
         (facts, "vae2", *base[2:]),
         (*base[:2], torch.bfloat16, *base[3:]),
         (*base[:3], False, *base[4:]),
         (*base[:4], False, False),
         (*base[:5], True),
     ]
-    assert len({encodings.clip_key(*each) for each in [base, *others]}) == 12
+    assert len({encodings.clip_key(*each) for each in [base, *others]}) == 17
     captions = [
         ("a", "t5", torch.float32, 226),
         ("b", "t5", torch.float32, 226),
@@ -533,3 +549,31 @@ def test_surveys_are_remembered_by_content(train, six_clips, tmp_path, monkeypat
     monkeypatch.setattr(survey, "progress", lambda pairs, *rest, **more: asked.extend(pairs) or read_all([], disable=True))
     train(cache=tmp_path / "cache")
     assert asked == []
+
+
+@pytest.mark.slow
+def test_a_clip_that_pyav_decodes_is_encoded_again_after_an_upgrade_and_its_run_goes_on(train, clips, tmp_path, capsys):
+    listed = (clips / "videos.txt").read_text().split()[:2]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", clips / listed[0], "-c:v", "mpeg4", "-q:v", "2", clips / "old.avi"]
+    subprocess.run(command, check=True)
+    (clips / "videos.txt").write_text(f"old.avi\n{listed[1]}\n")
+    (clips / "prompts.txt").write_text("A rabbit\nA squirrel\n")
+    cache, output = tmp_path / "cache", tmp_path / "run"
+    train(data=clips, cache=cache, output=output, max_train_steps=1)
+    entries = {path.stem for path in (cache / "clips").rglob("*.safetensors")}
+    assert len(entries) == 2
+    surveys = {path: json.loads(path.read_text()) for path in (cache / "surveys").iterdir()}
+    (by_pyav,) = [path for path, facts in surveys.items() if facts["reader"] == "pyav"]
+    assert "libavcodec" in surveys[by_pyav]["decoder"]
+    by_pyav.write_text(json.dumps(surveys[by_pyav] | {"decoder": "libavcodec 99"}))
+    train(data=clips, cache=cache, output=output, max_train_steps=2, resume_from_checkpoint="latest")  # no other clips: it is not refused
+    after = {path.stem for path in (cache / "clips").rglob("*.safetensors")}
+    assert len(after) == 3
+    assert after > entries
+
+    capsys.readouterr()
+    records, facts = [SimpleNamespace(listed="old.avi")], [surveys[by_pyav]]
+    encodings.say_encoded_again(cache, SimpleNamespace(records=records, clips=facts), ["new"], [min(entries)], {"new"})
+    assert "1 clips are encoded again (old.avi)" in capsys.readouterr().err
+    encodings.say_encoded_again(cache, SimpleNamespace(records=records, clips=facts), ["new"], ["never written"], {"new"})
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,231 @@
+"""What a video file holds: its frames' times, its pixels' aspect, its cropping; and its frames, decoded with PyAV.
+
+Without torch: the guarded reader processes import this module and must start fast.
+"""
+
+import errno
+import os
+import re
+import subprocess
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+# Supported containers; the list also keeps PyAV from formats that refer to other files or addresses.
+CONTAINERS = "mov,matroska,avi,mpegts,mpeg,gif,flv,asf,ogg,mxf"
+
+
+class BadClip(ValueError):
+    """A file that cannot be trained on; the message says why, for the user."""
+
+
+class Packets(NamedTuple):
+    """What a file's packets and headers say, without decoding.
+
+    stamps: the presentation times of the frames that are shown, increasing, in `unit` seconds; empty if the packets have none.
+    kind: the container. doubt: why decord must not read the file, or "". aspect: width over height of a stored pixel. crop: see
+    `cropping`. number, of: which video stream this is, from 1, and of how many.
+    """
+
+    stamps: list[int]
+    unit: Fraction
+    kind: str
+    doubt: str
+    aspect: Fraction
+    crop: tuple[int, int, int, int]
+    number: int
+    of: int
+
+
+class Decoded(NamedTuple):
+    """What decoding a file's frames shows: their presentation times, the first of them, whether any is interlaced, and whether the
+    codec crops them."""
+
+    stamps: list[int]
+    first: object
+    is_interlaced: bool
+    is_cropped: bool
+
+
+@contextmanager
+def open_video(path, crop_exactly=True):
+    """A file's container and its main video stream, in PyAV. Raises BadClip, also in place of PyAV's errors in the block.
+
+    crop_exactly: where the codec crops the left edge. libavcodec by itself moves it to an aligned address and keeps the width.
+    """
+    try:
+        import av
+    except ImportError:
+        raise BadClip("a video needs PyAV: pip install av") from None
+    try:
+        with av.open(path, metadata_errors="replace", options={"format_whitelist": CONTAINERS}) as container:
+            stream = container.streams.best("video")
+            if stream is None or is_attached_picture(stream):
+                raise BadClip("no video stream")
+            if crop_exactly:
+                stream.codec_context.flags |= av.codec.context.Flags.unaligned
+            yield container, stream
+    except av.FFmpegError as error:
+        missing = missing_bytes(path)
+        if missing:
+            raise BadClip(f"truncated: at least {missing} bytes are missing at its end") from None
+        if error.errno == errno.EINVAL:  # raised for containers outside the whitelist
+            raise BadClip(f"not a video in a supported container ({CONTAINERS}); an image needs an image's suffix") from None
+        raise BadClip(f"not a readable video ({error.strerror})") from None
+
+
+def list_packets(path):
+    """The Packets of a file. Raises BadClip for a truncated file."""
+    with open_video(path) as (container, stream):
+        kind, unit, announced = container.format.name.split(",")[0], stream.time_base, stream.frames
+        films = [s.index for s in container.streams.video if not is_attached_picture(s)]
+        aspect = Fraction(stream.sample_aspect_ratio or 1)
+        crop = cropping(path, stream.index) if kind in ("mov", "matroska") else (0, 0, 0, 0)
+        rest = (aspect, crop, films.index(stream.index) + 1, len(films))
+        # The demuxer's last packet is empty: it flushes the decoder.
+        packets = [(p.pts, p.is_keyframe, p.is_discard, p.is_corrupt) for p in container.demux(stream) if p.size]
+    whole, missing = sum(not corrupt for _, _, _, corrupt in packets), missing_bytes(path)
+    if missing:
+        of = f" of the {announced}" if announced > whole else ""
+        raise BadClip(f"truncated: {whole}{of} frames are there, at least {missing} bytes are missing at its end")
+    if whole < len(packets):
+        raise BadClip(f"damaged: {len(packets) - whole} of its {len(packets)} packets are broken")
+    if any(stamp is None for stamp, _, _, _ in packets):
+        return Packets([], unit, kind, "its packets have no timestamps", *rest)
+    shown = [(stamp, key) for stamp, key, discard, _ in packets if not discard]
+    by_time = sorted(shown)
+    doubt = ""
+    # In each of these cases decord silently returns other frames than requested.
+    if kind not in ("mov", "matroska"):
+        doubt = f"decord seeks exactly only in MP4, MOV, MKV and WebM, this is {kind}"
+    elif len(shown) < len(packets):
+        doubt = "an edit list hides some of its frames"
+    elif [key for _, key in shown] != [key for _, key in by_time]:
+        doubt = "frames stored after a key frame are shown before it (an open group of pictures)"
+    return Packets([stamp for stamp, _ in by_time], unit, kind, doubt, *rest)
+
+
+def is_attached_picture(stream):
+    """Whether a video stream is a cover, not a film."""
+    import av
+
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)
+
+
+def cropping(path, stream_index):
+    """What the container hides of each frame, as pixels at (left, top, right, bottom): an MP4's clean aperture, Matroska's PixelCrop.
+
+    FFmpeg's libraries read both, but PyAV does not show them; the ffmpeg program prints them.
+    """
+    import imageio_ffmpeg
+
+    try:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-format_whitelist", CONTAINERS, "-i", f"file:{path}"]
+        told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr.decode(errors="replace")
+    except (RuntimeError, OSError):  # imageio-ffmpeg has no program for this machine
+        return 0, 0, 0, 0
+    described = re.search(rf"\n  Stream #0:{stream_index}\b(?:.*\n   )* +Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)", told)
+    left, right, top, bottom = map(int, described.groups() if described else (0, 0, 0, 0))
+    return left, top, right, bottom
+
+
+def missing_bytes(path):
+    """At least how many bytes are missing at a file's end.
+
+    Computed from the boxes of an MP4, the segment of a Matroska file, the RIFF header of an AVI, and the last byte of a GIF.
+    """
+    size, end = os.path.getsize(path), 0
+    with open(path, "rb") as file:
+        start = file.read(4096)
+        segment = start.find(b"\x18\x53\x80\x67") + 4
+        if start.startswith(b"RIFF"):
+            end = 8 + int.from_bytes(start[4:8], "little")
+        elif start.startswith(b"\x1a\x45\xdf\xa3") and 4 <= segment < len(start) and start[segment]:
+            width = 9 - start[segment].bit_length()  # the leading zeros encode the number's length in bytes
+            length = int.from_bytes(start[segment : segment + width]) - (1 << 7 * width)
+            if length < (1 << 7 * width) - 1:  # all ones: a live recording, of unknown length
+                end = segment + width + length
+        elif start.startswith(b"GIF8"):
+            file.seek(max(0, size - 4096))
+            end = size + (not file.read().rstrip(b"\0\r\n").endswith(b";"))
+        else:
+            position = 0
+            while position + 8 <= size:
+                file.seek(position)
+                length, kind = int.from_bytes(file.read(4)), file.read(4)
+                if length == 1:
+                    length = int.from_bytes(file.read(8))
+                if length < 8:  # 0: up to the end of the file
+                    break
+                position += length
+                if kind in (b"moov", b"moof", b"mdat"):
+                    end = position
+    return max(0, end - size)
+
+
+def shown_frames(path, count=None):
+    """Decode at most `count` frames with PyAV, in presentation order; yields (frame, the size before the codec's cropping).
+
+    Raises BadClip for a damaged frame.
+    """
+    import av
+
+    number, size = 0, None
+    with open_video(path) as (container, stream):
+        try:
+            for frame in decoded(container, stream):
+                if frame.pts is None:
+                    raise BadClip("its frames have no timestamps")
+                if frame.is_corrupt:
+                    raise BadClip(f"damaged: frame {number} cannot be decoded completely")
+                size = size or (frame.width, frame.height)
+                if (frame.width, frame.height) != size:
+                    raise BadClip(f"its size changes from {size[0]}x{size[1]} to {frame.width}x{frame.height} at frame {number}")
+                context = stream.codec_context
+                yield frame, (context.coded_width, context.coded_height)
+                number += 1
+                if number == count:
+                    return
+        except av.FFmpegError as error:
+            raise BadClip(f"damaged: frame {number} cannot be decoded ({error.strerror})") from None
+    if not number:
+        raise BadClip("no frame can be decoded")
+
+
+def decoded(container, stream):
+    """The frames of a stream. FFmpeg's own VP8 and VP9 decoders drop transparency, libvpx keeps it."""
+    import av
+
+    if stream.metadata.get("alpha_mode") != "1" or stream.codec_context.name not in ("vp8", "vp9"):
+        yield from container.decode(stream)
+        return
+    try:
+        decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream.codec_context.name], "r")
+    except av.codec.codec.UnknownCodecError:
+        raise BadClip("transparent VP8 and VP9 need a PyAV with libvpx") from None
+    for packet in container.demux(stream):
+        yield from decoder.decode(packet if packet.size else None)  # the last packet is empty: it flushes the decoder
+
+
+def frame_times(path, kind, count=None):
+    """Decode `count` frames (None: all) and keep only the first. Returns Decoded."""
+    stamps, first, interlaced, cropped = [], None, False, False
+    for frame, coded_size in shown_frames(path, count):
+        stamps.append(frame.pts)
+        first, interlaced = first or frame, interlaced or frame.interlaced_frame
+        cropped = cropped or coded_size != (frame.width, frame.height)
+    if kind == "avi":  # an AVI frame's timestamp is its packet's number, and B-frames are stored out of order
+        stamps.sort()
+    backwards = np.nonzero(np.diff(stamps) < 0)[0]
+    if len(backwards):
+        raise BadClip(f"its timestamps go backwards after frame {backwards[0]} (joined recordings, or a damaged file)")
+    return Decoded(stamps, first, interlaced, cropped)
+
+
+def moves_by_alignment(path, first):
+    """Whether the first frame is another one if the codec's cropping is not exact, as in decord."""
+    with open_video(path, crop_exactly=False) as (container, stream):
+        other = next(decoded(container, stream))
+    return not np.array_equal(first.to_ndarray(format="gray"), other.to_ndarray(format="gray"))
