@@ -4,31 +4,44 @@
 `TrainingClips` is the torch Dataset over the run's positions.
 """
 
+import contextlib
 import csv
 import difflib
 import functools
 import hashlib
+import io
 import json
 import os
 import shutil
 import stat
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 from torch.utils.data import Dataset, default_collate
 
 from cogvideox.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from cogvideox.files import write_bytes
+from cogvideox.files import at_home, is_unicode, write_bytes
 from cogvideox.model import sample_latents
 from cogvideox.order import sampled_timestep, seeded_generator
+
+LINE_FILES, TEXT_FILES = "line files", "videos with a text file each"  # names of layouts; a table's is its file name
+
+# The columns of a table, if no flag names them: ours, then those of other trainers (VideoX-Fun, finetrainers, musubi-tuner, ...).
+CAPTION_COLUMNS = ("text", "caption", "prompt")
+VIDEO_COLUMNS = ("video", "file_name", "file_path", "video_path", "path")
+TABLE_KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".json")
+MISSING = ("nan", "none", "null", "<na>")  # what other programs write into a cell without a value
+
+MOST_LEFT_OUT = 1000  # names of files that are not trained on: a data folder may lie in a home folder
 
 
 @dataclass(frozen=True)
 class Record:
-    """One clip of the data: its place in the lists (for messages), the file as listed, the file on disk, its caption, and why
-    the file cannot be opened (None: it can)."""
+    """One clip of the data: its place in the lists (for messages), the file as listed, the file on disk (an absolute path), its
+    caption, and why it cannot be used (None: it can)."""
 
     where: str
     listed: str
@@ -53,42 +66,48 @@ def list_clips(args, root=None):
         records, problems, layout = read_records(root, args.caption_column, args.video_column, args.allow_external_paths)
     if args.id_token:
         records = [replace(r, caption=f"{args.id_token} {r.caption}") for r in records]
-    return records, problems, layout
+    return [r if r.reason else replace(r, path=decodable(r.path, args.encoding_cache_dir)) for r in records], problems, layout
+
+
+def decodable(path, cache):
+    """The path, or that of a link to it in the cache if its name is not UTF-8: decoders take no other name."""
+    if is_unicode(path):
+        return path
+    link = Path(cache, "unpacked", hashlib.sha256(os.fsencode(path)).hexdigest()).with_suffix(Path(path).suffix)
+    with contextlib.suppress(OSError):  # another process made it; or the cache is read-only, and the decoder says what is wrong
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    return str(link)
 
 
 def list_eval_clips(args):
-    """(records, problems) of --eval_data_root, each with the flag's name in front."""
+    """(records, problems, layout) of --eval_data_root, records and problems with the flag's name in front."""
     if not args.eval_data_root:
-        return [], []
-    records, problems, _ = list_clips(args, args.eval_data_root)
+        return [], [], "nothing"
+    records, problems, layout = list_clips(args, args.eval_data_root)
     if not records and not problems:
         problems = ["contains no clips"]
     records = [replace(record, where=f"--eval_data_root {record.where}") for record in records]
-    return records, [f"--eval_data_root: {problem.removeprefix('--instance_data_root ')}" for problem in problems]
+    return records, [f"--eval_data_root: {problem.removeprefix('--instance_data_root ')}" for problem in problems], layout
 
 
 def read_hub_dataset(args):
     """Records of a dataset loaded with the datasets package. Videos are file names, or bytes, which are written to disk once."""
     import datasets
 
-    columns = args.caption_column or "text", args.video_column or "video"
+    source = f"--dataset_name {args.dataset_name}"
     try:
         rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, split="train")
     except Exception as error:  # the package raises many kinds of errors
-        return [], [f"--dataset_name {args.dataset_name}: cannot be loaded ({str(error).splitlines()[0]})"], "datasets"
-    missing = [name for name in columns if name not in rows.column_names]
-    if missing:
-        return (
-            [],
-            [f"--dataset_name {args.dataset_name}: no column {', '.join(missing)} (it has: {', '.join(rows.column_names)})"],
-            "datasets",
-        )
+        return [], [f"{source}: cannot be loaded ({str(error).splitlines()[0]})"], "datasets"
+    columns, problem = choose_columns(rows.column_names, args.caption_column, args.video_column)
+    if problem:
+        return [], [f"{source}: {problem}"], "datasets"
     if isinstance(rows.features[columns[1]], datasets.Video):
         rows = rows.cast_column(columns[1], datasets.Video(decode=False))
     records, problems = [], []
     for number, row in enumerate(rows, 1):
-        where, caption, video = f"{args.dataset_name}:{number}", " ".join(str(row[columns[0]] or "").split()), row[columns[1]]
-        name = None
+        where, video, name = f"{args.dataset_name}:{number}", row[columns[1]], None
         if isinstance(video, dict) and video.get("bytes"):
             name = video.get("path") or where
             path = Path(args.encoding_cache_dir) / "unpacked" / hashlib.sha256(video["bytes"]).hexdigest()
@@ -96,40 +115,43 @@ def read_hub_dataset(args):
             if not path.exists():
                 write_bytes(path, video["bytes"])
             video = {"path": str(path)}
-        listed = str(video["path"] if isinstance(video, dict) else video)
-        path, reason = locate(Path.cwd(), listed, allow_external_paths=True)
-        if caption:
+        listed, caption, faults = cells_of(row | {columns[1]: video.get("path") if isinstance(video, dict) else video}, columns)
+        problems += [f"{where}: {fault}" for fault in faults]
+        if not faults:
+            path, reason = locate(Path.cwd(), listed, allow_external_paths=True)
             records.append(Record(where, name or listed, str(path), caption, reason))
-        else:
-            problems.append(f"{where}: empty caption")
     return records, problems, "datasets"
 
 
 def read_records(root, caption_column=None, video_column=None, allow_external_paths=False):
     """Read the (file, caption) pairs of a data folder or table.
 
-    Four layouts are detected: `prompts.txt` + `videos.txt` (or the names given), a table (`metadata.csv|jsonl|parquet`, or such
-    a file as `root`) with one column each, `videos/` + `labels/NAME.txt` (the layout of the SAT trainer), and clips with a
+    Four layouts are detected: `prompts.txt` + `videos.txt` (or the names given), a table (`metadata.csv|jsonl|parquet|json`, or
+    such a file as `root`) with one column each, `videos/` + `labels/NAME.txt` (the layout of the SAT trainer), and clips with a
     `NAME.txt` beside each.
 
     Returns (records, problems, layout): problems of the lists as sentences (a file's own problem is in its record), and the
     layout's name for the log.
     """
-    root = Path(root).expanduser()
+    root = Path(at_home(root)).absolute()  # a decoder takes a relative "concat:x.mp4" for an address
     if root.is_dir() and not os.access(root, os.R_OK | os.X_OK):
         return [], [f"--instance_data_root {root}: permission denied"], "nothing"
     if not root.exists():
         return [], [f"--instance_data_root {root}: no such folder"], "nothing"
-    table = root if root.is_file() else find_table(root)
-    if root.is_dir() and ((root / (caption_column or "prompts.txt")).exists() or table is None and not has_labels(root)):
-        rows, problems = read_line_files(root, caption_column or "prompts.txt", video_column or "videos.txt")
-        layout = "line files"
-    elif table is not None:
-        rows, problems = read_table(table, caption_column or "text", video_column or "video")
+    caption_file = caption_column or "prompts.txt"
+    table = root if root.is_file() else None
+    if table is None and not (root / caption_file).exists():
+        # metadata.json comes last: a folder of another layout may hold one that is about something else.
+        table = find_table(root, TABLE_KINDS[:-1]) or (None if has_labels(root) else find_table(root, TABLE_KINDS[-1:]))
+    if table is not None:
+        rows, problems = read_table(table, caption_column, video_column)
         root, layout = table.parent, table.name
-    else:
+    elif not (root / caption_file).exists() and has_labels(root):
         rows, problems = read_label_files(root)
-        layout = "videos with a text file each"
+        layout = TEXT_FILES
+    else:
+        rows, problems = read_line_files(root, caption_file, video_column or "videos.txt")
+        layout = LINE_FILES
     records = []
     for where, listed, caption in rows:
         path, reason = locate(root, listed, allow_external_paths)
@@ -169,15 +191,17 @@ def read_lines(root, name, problems):
         problems.append(f"{path}: permission denied")
         return []
     if not path.is_file():
-        near = difflib.get_close_matches(name, [p.name for p in root.iterdir()], n=1)
+        names = sorted(p.name for p in root.iterdir() if not is_hidden(p.name))
+        near = difflib.get_close_matches(name, names, n=1)
+        tables = [other for other in names if Path(other).suffix.lower() in TABLE_KINDS]
         hint = f"; there is {near[0]}" if near else ""
+        hint = hint or (f"; there is {tables[0]}: a table is given as --instance_data_root" if tables else "")
         problems.append(f"{path}: no such file (--caption_column and --video_column name the two lists){hint}")
         return []
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = error.object[: error.start].count(b"\n") + 1
-        problems.append(f"{name}:{number}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8")
+        text = read_text(path)
+    except ValueError as error:
+        problems.append(f"{name}:{str(error).removeprefix('line ')}")
         return []
     # Split at line feeds only: str.splitlines also cuts at rare separators that a caption may contain.
     lines = [line.strip() for line in text.split("\n")]
@@ -188,56 +212,150 @@ def read_lines(root, name, problems):
     return lines
 
 
-def find_table(root):
-    """The table of a data folder (`metadata.csv`, `.jsonl` or `.parquet`), or None."""
-    return next((root / f"metadata.{kind}" for kind in ("csv", "jsonl", "parquet") if (root / f"metadata.{kind}").is_file()), None)
-
-
-def read_table(path, caption_column, video_column):
-    """Rows of a CSV, JSONL or Parquet file. Returns ([(where, listed file, caption)], problems)."""
+def read_text(path):
+    """The text of a UTF-8 file, without its byte order mark. OSError, or ValueError with the number of the line that is not UTF-8."""
     try:
-        rows = list(table_rows(path))
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, OSError, ValueError) as error:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"line {number}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8") from None
+
+
+def find_table(root, kinds):
+    """The table of a data folder, `metadata` with the first of these suffixes, or None."""
+    return next((root / f"metadata{kind}" for kind in kinds if (root / f"metadata{kind}").is_file()), None)
+
+
+def read_table(path, caption_column=None, video_column=None):
+    """Rows of a CSV, JSONL, Parquet or JSON file. Returns ([(where, listed file, caption)], problems)."""
+    problems = []
+    try:
+        names, rows = table_rows(path, problems)
+    except (OSError, ValueError) as error:
         return [], [f"{path}: cannot be read as {path.suffix[1:]} ({error})"]
     if not rows:
-        return [], [f"{path}: no rows"]
-    missing = [name for name in (caption_column, video_column) if name not in rows[0][1]]
-    if missing:
-        columns = ", ".join(map(str, rows[0][1]))
-        return [], [f"{path}: no column {', '.join(missing)} (it has: {columns}); name them with --caption_column and --video_column"]
-    pairs, problems = [], []
+        return [], problems or [f"{path}: no rows"]
+    columns, problem = choose_columns(names, caption_column, video_column)
+    if problem:
+        return [], [f"{path}: {problem}", *problems]
+    pairs = []
     for number, row in rows:
-        values = [str(row.get(name) or "").strip() for name in (caption_column, video_column)]
-        problems += [
-            f"{path.name}:{number}: empty {name}" for name, value in zip((caption_column, video_column), values, strict=True) if not value
-        ]
-        if all(values):
-            pairs.append((f"{path.name}:{number}", values[1], " ".join(values[0].split())))
+        listed, caption, faults = cells_of(row, columns)
+        problems += [f"{path.name}:{number}: {fault}" for fault in faults]
+        if not faults:
+            pairs.append((f"{path.name}:{number}", listed, caption))
     return pairs, problems
 
 
-def table_rows(path):
-    """Yield (line or row number, dict) of a CSV, JSONL or Parquet file. ValueError for any other suffix."""
-    if path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            for row in reader:
-                yield reader.line_num, row
-    elif path.suffix == ".jsonl":
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # a caption may hold U+2028
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is no object")
-                yield number, row
-    elif path.suffix == ".parquet":
+def choose_columns(names, caption_column=None, video_column=None):
+    """((caption column, video column), None), or (None, the problem). Without a flag the first known name that is there."""
+    columns, missing = [], []
+    for asked, known in ((caption_column, CAPTION_COLUMNS), (video_column, VIDEO_COLUMNS)):
+        columns.append(asked or next((name for name in known if name in names), known[0]))
+        missing += [columns[-1]] if columns[-1] not in names else []
+    if missing:
+        has = ", ".join(map(str, dict.fromkeys(names)))
+        return None, f"no column {', '.join(missing)} (it has: {has}); name them with --caption_column and --video_column"
+    if double := [name for name in columns if names.count(name) > 1]:
+        return None, f"two columns are called {double[0]}"
+    return columns, None
+
+
+def cells_of(row, columns):
+    """(file, caption, faults) of a table's row: what is not a text, or empty, as sentences."""
+    texts, faults = [], []
+    for column in columns:
+        value = row.get(column)
+        text = value.strip() if isinstance(value, str) else ""
+        if value is not None and not isinstance(value, str):
+            kinds = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
+            kind = kinds.get(type(value), type(value).__name__)
+            faults.append(f"{column} is {kind} ({str(value)[:40]}), not a text")
+        elif column == columns[0] and not is_unicode(text):
+            faults.append(f"{column} has half a character: {value[:40]!r}")
+        elif not text:
+            faults.append(f"empty {column}")
+        elif column == columns[0] and text.lower() in MISSING:
+            faults.append(f"{column} is {text!r}, which stands for a missing value")
+        texts.append(text)
+    return texts[1], " ".join(texts[0].split()), faults
+
+
+def table_rows(path, problems):
+    """(column names, [(line or row number, dict)]) of a table; appends to `problems` the rows that cannot be read.
+
+    ValueError, or what the file's reader raises, if the whole file cannot be read.
+    """
+    kind = path.suffix.lower()
+    if kind in (".csv", ".tsv"):
+        return csv_rows(path, problems)
+    if kind == ".parquet":
         try:
             import pyarrow.parquet
         except ImportError:
             raise ValueError("a Parquet table needs pyarrow: pip install pyarrow") from None
-        yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
-    else:
-        raise ValueError("a table ends in .csv, .jsonl or .parquet")
+        table = pyarrow.parquet.read_table(path)
+        return table.column_names, list(enumerate(table.to_pylist(), 1))
+    if kind not in TABLE_KINDS:
+        raise ValueError(f"a table ends in {', '.join(TABLE_KINDS)}")
+    text = read_text(path)
+    rows = list(json_lines(text, path.name, problems) if kind == ".jsonl" else enumerate(json_entries(text), 1))
+    return list(dict.fromkeys(name for _, row in rows for name in row)), rows
+
+
+def csv_rows(path, problems):
+    """`table_rows` of a CSV file, whose cells a comma, a semicolon or a tab separates: the most frequent one in its header.
+
+    A cell too many is a caption with a comma that was not quoted, whose end would be lost.
+    """
+    rows, header, start = [], None, 1
+    text = read_text(path)
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+    try:
+        for cells in reader:
+            number, start = start, reader.line_num + 1
+            if header is None:
+                header = [cell.strip() for cell in cells]
+            elif cells:
+                surplus = [cell for cell in cells[len(header) :] if cell.strip()]
+                if surplus:
+                    rule = f'quote a text that has a "{delimiter}": "a rabbit{delimiter} running"'
+                    problems.append(f"{path.name}:{number}: {len(cells)} cells in {len(header)} columns ({surplus[0]!r}); {rule}")
+                elif len(cells) < len(header):
+                    problems.append(f"{path.name}:{number}: {len(cells)} cells in {len(header)} columns")
+                else:
+                    rows.append((number, dict(zip(header, cells, strict=False))))
+    except csv.Error as error:  # an open quote takes in the rest of the file
+        raise ValueError(f"line {start}: {error}; write a quote inside a quoted text twice") from None
+    return header or [], rows
+
+
+def json_lines(text, name, problems):
+    """Yield (line number, dict) of JSON rows. Only line feeds end a row: a caption may hold any other separator."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.strip(), strict=False)  # a tab in a caption does no harm
+        except ValueError as error:
+            problems.append(f"{name}:{number}: not JSON ({error})")
+            continue
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            problems.append(f"{name}:{number}: is no object")
+
+
+def json_entries(text):
+    """The rows of a JSON file: a list of objects, or an object of file names, each with its caption or an object that has it."""
+    content = json.loads(text, strict=False)
+    if isinstance(content, dict) and all(isinstance(value, (str, dict)) for value in content.values()):
+        named = {name: value if isinstance(value, dict) else {CAPTION_COLUMNS[0]: value} for name, value in content.items()}
+        return [{VIDEO_COLUMNS[0]: name} | row for name, row in named.items()]
+    if isinstance(content, list) and all(isinstance(row, dict) for row in content):
+        return content
+    raise ValueError("neither a list of objects nor an object of file names and captions")
 
 
 def has_labels(root):
@@ -245,23 +363,33 @@ def has_labels(root):
     return (root / "labels").is_dir() or any(p.with_suffix(".txt").is_file() for p in media_files(root))
 
 
+def is_hidden(name):
+    """Whether a file or folder is a system's own, such as `._02.mp4`, which macOS writes beside 02.mp4 on other file systems."""
+    return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
+
+
 def media_files(root):
-    """Clips and images in `root/videos`, or in `root` if there is no such folder, sorted by name."""
+    """Clips and images in `root/videos`, or in `root` if there is no such folder, sorted by name, without hidden ones."""
     folder = root / "videos" if (root / "videos").is_dir() else root
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES and not is_hidden(p.name))
+
+
+def caption_file(root, path):
+    """The text file of a clip: in `labels/`, or beside it."""
+    return (root / "labels" / path.name if (root / "labels").is_dir() else path).with_suffix(".txt")
 
 
 def read_label_files(root):
     """`videos/NAME.mp4` with `labels/NAME.txt`, or with `NAME.txt` beside it."""
-    labels = root / "labels"
     pairs, problems = [], []
     for path in media_files(root):
-        text = (labels / path.name if labels.is_dir() else path).with_suffix(".txt")
+        text = caption_file(root, path)
         listed = str(path.relative_to(root))
         try:
-            caption = " ".join(text.read_text(encoding="utf-8-sig").split())
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"{listed}: the caption {text.relative_to(root)} cannot be read ({type(error).__name__})")
+            caption = " ".join(read_text(text).split())
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            problems.append(f"{listed}: the caption {text.relative_to(root)} cannot be read ({reason})")
             continue
         if caption:
             pairs.append((listed, listed, caption))
@@ -270,19 +398,65 @@ def read_label_files(root):
     return pairs, problems
 
 
+def files_left_out(args, root, records, layout):
+    """The names of up to MOST_LEFT_OUT files of a data folder that the run does not read: clips first, without hidden files.
+
+    Beside a table that is given as `root`, only the folders of its clips are looked at. records, layout: from `read_records`.
+    Skips the encodings' cache, the folders of runs, and --eval_data_root in --instance_data_root.
+    """
+    if not records or not root:
+        return []
+    seen = {os.path.realpath(other) for other in (args.encoding_cache_dir, args.instance_data_root, args.eval_data_root) if other}
+    seen -= {os.path.realpath(root)}
+    root = Path(root).absolute()
+    lists = [args.caption_column or "prompts.txt", args.video_column or "videos.txt"] if layout == LINE_FILES else [layout]
+    folder = root if root.is_dir() else root.parent
+    paths = [folder / record.listed for record in records]
+    read = {file_identity(path) for path in [*(record.path for record in records), *(folder / name for name in lists)]}
+    read |= {file_identity(caption_file(folder, path)) for path in paths if layout == TEXT_FILES}
+    read.discard(None)
+    own = sorted({Path(os.path.normpath(path.parent)) for path in paths})  # a linked folder is not walked from above
+    own, left_out = [place for place in own if place.is_relative_to(folder)], {}
+    for start in [folder, *own] if root.is_dir() else own:
+        for place, folders, names in os.walk(start):
+            if (real := os.path.realpath(place)) in seen or ("dataset_report.txt" in names and Path(place) != folder):
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
+            for name in sorted(names):
+                path = Path(place, name)
+                if not is_hidden(name) and file_identity(path) not in read:
+                    left_out[str(path.relative_to(folder))] = path.suffix.lower() not in IMAGE_SUFFIXES | VIDEO_SUFFIXES
+            if len(left_out) >= MOST_LEFT_OUT:
+                break
+    return sorted(left_out, key=left_out.get)[:MOST_LEFT_OUT]
+
+
+def file_identity(path):
+    """The device and inode of a file, the same for all names of it; None if there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino
+
+
 def locate(root, listed, allow_external_paths):
-    """Find a listed file below `root`. Returns (path, None), or (path, the reason why it cannot be used)."""
-    if "\0" in listed or "://" in listed:
+    """Find a listed file below the absolute path `root`. Returns (path, None), or (path, the reason why it cannot be used)."""
+    if "\0" in listed:
         return listed, "not a file name"
-    path = Path(listed).expanduser()
+    path = Path(at_home(listed))
     inside = not path.is_absolute()
     path = root / path
     try:
         resolved = path.resolve(strict=True)
         status = resolved.stat()
     except FileNotFoundError:
-        return path, "no such file" + (" (a broken link)" if path.is_symlink() else "")
-    except (OSError, RuntimeError) as error:
+        if "://" in listed:
+            return path, "not a file name"
+        return path, "no such file" + (" (a broken link)" if path.is_symlink() else near_name(root, listed))
+    except (OSError, RuntimeError, ValueError) as error:  # ValueError: half a character, which JSON can spell
         return path, f"cannot be opened ({error})"
     # An absolute path is deliberate; a relative one that leaves the folder by `..` or a link may be a mistake.
     if inside and not allow_external_paths and not resolved.is_relative_to(root.resolve()):
@@ -294,6 +468,24 @@ def locate(root, listed, allow_external_paths):
     if not os.access(resolved, os.R_OK):
         return path, "permission denied"
     return path, None
+
+
+def near_name(root, listed):
+    """The hint "; there is NAME" for a missing file: another system's spelling of the name, or its end below `root`; or ""."""
+    plain = listed.strip("\"'").replace("\\", "/")
+    parts = PureWindowsPath(plain).parts
+    spellings = [
+        plain,
+        *(unicodedata.normalize(form, plain) for form in ("NFC", "NFD")),
+        *("/".join(parts[n:]) for n in range(1, len(parts))),
+    ]
+    for name in spellings:
+        try:
+            if name != listed and (root / name).is_file():
+                return f"; there is {name}" + (", with / between folders" if "\\" in listed else "")
+        except (OSError, ValueError):  # a name that is too long
+            continue
+    return ""
 
 
 # -----------------------------------------------------------------------------

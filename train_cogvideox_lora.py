@@ -26,7 +26,7 @@ from pathlib import Path
 
 from cogvideox import flags
 from cogvideox.device import cpu_is_wanted, hide_gpus
-from cogvideox.files import hash_ahead
+from cogvideox.files import at_home, hash_ahead
 from cogvideox.stopping import end_with_launcher
 
 # -----------------------------------------------------------------------------
@@ -154,7 +154,8 @@ def build_parser():
 
 def check_flags(args):
     """Problems of the flags beyond their bounds, one sentence each. Fills in the defaults that depend on other flags."""
-    problems = flags.check_data_flags(args)
+    texts = ("validation_prompt", "negative_prompt", "pretrained_model_name_or_path", "output_dir", "init_lora", "resume_from_checkpoint")
+    problems = flags.check_data_flags(args) + flags.undecodable(args, *texts)
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         problems.append(f"--lr_warmup_steps {args.lr_warmup_steps}: --lr_scheduler constant has no warm-up; use constant_with_warmup")
     if args.learning_rate == 0 and args.optimizer == "prodigy":
@@ -199,7 +200,7 @@ def hash_model_ahead(args):
     """Begin to hash the weights of a local model, on the rank that asks for it, while the libraries are imported."""
     if os.environ.get("RANK", "0") == "0":
         parts, ending = ("text_encoder", "vae", "transformer"), f".{args.variant}.safetensors" if args.variant else ".safetensors"
-        folder = Path(args.pretrained_model_name_or_path).expanduser()
+        folder = Path(at_home(args.pretrained_model_name_or_path))
         files = [file for part in parts for file in sorted((folder / part).glob(f"*{ending}"))]
         hash_ahead([file for file in files if args.variant or "." not in file.stem], Path(args.encoding_cache_dir))
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from cogvideox import engine, lora, report, sft
 from cogvideox.console import BAD_OUTPUT, fail, say, timed, warn
-from cogvideox.files import file_sha256, read_json, still_missing, write_durably, write_tensors
+from cogvideox.files import at_home, file_sha256, read_json, still_missing, write_durably, write_tensors
 from cogvideox.launch import problem_of_any_rank
 
 FORMAT = 1
@@ -261,7 +261,7 @@ def choose_checkpoint(requested, output_dir):
     "latest" takes the newest valid one and remarks on those that it skipped; a given path must be valid. Raises BadCheckpoint.
     """
     if requested != "latest":
-        path = Path(requested).expanduser()
+        path = Path(at_home(requested))
         if not path.is_dir() and (Path(output_dir) / requested).is_dir():
             path = Path(output_dir) / requested
         if not path.is_dir():

@@ -46,6 +46,9 @@ def configure(verbose=False):
     """Show messages of level info and above; with `verbose` of level debug and above, and the libraries' messages."""
     if not any(isinstance(handler, Console) for handler in log.handlers):
         log.addHandler(Console())
+    for stream in (sys.stdout, sys.stderr):  # a file's name holds any byte, and a terminal may know Latin letters only
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     log.propagate = False
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     if verbose:

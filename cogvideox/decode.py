@@ -379,7 +379,7 @@ def fit(frame, facts):
 
 def random_crop(framing, seed, name):
     """A copy of `framing` with a crop position that depends only on the seed and the file's name."""
-    digest = hashlib.sha256(f"{seed}/crop/{name}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/crop/{name}".encode(errors="surrogateescape")).digest()
     return replace(framing, crop_x=digest[0] / 255, crop_y=digest[1] / 255)
 
 

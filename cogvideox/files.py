@@ -20,6 +20,18 @@ SECONDS_UNTIL_VISIBLE = 90
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that every loader expects
 
 
+def at_home(path):
+    """A path as text, `~/` at its start expanded. `~x.mp4` is a file: pathlib takes x for a user, and fails if there is none."""
+    text = os.fspath(path)
+    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
+
+
+def is_unicode(text):
+    """Whether a text is made of whole characters. Bytes that are not UTF-8, and halves of characters in JSON, are not: no tokenizer
+    takes them."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def read_json(path):
     """A JSON file's content. OSError if it cannot be read, ValueError if it is not JSON."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -132,7 +144,7 @@ def entry_path(cache, kind, key, ending="safetensors"):
 
 def lora_path(path):
     """The file of a LoRA that is given as a file or as the folder of a run."""
-    path = Path(path).expanduser()
+    path = Path(at_home(path))
     return path / LORA_FILE if path.is_dir() else path
 
 

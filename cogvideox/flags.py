@@ -10,6 +10,8 @@ import math
 import os
 import re
 
+from cogvideox.files import at_home, is_unicode
+
 
 def new_parser(description):
     """An empty parser. `args.declared` will hold the actions of `flag_group`'s flags by name."""
@@ -81,15 +83,25 @@ def refuse(parser, problems):
 
 
 def public_flags(args):
-    """The flags of a run as JSON-ready values, without the token."""
-    return {name: getattr(args, name) for name in sorted(args.declared) if name != "hub_token"}
+    """The flags of a run as JSON-ready values, without the token, and with "?" for bytes that are not UTF-8: trackers take none."""
+    values = {name: getattr(args, name) for name in sorted(args.declared) if name != "hub_token"}
+    return {name: value.encode(errors="replace").decode() if isinstance(value, str) else value for name, value in values.items()}
+
+
+def undecodable(args, *names):
+    """A sentence for each of these flags whose text is not UTF-8, which no tokenizer takes, and no library that reads weights."""
+    return [
+        f"--{name} {getattr(args, name)!a}: is not UTF-8; write it in UTF-8, or give another"
+        for name in names
+        if not is_unicode(getattr(args, name) or "")
+    ]
 
 
 def expand_home(args, *names):
-    """Replace ~ by the home folder in these flags."""
+    """Replace ~/ by the home folder in these flags."""
     for name in names:
         if getattr(args, name):
-            setattr(args, name, os.path.expanduser(getattr(args, name)))
+            setattr(args, name, at_home(getattr(args, name)))
 
 
 # -----------------------------------------------------------------------------
@@ -137,7 +149,7 @@ def check_data_flags(args):
     """Further problems of the flags of `add_data_flags`, as sentences. Fills in the values that depend on other flags."""
     from PIL import ImageColor  # not before a wrong flag has been refused
 
-    problems = []
+    problems = undecodable(args, "id_token", "encoding_cache_dir", "cache_dir")
     if args.eval_share and args.eval_data_root:
         problems.append("--eval_share and --eval_data_root: both hold clips out; give only one")
     args.bucket_sizes, args.bucket_lengths = [], []
@@ -161,7 +173,5 @@ def check_data_flags(args):
     if args.dataset_name and importlib.util.find_spec("datasets") is None:
         problems.append("--dataset_name needs the datasets package: pip install datasets")
     expand_home(args, "instance_data_root", "eval_data_root", "dataset_name", "cache_dir", "encoding_cache_dir")
-    args.encoding_cache_dir = args.encoding_cache_dir or os.path.join(
-        args.cache_dir or os.path.expanduser("~/.cache"), "cogvideox-encodings"
-    )
+    args.encoding_cache_dir = args.encoding_cache_dir or os.path.join(args.cache_dir or at_home("~/.cache"), "cogvideox-encodings")
     return problems

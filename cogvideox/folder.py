@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from cogvideox.console import say
 from cogvideox.decode import longest_legal_length
-from cogvideox.files import key_of, read_json
+from cogvideox.files import at_home, key_of, read_json
 
+UNKNOWN_NOTED, UNKNOWN_REFUSED = 0.05, 0.5  # shares of a text's characters: one odd letter is nothing, half of them is the content
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
 PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHARDING_ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by accelerate launch
@@ -43,7 +44,7 @@ def find_model(name_or_path, revision=None, variant=None, cache_dir=None, token=
     cache_dir: folder of downloads; a model that lies complete in the hub client's own folder is not downloaded again.
     Raises ValueError with a sentence for the user.
     """
-    path = Path(name_or_path).expanduser()
+    path = Path(at_home(name_or_path))
     if path.is_dir():
         return path
     if path.exists():
@@ -260,9 +261,33 @@ def load_tokenizer(folder):
         ) from None
 
 
-def count_tokens(tokenizer, captions):
-    """Tokens of each caption, including the end token, without truncation."""
-    return [len(ids) for ids in tokenizer(list(captions), add_special_tokens=True, verbose=False).input_ids]
+def token_ids(tokenizer, texts):
+    """The token ids of each text, including the end token, without truncation."""
+    return tokenizer(list(texts), add_special_tokens=True, verbose=False).input_ids
+
+
+def unknown_shares(tokenizer, texts):
+    """The share of each text's characters, without spaces, that the tokenizer's vocabulary lacks; 1 if a text has no token at all.
+
+    Characters are counted, because a whole run of unknown ones is a single unknown token. T5 has no Chinese, Japanese, Korean,
+    Greek, Arabic or Hebrew letters, only some Cyrillic ones, and no emoji.
+    """
+    shares, found = [], tokenizer(list(texts), add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    for text, ids, spans in zip(texts, found.input_ids, found.offset_mapping, strict=True):
+        unknown = {at for token, span in zip(ids, spans, strict=True) if token == tokenizer.unk_token_id for at in range(*span)}
+        visible = [at for at, character in enumerate(text) if not character.isspace()]
+        shares.append(len(unknown.intersection(visible)) / len(visible) if visible and ids else float(bool(text)))
+    return shares
+
+
+def text_notes(tokenizer, named, limit):
+    """Sentences about texts that the model reads in part: cut at `limit` tokens, or with unknown characters. named: [(name, text)]."""
+    texts = [text for _, text in named]
+    for (name, text), ids, share in zip(named, token_ids(tokenizer, texts), unknown_shares(tokenizer, texts), strict=True):
+        if len(ids) > limit:
+            yield f"{name} has {len(ids)} tokens, and the model reads {limit}: the last {len(ids) - limit} are cut: {text[:60]!r} ..."
+        if share > UNKNOWN_NOTED:
+            yield f"{name} has {100 * share:.0f} % of characters that T5 does not know: {text[:60]!r}"
 
 
 # -----------------------------------------------------------------------------

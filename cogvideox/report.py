@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cogvideox import charts, hub
 from cogvideox.charts import evenly, number, points_of
-from cogvideox.files import LORA_FILE, read_json, read_json_lines, write_bytes
+from cogvideox.files import LORA_FILE, at_home, read_json, read_json_lines, write_bytes
 from cogvideox.flags import public_flags
 
 NAME = "report.html"
@@ -77,7 +77,7 @@ def describe_run(args, accelerator, engine, plan, data, video, num_trained):
     engine: its name. video: the settings of the validation videos.
     """
     base = args.pretrained_model_name_or_path
-    is_on_hub = not Path(base).expanduser().exists()
+    is_on_hub = not Path(at_home(base)).exists()
     facts = {"name": Path(args.output_dir).resolve().name, "device": device_name(accelerator.device)}
     facts |= {"processes": accelerator.num_processes, "engine": engine, "clips": len(plan.clips)}
     facts |= {"clips_per_step": plan.clips_per_step, "total_steps": plan.total_steps, "trained_parameters": num_trained}

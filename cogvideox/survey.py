@@ -12,28 +12,28 @@ import platform
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from accelerate.utils import gather_object
 
 from cogvideox.console import progress, say, warn
-from cogvideox.decode import SURVEY_VERSION, Framing, clip_framing
+from cogvideox.decode import IMAGE_SUFFIXES, SURVEY_VERSION, VIDEO_SUFFIXES, Framing, clip_framing
 from cogvideox.files import hash_file, key_of, read_json, write_bytes
-from cogvideox.folder import count_tokens
+from cogvideox.folder import UNKNOWN_NOTED, UNKNOWN_REFUSED, text_notes, token_ids, unknown_shares
 from cogvideox.order import choose_held_out
 from cogvideox.stopping import exit_if_requested
-from dataset import list_clips, list_eval_clips
+from dataset import MOST_LEFT_OUT, files_left_out, list_clips, list_eval_clips
 
 
 @dataclass
 class Data:
-    """The checked clips: parallel lists of records, facts and caption tokens; and the problems as sentences.
+    """The checked clips: parallel lists of records and facts; and the problems as sentences.
 
     held_out: the numbers of the clips that are scored and never trained on; trained: the others.
     """
 
     records: list
     clips: list
-    tokens: list
     problems: list
     framing: Framing
     held_out: list = field(default_factory=list)
@@ -52,7 +52,7 @@ class Data:
 def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     """List and decode every clip, print the report, and return the Data. Writes dataset.json and dataset_report.txt."""
     records, problems, layout = list_clips(args)
-    others, more_problems = list_eval_clips(args)
+    others, more_problems, eval_layout = list_eval_clips(args)
     of_data, records, problems = len(records), records + others, problems + more_problems
     framing, cache = framing_of(args, facts), Path(args.encoding_cache_dir)
     rank, world_size = accelerator.process_index, accelerator.num_processes
@@ -60,8 +60,10 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     barrier()  # one rank may have slower files than another
     numbered = gather_object(list(zip(range(rank, len(records), world_size), mine, strict=True)))
     clips = [clip for _, clip in sorted(numbered, key=lambda pair: pair[0])]
-    tokens = count_tokens(tokenizer, [r.caption for r in records]) if tokenizer and records else [0] * len(records)
-    bad = [f"{r.where}: {printable(r.listed)}: {clip['reason']}" for r, clip in zip(records, clips, strict=True) if "reason" in clip]
+    readings = read_captions(args.id_token, tokenizer, records)
+    limit, clips = facts.max_text_seq_length, without_unreadable(clips, readings)
+    problems += caption_problems(args.id_token, tokenizer, records, readings, limit)
+    bad = unusable(records, clips)
     skipped = args.bad_videos == "skip" and len(bad) <= args.max_bad_share * len(records) and len(bad) < len(records)
     problems += [] if skipped else bad
     if bad and args.bad_videos == "skip" and not skipped:
@@ -79,11 +81,16 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
             f"--train_batch_size {args.train_batch_size}: the clips differ in length, but a batch needs one shape; "
             "use --train_batch_size 1, --bucket, or a --max_num_frames that every clip reaches"
         )
-    dataset = describe(records, clips, tokens, facts.max_text_seq_length, framing, drawn)
+    left_out = []
+    if accelerator.is_main_process:
+        left_out += files_left_out(args, args.instance_data_root, records[:of_data], layout)
+        more = files_left_out(args, args.eval_data_root, records[of_data:], eval_layout)
+        left_out += [str(Path(args.eval_data_root, name)) for name in more]
+    dataset = describe(records, clips, readings, limit, framing, drawn, left_out)
     dataset = {"source": args.dataset_name or args.instance_data_root, "layout": layout} | dataset | {"problems": problems}
     if accelerator.is_main_process:
         write_bytes(Path(args.output_dir) / "dataset.json", json.dumps(dataset, indent=1).encode())
-        write_bytes(Path(args.output_dir) / "dataset_report.txt", report_text(dataset).encode())
+        write_bytes(Path(args.output_dir) / "dataset_report.txt", report_text(dataset).encode(errors="replace"))  # names hold any byte
     table = list(table_lines(dataset))
     shown = table if len(table) <= 13 else table[:13] + [f"... {len(table) - 13} more in dataset_report.txt"]
     for sentence in bad if skipped else []:
@@ -94,7 +101,76 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     if records:
         for record in records[:3]:
             say(f"  {printable(record.listed)}: {record.caption[:100]!r}")
-    return Data([records[i] for i in usable], [clips[i] for i in usable], [tokens[i] for i in usable], problems, framing, held_out)
+    prompts = [(f"validation prompt {number}", prompt) for number, prompt in enumerate(args.prompts, 1)]
+    for note in text_notes(tokenizer, [*prompts, ("--negative_prompt", args.negative_prompt)], limit) if tokenizer and prompts else ():
+        warn(note)  # only the videos suffer, so this ends no run
+    return Data([records[i] for i in usable], [clips[i] for i in usable], problems, framing, held_out)
+
+
+class Reading(NamedTuple):
+    """What the model reads of a caption: the token ids without truncation; and of what follows the id token the share of characters
+    that T5 does not know, and whether it has a letter."""
+
+    ids: tuple = ()
+    unknown: float = 0.0
+    has_letters: bool = True
+
+
+def read_captions(id_token, tokenizer, records):
+    """The Reading of each record's caption; empty ones without a tokenizer."""
+    if not tokenizer or not records:
+        return [Reading()] * len(records)
+    captions = [record.caption for record in records]
+    own = [caption.removeprefix(f"{id_token} ") if id_token else caption for caption in captions]
+    lettered = [any(character.isalnum() for character in caption) for caption in own]
+    ids = token_ids(tokenizer, captions)
+    # Looking at each character takes twice as long as the tokens, seconds for ten thousand captions: only where one may be unknown.
+    doubtful = [i for i in range(len(own)) if tokenizer.unk_token_id in ids[i] or not own[i].isascii()]
+    shares = dict(zip(doubtful, unknown_shares(tokenizer, [own[i] for i in doubtful]) if doubtful else [], strict=True))
+    return [Reading(tuple(ids[i]), shares.get(i, 0.0), lettered[i]) for i in range(len(own))]
+
+
+def without_unreadable(clips, readings):
+    """The facts of the clips, with a reason against those whose caption T5 mostly cannot read: the clip would be trained without one."""
+    rule = "of its caption's characters are unknown to T5, which was trained on English: write it in English"
+    return [
+        clip | {"reason": f"{100 * reading.unknown:.0f} % {rule}"} if reading.unknown > UNKNOWN_REFUSED and "reason" not in clip else clip
+        for clip, reading in zip(clips, readings, strict=True)
+    ]
+
+
+def unusable(records, clips):
+    """A sentence for each clip that cannot be used."""
+    pairs = zip(records, clips, strict=True)
+    return [f"{printable(record.where)}: {printable(record.listed)}: {clip['reason']}" for record, clip in pairs if "reason" in clip]
+
+
+def caption_problems(id_token, tokenizer, records, readings, limit):
+    """Sentences that end the run: an id token that T5 cannot read, and unlike captions that are all the same to the model."""
+    problems = []
+    if id_token and tokenizer and (share := unknown_shares(tokenizer, [id_token])[0]) > UNKNOWN_REFUSED:
+        problems.append(f"--id_token {id_token}: {100 * share:.0f} % of its characters are unknown to T5; use plain Latin letters")
+    readable = [number for number, reading in enumerate(readings) if reading.unknown <= UNKNOWN_REFUSED]
+    alike = alike_to_the_model([records[i].caption for i in readable], [readings[i] for i in readable], limit)
+    if any(len(numbers) == len(readable) for numbers in alike):
+        problems.append(
+            f"all {len(readable)} captions are the same tokens to the model, though they differ (in characters that T5 does not know, "
+            f"or after {limit} tokens): write what sets the clips apart in English, at the start"
+        )
+    return problems
+
+
+def alike_to_the_model(captions, readings, limit):
+    """Lists of the numbers of captions that differ, but in nothing that the model reads of its first `limit` tokens."""
+    groups = {}
+    for number, reading in enumerate(readings):
+        used = reading.ids if len(reading.ids) <= limit else reading.ids[: limit - 1] + reading.ids[-1:]
+        groups.setdefault(used, []).append(number)
+    return [
+        numbers
+        for used, numbers in groups.items()
+        if used and len({captions[i] for i in numbers}) > 1 and any(readings[i].unknown or len(readings[i].ids) > limit for i in numbers)
+    ]
 
 
 def framing_of(args, facts):
@@ -168,17 +244,18 @@ def remember_survey(facts, cache):
 INNER_FACTS = {"indices", "box", "stored_width", "stored_height", "treatment", "decoder", "note", "survey", "path"}
 
 
-def describe(records, facts, tokens, limit, framing, held_out=()):
-    """The content of dataset.json, the source of the text report and the page: {clips, totals, remarks}, JSON-ready.
+def describe(records, facts, readings, limit, framing, held_out=(), left_out=()):
+    """The content of dataset.json, the source of the text report and the page: {clips, totals, remarks, left_out}, JSON-ready.
 
-    facts: one dict per record, from `survey_clips`. tokens: of each caption, which is truncated at `limit`. held_out: the numbers
-    of the records that are scored and never trained on.
+    facts: one dict per record, from `survey_clips`. readings: of each caption, which is truncated at `limit` tokens. held_out: the
+    numbers of the records that are scored and never trained on. left_out: from `files_left_out`.
     """
     clips = []
-    for number, (record, clip, count) in enumerate(zip(records, facts, tokens, strict=True)):
-        described = {"line": record.where, "path": record.listed, "caption": record.caption, "tokens": count}
+    for number, (record, clip, reading) in enumerate(zip(records, facts, readings, strict=True)):
+        described = {"line": record.where, "path": record.listed, "caption": record.caption, "tokens": len(reading.ids)}
         described |= {
-            "is_caption_cut": count > limit,
+            "unknown_percent": round(100 * reading.unknown, 1),
+            "is_caption_cut": len(reading.ids) > limit,
             "split": "held out" if number in held_out else "trained",
             "problem": None,
             "notes": [],
@@ -193,7 +270,11 @@ def describe(records, facts, tokens, limit, framing, held_out=()):
     totals = {"clips": len(clips), "usable": len(usable), "held_out": sum(clip["split"] == "held out" for clip in usable)}
     totals |= {"seconds": sum(clip["seconds"] for clip in usable), "source_seconds": sum(clip["source_seconds"] for clip in usable)}
     totals |= {"buckets": dict(Counter(clip["bucket"] for clip in usable).most_common())}
-    return {"clips": clips, "totals": totals, "remarks": list(remarks(clips, usable, totals, limit, framing))}
+    alike = alike_to_the_model([clip["caption"] for clip in clips], readings, limit)
+    alike = [clips[i] for i in sorted(i for numbers in alike for i in numbers) if not clips[i]["problem"]]
+    mute = [clip for clip, reading in zip(clips, readings, strict=True) if not reading.has_letters and not clip["problem"]]
+    found = [*remarks(clips, usable, totals, limit, framing), *caption_remarks(usable, alike, mute, limit), *left_out_remarks(left_out)]
+    return {"clips": clips, "totals": totals, "remarks": found, "left_out": list(left_out)}
 
 
 def table_lines(dataset):
@@ -205,7 +286,7 @@ def table_lines(dataset):
             yield f"{name:<28} unusable: {clip['problem']}"
             continue
         source = f"{clip['source_width']}x{clip['source_height']} {clip['source_frames']}f @{clip['source_fps']:g}"
-        tokens = f"{clip['tokens']:>6}{'!' if clip['is_caption_cut'] else ''}"
+        tokens = f"{clip['tokens']:>6}{'!' if clip['is_caption_cut'] else ''}{'?' if clip['unknown_percent'] > 100 * UNKNOWN_NOTED else ''}"
         yield (
             f"{name:<28} {source:>20} {clip['reader']:>7} {clip['frames']:>6} {clip['seconds']:>7.2f} {clip['used_percent']:>4.0f}% "
             f"{clip['cropped_percent']:>4.0f}% {clip['width']:>4}x{clip['height']:<4} {tokens}"
@@ -259,6 +340,29 @@ def remarks(clips, usable, totals, limit, framing):
             yield f"{copies} of the held-out clips have the same content as a training clip: their score does not detect memorising"
 
 
+def caption_remarks(usable, alike, mute, limit):
+    """Sentences about captions that the model reads in part. alike: clips whose captions differ, but not to the model. mute: those
+    whose captions have no letter."""
+    if unknown := [clip for clip in usable if clip["unknown_percent"] > 100 * UNKNOWN_NOTED]:
+        share = f"more than {100 * UNKNOWN_NOTED:.0f} % of characters that T5 does not know"
+        yield f"{len(unknown)} captions have {share} ({unknown[0]['unknown_percent']:.0f} % in the first): {some(unknown)}"
+    if alike:
+        reason = f"they differ in characters that T5 does not know, or after {limit} tokens"
+        yield f"{len(alike)} captions are the same to the model as another, unlike one ({reason}): {some(alike)}"
+    if mute:
+        yield f"{len(mute)} captions have no letter: {some(mute)}"
+
+
+def left_out_remarks(names):
+    """Sentences about the files of the data folder that the run does not read. names: from `files_left_out`."""
+    clips = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
+    others = [name for name in names if Path(name).suffix.lower() not in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
+    end = f" (more than {MOST_LEFT_OUT} files are left out)" if len(names) >= MOST_LEFT_OUT else ""
+    for kind, group in (("clips or pictures", clips), ("other files", others)):
+        if group:
+            yield f"{len(group)} {kind} of the folder are not trained on: {some([{'path': name} for name in group], most=8)}{end}"
+
+
 def some(clips, most=4):
     """The first names of a list of clips."""
     names = [printable(clip["path"]) for clip in clips[:most]]
@@ -266,7 +370,7 @@ def some(clips, most=4):
 
 
 def printable(text):
-    """The text with unprintable characters, such as terminal control codes, replaced by "?"."""
+    """The text with unprintable characters, such as terminal control codes and bytes that are not UTF-8, replaced by "?"."""
     return "".join(character if character.isprintable() else "?" for character in text)
 
 

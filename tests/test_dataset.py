@@ -179,7 +179,7 @@ def test_dataset_flags_reach_the_datasets_package(monkeypatch, clips, tmp_path):
     records, problems, _ = list_clips(args)
     assert asked == {"name": "someone/clips", "config": "small", "split": "train"}
     assert [r.caption for r in records] == ["T a rabbit"]
-    assert problems == ["someone/clips:2: empty caption"]
+    assert problems == ["someone/clips:2: empty text"]
 
 
 # -----------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def test_a_caption_in_a_json_table_may_hold_a_line_separator_and_a_row_is_an_obj
     assert problems == []
     assert [record.caption for record in records] == ["a rabbit in the grass", "a squirrel"]
     table.write_text('["no", "object"]\n')
-    assert "line 1 is no object" in read_records(tmp_path)[1][0]
+    assert "metadata.jsonl:1: is no object" in read_records(tmp_path)[1][0]
 
 
 def test_a_file_that_only_another_machine_sees_is_named_with_the_machine(six_clips, tmp_path):

@@ -255,7 +255,7 @@ def test_a_lora_of_another_model_and_other_wrong_files_are_refused(tiny_model, l
 
 def test_too_little_memory_and_a_prompt_that_is_too_long_are_told(tiny_model, lora, tmp_path, capsys, monkeypatch):
     generate.main(line(tiny_model, tmp_path / "out", lora=lora, prompt="rabbit " * 300))
-    assert "the model reads 226 tokens and this prompt has" in capsys.readouterr().err
+    assert "tokens, and the model reads 226: the last" in capsys.readouterr().err
 
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError

@@ -13,6 +13,7 @@ import safetensors
 from cogvideox import base_model, flags
 from cogvideox.console import progress
 from cogvideox.encodings import tensor_sha256
+from cogvideox.files import at_home
 from cogvideox.video import read_video
 
 KINDS = {
@@ -69,7 +70,7 @@ def parse(words):
 
 def check_flags(options):
     """What is wrong with the flags beside their bounds, as sentences."""
-    options.folder = Path(options.folder).expanduser()
+    options.folder = Path(at_home(options.folder))
     problems = [] if options.folder.is_dir() else [f"{options.folder}: no such folder"]
     if options.older_than is not None and options.command != "prune":
         problems.append(f"--older_than: only prune removes entries, {options.command} does not; leave it out")

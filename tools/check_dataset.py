@@ -11,11 +11,21 @@ import numpy as np
 from cogvideox import flags
 from cogvideox.console import BAD_DATA, fail
 from cogvideox.decode import clip_framing
-from cogvideox.folder import COGVIDEOX_2B, count_tokens, load_tokenizer
+from cogvideox.folder import COGVIDEOX_2B, load_tokenizer
 from cogvideox.reader import Readers, decode_workers
-from cogvideox.survey import describe, framing_of, survey_clips, table_lines
+from cogvideox.survey import (
+    caption_problems,
+    describe,
+    framing_of,
+    printable,
+    read_captions,
+    survey_clips,
+    table_lines,
+    unusable,
+    without_unreadable,
+)
 from cogvideox.video import contact_sheet, film_strip
-from dataset import list_clips
+from dataset import files_left_out, list_clips
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 MOST_ON_SHEET = 100
@@ -42,8 +52,8 @@ def look(records, clips, framing, seed, readers):
     for record, (_, frames, reason) in zip(good, readers.read_all([(r.path, clip_framing(r, framing, seed)) for r in good]), strict=True):
         if reason:
             continue
-        static += [record.listed] if motion(frames) < STATIC else []
-        small.append((record.listed, thumbnail(frames)))
+        static += [printable(record.listed)] if motion(frames) < STATIC else []
+        small.append((printable(record.listed), thumbnail(frames)))
         if len(rows) < MOST_ON_SHEET:
             rows.append((f"{record.listed}: {record.caption}", film_strip(frames, widest=160)[None]))
     names, pictures = [name for name, _ in small], np.stack([t.ravel() for _, t in small]) if small else np.zeros((0, 1))
@@ -86,15 +96,18 @@ def main(words=None):
 
     records, problems, layout = list_clips(args)
     framing, cache = framing_of(args, COGVIDEOX_2B), Path(args.encoding_cache_dir)
-    tokens = count_tokens(load_tokenizer(Path(args.tokenizer)), [r.caption for r in records]) if records else []
+    tokenizer, limit = load_tokenizer(Path(args.tokenizer)), COGVIDEOX_2B.max_text_seq_length
+    readings = read_captions(args.id_token, tokenizer, records)
+    problems += caption_problems(args.id_token, tokenizer, records, readings, limit)
     with Readers(decode_workers(), args.clip_timeout_seconds) as readers:
-        clips = survey_clips(records, framing, args.seed, cache, readers)
+        clips = without_unreadable(survey_clips(records, framing, args.seed, cache, readers), readings)
         rows, static, pairs = look(records, clips, framing, args.seed, readers)
     good = [clip for clip in clips if "reason" not in clip]
-    dataset = describe(records, clips, tokens, COGVIDEOX_2B.max_text_seq_length, framing)
+    left_out = files_left_out(args, args.instance_data_root, records, layout)
+    dataset = describe(records, clips, readings, limit, framing, left_out=left_out)
     print(f"{layout} of {args.dataset_name or args.instance_data_root}\n")
     print("\n".join([*table_lines(dataset), "", *dataset["remarks"], *advice(good, static, pairs)]))
-    problems += [f"{r.where}: {r.listed}: {clip['reason']}" for r, clip in zip(records, clips, strict=True) if "reason" in clip]
+    problems += unusable(records, clips)
     if rows:
         contact_sheet(args.sheet, rows, f"{len(rows)} of {len(good)} clips as the model will see them")
         print(f"\nwhat the model will see: {args.sheet}")

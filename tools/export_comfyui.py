@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 
 from cogvideox import flags
 from cogvideox.console import BAD_OUTPUT, fail, progress
-from cogvideox.files import write_durably
+from cogvideox.files import at_home, write_durably
 from tools.lora_file import find_lora, load_pairs, read_layers
 
 IN_BLOCKS = {
@@ -84,7 +84,7 @@ def main(words=None):
     flag("--lora", None, "folder of a run, its best/, a checkpoint-N/, or the .safetensors file", required=True)
     flag("--output", None, "the file to write, in ComfyUI's models/loras; an older one is replaced", required=True)
     args = parser.parse_args(words)
-    output, problems = Path(args.output).expanduser(), []
+    output, problems = Path(at_home(args.output)), []
     if output.suffix != ".safetensors" or output.is_dir():
         problems.append(f"--output {output}: the name of a file, ending in .safetensors")
     try:

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 from cogvideox import flags
 from cogvideox.console import BAD_OUTPUT, fail, progress, say
 from cogvideox.device import unusable_gpu
-from cogvideox.files import file_sha256, read_json, why_unwritable, write_bytes
+from cogvideox.files import at_home, file_sha256, is_unicode, read_json, why_unwritable, write_bytes
 from cogvideox.folder import check_geometry, check_model_folder, find_model, read_facts, stored_dtype
 from cogvideox.launch import free
 from cogvideox.model import usable_dtype
@@ -73,13 +73,14 @@ def build_parser():
 
 def check_flags(args):
     """Every mistake that the flags alone show, each a sentence. Fills in args.prompts."""
-    problems = flags.out_of_bounds(args)
+    problems = flags.out_of_bounds(args) + flags.undecodable(args, "negative_prompt")
     args.prompts = [prompt.strip() for prompt in args.prompt]
     try:
-        lines = Path(args.prompts_file).expanduser().read_text("utf-8").splitlines() if args.prompts_file else []
+        lines = Path(at_home(args.prompts_file)).read_text("utf-8-sig").split("\n") if args.prompts_file else []
         args.prompts += [line.strip() for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"--prompts_file {args.prompts_file}: cannot be read ({getattr(error, 'strerror', None) or error})")
+    problems += [f"--prompt {prompt!a}: is not UTF-8" for prompt in args.prompts if not is_unicode(prompt)]
     if not args.prompts or not all(args.prompts):
         problems.append("--prompt: give what the videos should show, or --prompts_file with one prompt a line")
     if (args.lora is None) == (args.transformer is None):
@@ -109,7 +110,7 @@ def parse(words):
     parser = build_parser()
     args = parser.parse_args(words)
     problems, columns, folder, layers = check_flags(args), [], None, {}
-    args.output_dir = Path(args.output_dir).expanduser()
+    args.output_dir = Path(at_home(args.output_dir))
     try:
         if args.lora:
             args.lora = lora_file.find_lora(args.lora)

@@ -11,13 +11,13 @@ from safetensors import safe_open
 
 from cogvideox import model
 from cogvideox.console import progress, warn
-from cogvideox.files import LORA_FILE, lora_path, read_json
-from cogvideox.folder import broken_safetensors, count_tokens, load_tokenizer, read_facts, safetensors_header, weight_files
+from cogvideox.files import LORA_FILE, at_home, lora_path, read_json
+from cogvideox.folder import broken_safetensors, load_tokenizer, read_facts, safetensors_header, text_notes, weight_files
 
 
 def find_lora(name):
     """The LoRA file that `name` means: the file itself, or a run's folder, its best/ or a checkpoint-N/. ValueError if there is none."""
-    path, file = Path(name).expanduser(), lora_path(name)
+    path, file = Path(at_home(name)), lora_path(name)
     if file.is_file():
         return file
     if (path / "transformer/config.json").is_file():
@@ -96,7 +96,7 @@ def load_pairs(file):
 
 def find_transformer(name, folder):
     """The folder whose transformer/ is meant by `name`. ValueError if it is none, or not of the kind of the base in `folder`."""
-    path = Path(name).expanduser()
+    path = Path(at_home(name))
     run = path.parent if path.name == "transformer" and (path / "config.json").is_file() else path
     if not (run / "transformer/config.json").is_file():
         raise ValueError(f"--transformer {name}: no transformer/config.json; give a run of --training_type sft, or its transformer/")
@@ -117,9 +117,8 @@ def find_transformer(name, folder):
 def encode_prompts(folder, texts, device, variant=None):
     """The T5 embedding of each text, made once: text -> [T, D] on the CPU. Says which are too long for the model."""
     tokenizer, length, texts = load_tokenizer(folder), read_facts(folder).max_text_seq_length, list(dict.fromkeys(texts))
-    for text, tokens in zip(texts, count_tokens(tokenizer, texts), strict=True):
-        if tokens > length:
-            warn(f"the model reads {length} tokens and this prompt has {tokens}, so its end is cut: {text[:60]} ...")
+    for note in text_notes(tokenizer, [("this prompt", text) for text in texts], length):
+        warn(note)
     encoder = model.load_text_encoder(folder, device, variant)
     return {text: model.encode_captions(tokenizer, encoder, [text], length)[0].cpu() for text in progress(texts, "encoding", unit="prompt")}
 

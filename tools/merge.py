@@ -22,7 +22,7 @@ import torch
 
 from cogvideox import flags
 from cogvideox.console import BAD_OUTPUT, fail, progress
-from cogvideox.files import read_json, why_unwritable, write_bytes
+from cogvideox.files import at_home, read_json, why_unwritable, write_bytes
 from cogvideox.folder import COMPONENTS, TORCH_DTYPES, check_model_folder, find_model, safetensors_header, weight_files
 from cogvideox.sft import link_or_copy
 from tools.lora_file import check_fit, find_lora, load_pairs, read_layers
@@ -134,7 +134,7 @@ def parse(words):
     flag("--variant", None, "file variant of the weights to read, such as fp16; the result has none")
     flag("--cache_dir", None, "where downloaded models are stored (default: the hub client's own place)")
     args = parser.parse_args(words)
-    args.output_dir, problems, folder, file, layers, base = Path(args.output_dir).expanduser(), [], None, None, {}, {}
+    args.output_dir, problems, folder, file, layers, base = Path(at_home(args.output_dir)), [], None, None, {}, {}
     if not math.isfinite(args.lora_scale) or args.lora_scale == 0:
         problems.append(f"--lora_scale {args.lora_scale:g}: a number other than 0, which would copy the base")
     try:

@@ -17,6 +17,7 @@ from cogvideox import flags
 from cogvideox.console import fail, progress
 from cogvideox.files import read_json_lines, write_bytes
 from cogvideox.scoring import evaluations
+from dataset import read_records
 from tools.benchmark.harness import ROOT, environment_of, table
 
 SIZE = "--id_token OLDFILM --height 64 --width 96 --max_num_frames 17 --mixed_precision no --gradient_checkpointing none"
@@ -46,11 +47,11 @@ HELD_OUT = 5  # every fifth clip
 
 def write_halves(source, work_dir):
     """Split a data folder in two, `train` and `held_out`, in work_dir. Returns both."""
-    rows = [(source / name).read_text(encoding="utf-8").splitlines() for name in ("prompts.txt", "videos.txt")]
+    rows = [(record.caption, record.listed) for record in read_records(source)[0]]
     folders = work_dir / "train", work_dir / "held_out"
     for folder, held_out in zip(folders, (False, True), strict=True):
         (folder / "videos").mkdir(parents=True, exist_ok=True)
-        chosen = [row for number, row in enumerate(zip(*rows, strict=True)) if (number % HELD_OUT == 2) == held_out]
+        chosen = [row for number, row in enumerate(rows) if (number % HELD_OUT == 2) == held_out]
         (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt, _ in chosen), encoding="utf-8")
         (folder / "videos.txt").write_text("".join(f"{video}\n" for _, video in chosen), encoding="utf-8")
         for _, video in chosen:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from cogvideox import flags, report
 from cogvideox.console import BAD_OUTPUT, fail
+from cogvideox.files import at_home
 
 
 def main():
@@ -12,7 +13,7 @@ def main():
     parser.usage = "python -m tools.report OUTPUT_DIR"
     parser.add_argument("output_dir", help="as in --output_dir of the trainer")
     options = parser.parse_args()
-    folder = Path(options.output_dir).expanduser()
+    folder = Path(at_home(options.output_dir))
     if not folder.is_dir():
         flags.refuse(parser, [f"{folder}: no such folder; give the --output_dir of a run"])
     if problem := report.write_report(folder):
