@@ -8,6 +8,7 @@ Exit codes of the script itself (both launchers turn every failure into 1): 0 do
 """
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -24,6 +25,32 @@ log = logging.getLogger("cogvideox")
 def rank():
     """The rank of this process, as set by the launcher."""
     return int(os.environ.get("RANK", "0"))
+
+
+class Unbreakable(io.FileIO):
+    """A standard stream that drops what nobody can read any more: a closed terminal (EIO), a reader that ended (EPIPE), a full disk."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def outlive_readers():
+    """Have no print of this program raise, nor its last flush change the exit code, because its terminal, `head` or `tee` has gone.
+
+    Other programs' streams (a notebook's, a test's) stay as they are.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        old = getattr(sys, name)
+        if old is None:  # closed by the shell: 2>&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # lives as long as the program
+        elif old is getattr(sys, f"__{name}__"):
+            settings = {"encoding": old.encoding, "errors": old.errors}
+            settings |= {"line_buffering": old.line_buffering, "write_through": old.write_through}
+            buffered = io.BufferedWriter(Unbreakable(number, "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(buffered, **settings))
 
 
 class Console(logging.Handler):
@@ -53,6 +80,7 @@ def configure(verbose=False):
 
 
 configure()
+outlive_readers()
 
 
 def say(text, on_every_rank=False):

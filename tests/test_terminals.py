@@ -1,0 +1,124 @@
+"""Closed terminals, readers that end, trackers that fail, and what is printed: none of them ends a run or loses its work."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+
+import pytest
+
+from cogvideox import stopping
+from tests.conftest import ROOT, environment, lora_of, words
+from tests.forked import free_port
+from tests.test_faults import kill_all_of, steps_of, wait_for
+
+TRAINER = ROOT / "train_cogvideox_lora.py"
+ACCELERATE = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+LAUNCHES = {
+    "python": [sys.executable, TRAINER],
+    "accelerate": [*ACCELERATE, TRAINER],
+    "accelerate's yaml": ["accelerate", "launch", "--config_file", ROOT / "accelerate_config_machine_single.yaml", TRAINER],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAINER],
+    "single script": ["bash", ROOT / "finetune_single_gpu.sh"],
+    "multi script": ["bash", ROOT / "finetune_multi_gpus_1.sh"],
+}
+
+
+class Terminal:
+    """A run on a terminal of its own, whose closing the system tells it by SIGHUP, as for a window or a connection.
+
+    shielded: whether hang-ups are ignored on entry, as nohup has it.
+    """
+
+    def __init__(self, launch, line, folder, shielded=False, **variables):
+        self.master, slave = pty.openpty()
+
+        def take_terminal():
+            fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN if shielded else signal.SIG_DFL)
+
+        self.process = subprocess.Popen(
+            [str(word) for word in [*LAUNCHES[launch], *line]],
+            cwd=folder,
+            env=environment() | {"GPUS_PER_NODE": "2", "MASTER_PORT": str(free_port())} | variables,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=take_terminal,
+        )
+        os.close(slave)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        kill_all_of(self.process)
+        self.close()
+        self.process.wait(20)
+
+    def read_until(self, condition):
+        """Take what is written, so that the writer does not wait, until something is so."""
+        os.set_blocking(self.master, False)
+
+        def reached():
+            with contextlib.suppress(BlockingIOError, OSError):
+                while os.read(self.master, 1 << 16):
+                    pass
+            return condition()
+
+        wait_for(reached)
+
+    def close(self):
+        """Close the window. Call it again without harm."""
+        if self.master is not None:
+            os.close(self.master)
+            self.master = None
+
+
+def line_for(launch, model, data, output, cache, **flags):
+    """(flags, variables) of a small run: the scripts take their folders from variables."""
+    line = words(model, data, output, cache, validation_epochs=0, **flags)
+    names = ("MODEL_PATH", "DATASET_PATH", "OUTPUT_PATH", "CACHE_PATH")
+    scripted = "script" in launch
+    values = [str(value) for value in (model, data, output, cache)]
+    return (line[8:], dict(zip(names, values, strict=True))) if scripted else (line, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_a_closed_terminal_stops_a_run_with_a_checkpoint(tiny_model, six_clips, encodings, tmp_path, launch):
+    output = tmp_path / "out"
+    line, variables = line_for(launch, tiny_model, six_clips, output, encodings, max_train_steps=20000, checkpointing_steps=20000)
+    with Terminal(launch, line, tmp_path, **variables) as run:
+        run.read_until(lambda: len(steps_of(output)) >= 3)
+        run.close()
+        run.process.wait(90)
+        wait_for(lambda: (output / "status.json").exists())
+        status = json.loads((output / "status.json").read_text())
+    assert status["code"] in (128 + signal.SIGHUP, 128 + signal.SIGTERM)
+    assert status["reason"].startswith("stopped by SIG")
+    assert 3 <= status["step"] < 20000
+    assert status["checkpoint"] == str(output / f"checkpoint-{status['step']}")
+    assert len(lora_of(output)) == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_a_run_that_ignores_hang_ups_outlives_its_terminal(tiny_model, six_clips, encodings, tmp_path, launch):
+    output = tmp_path / "out"
+    line, variables = line_for(launch, tiny_model, six_clips, output, encodings, max_train_steps=150, checkpointing_steps=1000)
+    if launch in ("accelerate's yaml", "torchrun"):  # what the warning tells to give
+        variables["PET_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
+    with Terminal(launch, line, tmp_path, shielded=True, **variables) as run:
+        run.read_until(lambda: len(steps_of(output)) >= 3)
+        run.close()
+        os.killpg(run.process.pid, signal.SIGHUP)
+        assert run.process.wait(120) == 0
+    assert json.loads((output / "status.json").read_text())["reason"] == "done"
+    assert steps_of(output) == list(range(1, 151))
