@@ -22,7 +22,7 @@ pass_signals_as() {
   {
     if [[ "$signal" != USR1 ]]; then
       trap '' USR1 HUP
-      export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT  # torch 2.9 and newer; the default has SIGHUP
+      export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT  # the default has SIGHUP; old versions of torch do not read it
       # Seconds from the signal to SIGKILL. The default, 30, is shorter than a step of the 5B with accumulation.
       export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
       if command -v setsid >/dev/null; then  # Linux

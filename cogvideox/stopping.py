@@ -21,7 +21,7 @@ from cogvideox.files import write_durably
 
 NOHUP_IS_UNDONE = (
     "nohup does not keep this run from ending with its terminal (it would be saved): torch's launcher listens to SIGHUP again. "
-    "Start it with setsid instead of nohup, with PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT before nohup (torch 2.9 or newer), "
+    "Start it with setsid instead of nohup, with PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT before nohup (torch 2.13 knows it), "
     "or with finetune_single_gpu.sh or finetune_multi_gpus_1.sh, which do so"
 )
 ECHO_SECONDS = 2.0  # Ctrl-C reaches a process twice, from the terminal and from the launcher

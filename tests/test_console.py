@@ -1,6 +1,7 @@
 """Messages, bars and exit codes: what reaches the terminal, from which rank, and in which form."""
 
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -121,3 +122,61 @@ def test_a_hang_up_is_noted_unless_nohup_has_the_process_ignore_it(monkeypatch):
         stopping.listen()
         assert (handlers[signal.SIGHUP] == stopping.note) == noted
         assert handlers[signal.SIGTERM] == stopping.note
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("reader", ["a pipe that ended", "a full disk", "closed"])
+def test_output_that_nobody_can_read_changes_neither_the_run_nor_its_exit_code(name, reader):
+    code = (
+        "import sys, warnings; from cogvideox import console\n"
+        "for _ in console.progress(range(3), 'training', mininterval=0): print('a' * 9999); print('b', file=sys.stderr); console.say('c')\n"
+        "warnings.warn('d'); sys.stdout.flush(); sys.exit(7)"
+    )
+    ended, writer = os.pipe()
+    os.close(ended)
+    place, other = (1, 2) if name == "stdout" else (2, 1)
+    full = os.open("/dev/full", os.O_WRONLY)
+    to = {"a pipe that ended": f"{place}>&{writer}", "a full disk": f"{place}>&{full}", "closed": f"{place}>&-"}[reader]
+    command = ["bash", "-c", f'exec "$0" -c "$1" {to}', sys.executable, code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, pass_fds=[writer, full])
+    os.close(writer)
+    os.close(full)
+    assert done.returncode == 7, done
+    kept = done.stderr if name == "stdout" else done.stdout
+    assert [line for line in kept.splitlines() if line in ("b", "c")] == ["b", "c"] * 3 if other == 2 else kept.count("a" * 9999) == 3
+    assert "Traceback" not in kept
+    assert "Exception ignored" not in kept
+
+
+def test_the_launchers_death_is_not_the_second_signal(monkeypatch):
+    ended, parent = [], [100]
+    monkeypatch.setattr(stopping, "received", {"signal": 0, "time": 0.0, "output_dir": None, "launcher": 100})
+    monkeypatch.setattr(stopping.os, "getppid", lambda: parent[0])
+    monkeypatch.setattr(stopping.os, "_exit", ended.append)
+    clock = [10.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+    stopping.note(signal.SIGHUP, None)
+    clock[0], parent[0] = 60.0, 1  # a long step; the launcher has died, of which the system tells by SIGTERM
+    stopping.note(signal.SIGTERM, None)
+    assert (stopping.stop_requested(), ended) == (signal.SIGHUP, [])
+    stopping.note(signal.SIGTERM, None)
+    assert ended == [143]
+
+
+@pytest.mark.parametrize(
+    ("variables", "handler", "told"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "none", "_": "/usr/bin/nohup"}, signal.SIG_DFL, True),
+        ({"TORCHELASTIC_RUN_ID": "none", "_": "/usr/bin/nohup"}, signal.SIG_IGN, False),
+        ({"TORCHELASTIC_RUN_ID": "none", "_": "/usr/bin/torchrun"}, signal.SIG_DFL, False),
+        ({"_": "/usr/bin/nohup"}, signal.SIG_DFL, False),
+    ],
+)
+def test_a_launcher_that_undoes_nohup_is_told(monkeypatch, capsys, variables, handler, told):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(signal, "getsignal", lambda number: handler)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    stopping.listen()
+    assert ("PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT" in capsys.readouterr().err) == told
