@@ -92,7 +92,7 @@ def test_another_rank_writes_no_file(tmp_path):
     meter = meter_of(tmp_path, accelerator=OneProcess(process_index=1))
     run(meter, 0, 2)
     assert not list(tmp_path.iterdir())
-    assert len(meter.trained.accelerator.logged) == 2  # accelerate itself asks who is the main process
+    assert meter.trained.accelerator.logged == []
 
 
 def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, capsys):
