@@ -19,6 +19,12 @@ from tqdm.auto import tqdm
 BAD_FLAGS, BAD_DATA, BAD_OUTPUT, BAD_NUMBERS = 2, 3, 4, 5
 SECONDS_PER_LINE = 30  # of a progress bar without a terminal
 
+# Lines of libraries that are about a part of theirs and ask for nothing: logger -> how the line begins. --verbose shows them.
+NOT_FOR_THE_USER = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # a faster kernel for a CPU; it has another one
+    "DeepSpeed": "Setting accelerator to CPU",
+}
+
 log = logging.getLogger("cogvideox")
 
 
@@ -79,8 +85,24 @@ def configure(verbose=False):
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
 
 
+@contextlib.contextmanager
+def without_line(beginning):
+    """Leave a line that a library prints to stdout in the block out, and nothing else."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        lines = printed.getvalue().splitlines(keepends=True)
+        sys.stdout.write("".join(line for line in lines if not line.startswith(beginning) or log.level <= logging.DEBUG))
+
+
 configure()
 outlive_readers()
+for name, beginning in NOT_FOR_THE_USER.items():
+    logging.getLogger(name).addFilter(
+        lambda record, beginning=beginning: not str(record.msg).startswith(beginning) or log.level <= logging.DEBUG
+    )
 
 
 def say(text, on_every_rank=False):
