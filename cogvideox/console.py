@@ -133,25 +133,36 @@ def fail(code, problems):
 
 
 class LogFile:
-    """stderr for a progress bar without a terminal: every new count is a line."""
+    """stderr for a progress bar without a terminal: a line every 30 seconds, however often the bar is drawn, and its last state."""
 
     def __init__(self):
-        self.count = ""
+        self.line, self.count, self.due = "", "", -float("inf")
 
     def write(self, text):
-        line = text.strip("\r\n ")
-        count = line.partition("[")[0]  # "training:  10%|#         | 30/300 "
-        if count and count != self.count:
-            self.count = count
+        self.line = text.strip("\r\n ") or self.line
+        count, now = self.line.partition("[")[0], time.monotonic()  # "training:  10%|#         | 30/300 "
+        ends = text.endswith("\n")
+        if count != self.count and (ends or now >= self.due):
+            self.count, self.due = count, now + SECONDS_PER_LINE
             with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write(line + "\n")
+                sys.stderr.write(self.line + "\n")
 
     def flush(self):
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+
+class Bar(tqdm):
+    """A tqdm bar, on rank 0; without a terminal, a line every 30 seconds and its last state. For libraries that take a class of bars."""
+
+    def __init__(self, *arguments, **options):
+        options["disable"] = bool(options.get("disable")) or rank() != 0
+        if not sys.stderr.isatty():
+            options |= {"file": LogFile(), "mininterval": 1, "maxinterval": SECONDS_PER_LINE, "miniters": 1}
+            options |= {"position": 0, "leave": True}  # no bar in another's lines; the last state of each
+        super().__init__(*arguments, **options)
 
 
 def progress(items=None, desc=None, **options):
-    """A tqdm bar with an ETA; without a terminal, a line every 30 seconds. options: tqdm's."""
-    if not sys.stderr.isatty():
-        options = {"file": LogFile(), "mininterval": SECONDS_PER_LINE, "maxinterval": SECONDS_PER_LINE, "miniters": 1} | options
-    return tqdm(items, desc=desc, **options)
+    """A bar with an ETA over items, or over `total` of something. options: tqdm's."""
+    return Bar(items, desc=desc, **options)

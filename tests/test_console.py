@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from cogvideox import console, stopping
+from cogvideox import console, folder, stopping
 from tests.conftest import ROOT
 
 
@@ -66,9 +66,16 @@ def test_all_problems_are_printed_once_and_the_exit_code_is_theirs(capsys, monke
     assert capsys.readouterr().err == ""
 
 
-def test_a_bar_in_a_log_file_prints_a_line_every_30_seconds(capsys, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+@pytest.fixture
+def clock(monkeypatch):
+    """The time of bars, in seconds, in a list."""
+    now = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_bar_in_a_log_file_prints_a_line_every_30_seconds(capsys, clock):
     bar = console.progress(range(100), "training", unit="step")
     for _ in bar:
         clock[0] += 1.0
@@ -81,6 +88,62 @@ def test_a_bar_in_a_log_file_prints_a_line_every_30_seconds(capsys, monkeypatch)
     assert capsys.readouterr().err == ""  # the last count once
     assert all(line.startswith("training:") for line in lines)
     assert "loss 0.1" in lines[-1]
+
+
+@pytest.mark.parametrize("leave", [True, False])
+def test_a_bar_that_is_drawn_often_or_inside_another_prints_no_more_lines(capsys, clock, leave):
+    outer = console.progress(total=9, desc="training")
+    for _ in range(2):
+        with console.progress(total=3000, desc="scoring", leave=leave) as inner:
+            for _ in range(310):
+                clock[0] += 0.125
+                inner.update()
+                inner.refresh()
+        outer.update()
+    outer.close()
+    lines = capsys.readouterr().err.splitlines()
+    counts = [re.match(r"(\w+): .* (\d+)/\d+ \[", line).groups() for line in lines]
+    inner = [("scoring", "0"), ("scoring", "240"), ("scoring", "310")]
+    assert counts == [("training", "0"), *inner, ("training", "1"), *inner, ("training", "2")]
+    assert not any("\x1b" in line or "\r" in line for line in lines)
+
+
+def test_a_bar_that_an_error_ends_shows_how_far_it_came(capsys, clock):
+    def broken(items):
+        for item in items:
+            if item == 4:
+                raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        broken(console.progress(range(9), "copying"))
+    assert "4/9" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_other_ranks_draw_no_bar(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert list(console.progress(range(3), "training", disable=False)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
+def test_the_hubs_own_bars_are_of_this_kind(capsys, monkeypatch, clock, tmp_path):
+    def download(name, tqdm_class=None, **settings):
+        with tqdm_class(total=1000, desc="Downloading", disable=None) as bar:
+            for _ in range(1000):
+                clock[0] += 0.125
+                bar.update()
+                bar.refresh()
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    folder.find_model("owner/name", None, None, None)
+    assert re.findall(r"(\d+)/1000", capsys.readouterr().err) == ["0", "240", "480", "720", "960", "1000"]
+
+
+def test_every_bar_of_the_project_is_of_this_kind():
+    """But the reference program's, which stands for a trainer that knows nothing of this one."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("cogvideox/*.py"), *ROOT.glob("tools/**/*.py"), *ROOT.glob("demo/*.py")]
+    users = {str(file.relative_to(ROOT)) for file in files if re.search(r"import tqdm|from tqdm|trange", file.read_text())}
+    assert users == {"cogvideox/console.py", "tools/benchmark/reference.py"}
 
 
 def test_a_bar_on_a_terminal_is_rewritten_in_place(capsys, monkeypatch):
