@@ -441,7 +441,7 @@ def test_hub_flags_reach_the_hub_client(monkeypatch, tiny_model, tmp_path):
 
     asked = {}
 
-    def download(name, revision, cache_dir, token, allow_patterns):
+    def download(name, revision, cache_dir, token, allow_patterns, tqdm_class):
         asked.update(name=name, revision=revision, token=token, patterns=allow_patterns)
         return str(tiny_model)
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from tests.conftest import ROOT, environment, lora_of, words
 from tests.forked import free_port
-from tests.test_faults import kill_all_of, steps_of, wait_for
+from tests.test_faults import kill_all_of, start, steps_of, wait_for
 
 TRAINER = ROOT / "train_cogvideox_lora.py"
 ACCELERATE = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -23,6 +24,7 @@ LAUNCHES = {
     "accelerate": [*ACCELERATE, TRAINER],
     "accelerate's yaml": ["accelerate", "launch", "--config_file", ROOT / "accelerate_config_machine_single.yaml", TRAINER],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAINER],
+    "fsdp2": ["accelerate", "launch", "--config_file", ROOT / "configs/fsdp2.yaml", "--num_processes", "2", TRAINER],
     "single script": ["bash", ROOT / "finetune_single_gpu.sh"],
     "multi script": ["bash", ROOT / "finetune_multi_gpus_1.sh"],
 }
@@ -91,7 +93,7 @@ def line_for(launch, model, data, output, cache, **flags):
 
 def some_long(*names):
     """The names of all launches; these are run by `make test-long` only."""
-    return [pytest.param(name, marks=[pytest.mark.long] if name in names else []) for name in LAUNCHES]
+    return [pytest.param(name, marks=[pytest.mark.long] if name in names else []) for name in LAUNCHES if name != "fsdp2"]
 
 
 @pytest.mark.slow
@@ -127,3 +129,59 @@ def test_a_run_that_ignores_hang_ups_outlives_its_terminal(tiny_model, six_clips
         assert run.process.wait(120) == 0
     assert json.loads((output / "status.json").read_text())["reason"] == "done"
     assert steps_of(output) == list(range(1, 61))
+
+
+# -----------------------------------------------------------------------------
+# What is printed
+
+# Every line of a plain run, in the order of their first one.
+LINES = [
+    r"process \d of \d on \S+: cpu(:0)? \(.*, \d+ threads\)(, gloo)?",
+    r"(checking clips|encoding captions|encoding clips|scoring|training): +\d+%\|.*\| \d+/\d+ \[.*\]",
+    r"line files of .*",
+    r"  clip +source +reader +frames +seconds.*",
+    r"  videos/\d\d\.mp4 +\d+x\d+ .*",
+    r"  \d+ clips, .* seconds used, as frames x height x width: .*",
+    r"  \d of \d clips use less than 90 % of their clip .*",
+    r"  videos/\d\d\.mp4: '.*'",
+    r"encodings in .*: \d of \d clips and \d of \d captions are cached; clips are encoded whole.*",
+    r"gradient checkpointing: .* blocks are recomputed.*",
+    r"rehearsal: .* seconds per step, .* trainable parameters;",
+    r" +[\d.]+ MiB per checkpoint, \d+ MiB for \d+ of them, \d+ MiB free",
+    r"\d clips; \d per batch x \d processes x \d accumulation = \d clips per step",
+    r"\d+ steps = [\d.]+ epochs, from step 0; learning rate [\d.e-]+, constant",
+    r"training [\d.]+ M of [\d.]+ M parameters \(rank 4, alpha 4\), computing in fp32; engine: .*",
+    r"(warning: )?predicted: \d+ % of this run's time goes into .*",
+    r"pytorch_lora_weights\.safetensors loaded by the stock pipeline at weight 1\.0: PASS .*",
+    r"step \d+: loss on fixed noise: .*",
+    r"step \d+: validation videos and contact_sheet\.png in .*",
+    r"verdict: .*",
+    r"(result|how to use it|report): \S+",
+    r"",
+]
+
+
+def unexpected(output):
+    """The lines of a run's output that no pattern allows."""
+    return [line for line in output.splitlines() if not any(re.fullmatch(pattern, line) for pattern in LINES)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launch", "flags"),
+    [
+        pytest.param("python", {"gradient_checkpointing": "auto", "eval_clips": 1, "report_to": "tensorboard"}),
+        pytest.param("torchrun", {"validation_prompt": "a rabbit"}),
+        pytest.param("accelerate's yaml", {"base_precision": "nf4", "optimizer": "AdamW8bit"}, marks=pytest.mark.long),
+        pytest.param("python", {"optimizer": "Prodigy", "compile": True}, marks=pytest.mark.long),
+        pytest.param("fsdp2", {"eval_clips": 1, "validation_prompt": "a rabbit"}, marks=pytest.mark.long),
+    ],
+)
+def test_a_plain_run_prints_nothing_that_is_not_for_the_user(tiny_model, six_clips, tmp_path, launch, flags):
+    line = words(tiny_model, six_clips, tmp_path / "out", tmp_path / "cache", **flags)
+    done = start([str(word) for word in LAUNCHES[launch]], line)
+    output = done.communicate(timeout=200)[0]
+    assert done.returncode == 0, output[-3000:]
+    assert unexpected(output) == []
+    assert output.count("training: 100%") == output.count("encoding clips: 100%") == 1  # one process of two draws a bar
+    assert unexpected(f"{output}Failed to load CPU gemm_4bit_forward\n") == ["Failed to load CPU gemm_4bit_forward"]
