@@ -243,3 +243,21 @@ def test_a_launcher_that_undoes_nohup_is_told(monkeypatch, capsys, variables, ha
     monkeypatch.setattr(signal, "signal", lambda *arguments: None)
     stopping.listen()
     assert ("PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT" in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_line_of_a_library_is_left_out_and_nothing_else(capsys, level, verbose):
+    level(verbose)
+    for name, beginning in console.NOT_FOR_THE_USER.items():
+        logger = logging.getLogger(name)
+        assert bool(logger.filter(logger.makeRecord(name, logging.WARNING, "", 0, beginning + ": %s", ("why",), None))) == verbose
+        assert logger.filter(logger.makeRecord(name, logging.WARNING, "", 0, "out of memory", (), None))
+
+    @console.without_line("Using decoupled")
+    def library():
+        print("Using decoupled weight decay\nanother line")
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        library()
+    assert capsys.readouterr().out == ("Using decoupled weight decay\n" if verbose else "") + "another line\n"

@@ -131,6 +131,32 @@ def test_a_run_that_ignores_hang_ups_outlives_its_terminal(tiny_model, six_clips
     assert steps_of(output) == list(range(1, 61))
 
 
+@pytest.mark.slow
+def test_ctrl_c_that_ends_tee_as_well_leaves_a_checkpoint(tiny_model, six_clips, encodings, tmp_path):
+    line = words(tiny_model, six_clips, tmp_path / "out", encodings, max_train_steps=20000)
+    pipeline = 'set -o pipefail; "$0" train_cogvideox_lora.py "$@" 2>&1 | tee "$LOG"'
+    run = start(["bash", "-c", pipeline, sys.executable], line, LOG=str(tmp_path / "log"))
+    wait_for(lambda: len(steps_of(tmp_path / "out")) >= 3)
+    os.killpg(run.pid, signal.SIGINT)
+    run.communicate(timeout=60)
+    wait_for(lambda: (tmp_path / "out/status.json").exists(), 20)
+    status = json.loads((tmp_path / "out/status.json").read_text())
+    assert (status["code"], status["reason"]) == (130, "stopped by SIGINT")
+    assert status["checkpoint"] == str(tmp_path / f"out/checkpoint-{status['step']}")
+    assert "stopped by" not in (tmp_path / "log").read_text()  # tee had ended before
+
+
+@pytest.mark.slow
+def test_a_tool_whose_reader_ends_does_all_its_work(six_clips, tmp_path):
+    words = f"--instance_data_root {six_clips} --height 32 --width 48 --max_num_frames 9 --sheet {tmp_path}/sheet.png"
+    words += f" --encoding_cache_dir {tmp_path}/cache"
+    pipeline = f"{sys.executable} -m tools.check_dataset {words} | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", pipeline], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"line files of {six_clips}\n0\n"
+    assert "Error" not in done.stderr
+    assert (tmp_path / "sheet.png").stat().st_size > 1000
+
+
 # -----------------------------------------------------------------------------
 # What is printed
 
