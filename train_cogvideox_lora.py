@@ -180,7 +180,8 @@ def check_flags(args):
     needs |= {"wandb": "wandb", "comet_ml": "comet_ml", "tensorboard": "tensorboard"}
     for name in ("optimizer", "base_precision", "report_to"):
         package = needs.get(value := getattr(args, name))
-        if package and importlib.util.find_spec(package) is None:
+        spec = importlib.util.find_spec(package) if package else None
+        if package and (spec is None or spec.origin is None):  # a folder of that name, such as wandb's own, is not the package
             problems.append(f"--{name} {value} needs {package}: pip install {package}")
     if Path(args.logging_dir).name != args.logging_dir or args.logging_dir in ("", "..", "validation", "encoded", "best"):
         problems.append(f"--logging_dir {args.logging_dir}: the name of a folder inside --output_dir, without slashes")
@@ -410,6 +411,8 @@ def main(args):
             remove_earlier_run(output_dir, args.logging_dir)  # only after every check has passed
         if is_main and args.dry_run:
             memory.say_predicted(args, folder, accelerator, velocity_loss)
+        if not args.dry_run:
+            metrics.open_trackers(args, accelerator)
         encodings, identities = encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier)
 
     # Transformer: frozen in the compute dtype with a LoRA in fp32, or all weights in fp32.
@@ -479,7 +482,6 @@ def main(args):
     scorer.begin(meter)
     preview = Preview(args, trained, data, encodings, vae)
     guard = metrics.NonFiniteGuard(args, trained, plan.clip_of, data.records, checkpointer)
-    metrics.start_trackers(args, accelerator, run_facts)
     say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, num_parameters)
     say_price(first_step=first_step)
     run = report.describe_run(args, accelerator, engine.engine_of(accelerator), plan, data, validator.settings, num_trained)
@@ -570,6 +572,7 @@ def finish(args, trained, checkpointer, scorer, validator, run, step, stop):
         stopping.write_status(output_dir, code, reason, step, newest, verdict=verdict[0], verdict_sentences=verdict[1])
         report.refresh(output_dir)
     trained.barrier()  # the launcher kills the other ranks soon after the first one exits
+    metrics.close_trackers(trained.accelerator)
     trained.accelerator.end_training()
     if stop:
         total_steps = run["facts"]["total_steps"]

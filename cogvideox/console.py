@@ -8,6 +8,7 @@ Exit codes of the script itself (both launchers turn every failure into 1): 0 do
 """
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -18,12 +19,44 @@ from tqdm.auto import tqdm
 BAD_FLAGS, BAD_DATA, BAD_OUTPUT, BAD_NUMBERS = 2, 3, 4, 5
 SECONDS_PER_LINE = 30  # of a progress bar without a terminal
 
+# Lines of libraries that are about a part of theirs and ask for nothing: logger -> how the line begins. --verbose shows them.
+NOT_FOR_THE_USER = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # a faster kernel for a CPU; it has another one
+    "DeepSpeed": "Setting accelerator to CPU",
+}
+
 log = logging.getLogger("cogvideox")
 
 
 def rank():
     """The rank of this process, as set by the launcher."""
     return int(os.environ.get("RANK", "0"))
+
+
+class Unbreakable(io.FileIO):
+    """A standard stream that drops what nobody can read any more: a closed terminal (EIO), a reader that ended (EPIPE), a full disk."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def outlive_readers():
+    """Have no print of this program raise, nor its last flush change the exit code, because its terminal, `head` or `tee` has gone.
+
+    Other programs' streams (a notebook's, a test's) stay as they are.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        old = getattr(sys, name)
+        if old is None:  # closed by the shell: 2>&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # lives as long as the program
+        elif old is getattr(sys, f"__{name}__"):
+            settings = {"encoding": old.encoding, "errors": old.errors}
+            settings |= {"line_buffering": old.line_buffering, "write_through": old.write_through}
+            buffered = io.BufferedWriter(Unbreakable(number, "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(buffered, **settings))
 
 
 class Console(logging.Handler):
@@ -55,7 +88,24 @@ def configure(verbose=False):
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
 
 
+@contextlib.contextmanager
+def without_line(beginning):
+    """Leave a line that a library prints to stdout in the block out, and nothing else."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        lines = printed.getvalue().splitlines(keepends=True)
+        sys.stdout.write("".join(line for line in lines if not line.startswith(beginning) or log.level <= logging.DEBUG))
+
+
 configure()
+outlive_readers()
+for name, beginning in NOT_FOR_THE_USER.items():
+    logging.getLogger(name).addFilter(
+        lambda record, beginning=beginning: not str(record.msg).startswith(beginning) or log.level <= logging.DEBUG
+    )
 
 
 def say(text, on_every_rank=False):
@@ -86,25 +136,36 @@ def fail(code, problems):
 
 
 class LogFile:
-    """stderr for a progress bar without a terminal: every new count is a line."""
+    """stderr for a progress bar without a terminal: a line every 30 seconds, however often the bar is drawn, and its last state."""
 
     def __init__(self):
-        self.count = ""
+        self.line, self.count, self.due = "", "", -float("inf")
 
     def write(self, text):
-        line = text.strip("\r\n ")
-        count = line.partition("[")[0]  # "training:  10%|#         | 30/300 "
-        if count and count != self.count:
-            self.count = count
+        self.line = text.strip("\r\n ") or self.line
+        count, now = self.line.partition("[")[0], time.monotonic()  # "training:  10%|#         | 30/300 "
+        ends = text.endswith("\n")
+        if count != self.count and (ends or now >= self.due):
+            self.count, self.due = count, now + SECONDS_PER_LINE
             with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write(line + "\n")
+                sys.stderr.write(self.line + "\n")
 
     def flush(self):
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+
+class Bar(tqdm):
+    """A tqdm bar, on rank 0; without a terminal, a line every 30 seconds and its last state. For libraries that take a class of bars."""
+
+    def __init__(self, *arguments, **options):
+        options["disable"] = bool(options.get("disable")) or rank() != 0
+        if not sys.stderr.isatty():
+            options |= {"file": LogFile(), "mininterval": 1, "maxinterval": SECONDS_PER_LINE, "miniters": 1}
+            options |= {"position": 0, "leave": True}  # no bar in another's lines; the last state of each
+        super().__init__(*arguments, **options)
 
 
 def progress(items=None, desc=None, **options):
-    """A tqdm bar with an ETA; without a terminal, a line every 30 seconds. options: tqdm's."""
-    if not sys.stderr.isatty():
-        options = {"file": LogFile(), "mininterval": SECONDS_PER_LINE, "maxinterval": SECONDS_PER_LINE, "miniters": 1} | options
-    return tqdm(items, desc=desc, **options)
+    """A bar with an ETA over items, or over `total` of something. options: tqdm's."""
+    return Bar(items, desc=desc, **options)

@@ -94,6 +94,9 @@ def prepare(accelerator, transformer, optimizer, batch_size, max_grad_norm, dtyp
             # accelerate would reduce the gradients in bf16 too.
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=dtype)
             accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+    else:
+        # launch.start_processes gives it for a reason; the flag of the new name would broadcast the buffers once more.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     model, optimizer = accelerator.prepare(transformer, optimizer)
     return model, optimizer, [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
-from cogvideox.console import say
+from cogvideox.console import Bar, say
 from cogvideox.decode import longest_legal_length
 from cogvideox.files import at_home, key_of, read_json
 
@@ -61,7 +61,7 @@ def find_model(name_or_path, revision=None, variant=None, cache_dir=None, token=
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                name_or_path, revision=revision, cache_dir=used, token=token, allow_patterns=["*.json", *patterns]
+                name_or_path, revision=revision, cache_dir=used, token=token, allow_patterns=["*.json", *patterns], tqdm_class=Bar
             )
         )
     except Exception as error:  # the hub client raises many kinds of errors

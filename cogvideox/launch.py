@@ -23,7 +23,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from diffusers.training_utils import free_memory
 from filelock import FileLock, Timeout
 
-from cogvideox.console import BAD_FLAGS, BAD_OUTPUT, fail, rank, say, warn
+from cogvideox.console import BAD_FLAGS, BAD_OUTPUT, fail, rank, say, warn, without_line
 from cogvideox.device import slow_convolutions, unusable_gpu
 from cogvideox.files import LORA_FILE, still_missing, try_writing
 
@@ -56,6 +56,7 @@ def use_deterministic_algorithms(wanted):
     torch.backends.cudnn.benchmark = False  # it would choose kernels by their time
 
 
+@without_line("DeepSpeed deepspeed.ops.comm.deepspeed_shm_comm_op built successfully")  # on a CPU
 def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minutes, cpu=False):
     """Create the Accelerator, check the number of processes, and print each process and its device.
 

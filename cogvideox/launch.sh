@@ -7,8 +7,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 # pass_signals_as SIGNAL COMMAND...: runs the command, forwards SIGTERM, SIGINT, SIGHUP and SIGUSR1 to it as SIGNAL, and returns
 # its exit code. `received` then holds the names of the received signals, such as " USR1 TERM".
 #
-# accelerate needs SIGTERM: it forwards SIGTERM to the trainer, which finishes its step, saves and exits within 30 seconds. SIGUSR1
-# (Slurm's warning) and SIGHUP (a closed terminal) would kill accelerate itself, so accelerate is started with both ignored.
+# accelerate needs SIGTERM: it forwards SIGTERM to the trainer, which finishes its step, saves and exits. SIGUSR1 (Slurm's warning) and
+# SIGHUP (a closed terminal) would kill accelerate itself, so it is started with both ignored, and torch's launcher inside it must not
+# arm SIGHUP again: under nohup, which bash obeys, the run then outlives a hang-up. In a session of its own accelerate hears of Ctrl-C
+# and of the terminal's end from this script only, once: at a second signal it would leave its trainers.
 pass_signals_as() {
   local signal=$1 name
   shift
@@ -18,7 +20,15 @@ pass_signals_as() {
     trap "received+=' $name'; signal_running $signal" "$name"
   done
   {
-    [[ "$signal" == USR1 ]] || trap '' USR1 HUP
+    if [[ "$signal" != USR1 ]]; then
+      trap '' USR1 HUP
+      export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT  # the default has SIGHUP; old versions of torch do not read it
+      # Seconds from the signal to SIGKILL. The default, 30, is shorter than a step of the 5B with accumulation.
+      export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
+      if command -v setsid >/dev/null; then  # Linux
+        set -- setsid "$@"
+      fi
+    fi
     exec "$@"
   } &
   running=$!

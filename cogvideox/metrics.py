@@ -10,7 +10,7 @@ import torch
 from accelerate.tracking import filter_trackers
 from accelerate.utils import gather_object
 
-from cogvideox import engine, report
+from cogvideox import engine, flags, report
 from cogvideox.console import BAD_NUMBERS, fail, progress, warn
 from cogvideox.files import read_json_lines, write_bytes
 from cogvideox.launch import peak_memory_gib
@@ -52,7 +52,7 @@ class Meter:
         self.args, self.trained, self.plan = args, trained, plan
         self.file = MetricsFile(Path(args.output_dir) / "metrics.jsonl", first_step, enabled=trained.is_main)
         self.logged_step, self.losses, self.waited, self.progress = first_step, [], 0.0, None
-        self.since_log = time.perf_counter()
+        self.since_log, self.failed_trackers = time.perf_counter(), set()
 
     def bar(self, first, last):
         """The steps from `first` to `last`, with a progress bar."""
@@ -89,15 +89,21 @@ class Meter:
         self.since_log, self.waited, self.logged_step, self.losses = now, 0.0, step, []
 
     def log(self, line):
-        """Write a line to metrics.jsonl and its numbers to the trackers; a line of a past step only to those that take it."""
+        """Write a line to metrics.jsonl and its numbers to the trackers; a line of a past step only to those that take it.
+
+        A tracker that fails is a warning, once; the next line may reach it again.
+        """
         self.file.write(line)
         numbers = {name: value for name, value in line.items() if name != "step" and isinstance(value, (int, float))}
-        if line["step"] >= self.logged_step:
-            self.trained.accelerator.log(numbers, step=line["step"])
-            return
         for tracker in self.trained.accelerator.trackers:
-            if tracker.name == "tensorboard":  # wandb drops it with a warning
+            if line["step"] < self.logged_step and tracker.name != "tensorboard":  # wandb drops it with a warning
+                continue
+            try:
                 tracker.log(numbers, step=line["step"])
+            except Exception as error:
+                if tracker.name not in self.failed_trackers:
+                    warn(f"step {line['step']} did not reach {tracker.name} ({first_line(error)}); metrics.jsonl has all numbers")
+                self.failed_trackers.add(tracker.name)
 
     @contextlib.contextmanager
     def paused(self):
@@ -189,15 +195,43 @@ def plot_losses(metrics_path, picture_path):
     write_bytes(Path(picture_path), picture.getvalue())
 
 
-def start_trackers(args, accelerator, facts):
-    """Start the trackers of --report_to. Returns accelerate's trackers. `facts` must not contain a hub token."""
-    if args.report_to != "none":
-        accelerator.log_with = filter_trackers([args.report_to], Path(args.output_dir) / args.logging_dir)
-        accelerator.project_configuration.set_directories(args.output_dir)
-        accelerator.project_configuration.logging_dir = str(Path(args.output_dir) / args.logging_dir)
-        simple = {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in facts["flags"].items()}
-        accelerator.init_trackers(args.tracker_name, config=simple)
-    return accelerator.trackers if accelerator.is_main_process else []
+def open_trackers(args, accelerator):
+    """Open the trackers of --report_to, on the main process. Call it before any costly work: a login may be asked for.
+
+    Each by itself: one that cannot be opened (no login, no network) is a warning, because metrics.jsonl has all numbers.
+    """
+    if args.report_to == "none" or not accelerator.is_main_process:
+        return
+    folder, opened = Path(args.output_dir) / args.logging_dir, []
+    accelerator.project_configuration.set_directories(args.output_dir)
+    accelerator.project_configuration.logging_dir = str(folder)
+    values = flags.public_flags(args)
+    simple = {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in values.items()}
+    for name in filter_trackers([args.report_to], folder):
+        accelerator.log_with, accelerator.trackers = [name], []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)  # else wandb would take another one
+            accelerator.init_trackers(args.tracker_name, config=simple, init_kwargs={"wandb": {"dir": str(folder)}})
+        except Exception as error:
+            warn(f"--report_to {name}: it could not be opened, and gets none of the numbers; metrics.jsonl has them ({first_line(error)})")
+        else:
+            opened += accelerator.trackers
+    accelerator.trackers = opened
+
+
+def close_trackers(accelerator):
+    """Have the trackers write what is left. A failure is a warning: the result is on disk."""
+    for tracker in accelerator.trackers:
+        try:
+            tracker.finish()
+        except Exception as error:
+            warn(f"{tracker.name} did not finish ({first_line(error)}); metrics.jsonl has all numbers")
+    accelerator.trackers = []
+
+
+def first_line(error):
+    """An exception's kind and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def track_videos(trackers, folder, jobs, prompts, step, now, fps):
@@ -218,7 +252,7 @@ def track_videos(trackers, folder, jobs, prompts, step, now, fps):
                 videos = [wandb.Video(str(path), caption=prompts[job["prompt"]], format="mp4") for job, path in paths]
                 tracker.log({"validation" if step == now else "validation, base model": videos}, step=now)
         except Exception as error:
-            warn(f"{tracker.name} did not log the validation videos ({type(error).__name__}: {error}); they are in {folder}")
+            warn(f"{tracker.name} did not log the validation videos ({first_line(error)}); they are in {folder}")
 
 
 def track_gif(writer, tag, frames, step, fps):

@@ -5,7 +5,10 @@ import importlib
 import torch
 from diffusers.optimization import get_scheduler
 
+from cogvideox.console import without_line
 
+
+@without_line("Using decoupled weight decay")  # Prodigy's
 def make_optimizer(args, parameters, learning_rate):
     """The optimizer of `args` over fp32 parameters.
 

@@ -16,11 +16,16 @@ import sys
 import time
 from pathlib import Path
 
-from cogvideox.console import rank
+from cogvideox.console import rank, warn
 from cogvideox.files import write_durably
 
+NOHUP_IS_UNDONE = (
+    "nohup does not keep this run from ending with its terminal (it would be saved): torch's launcher listens to SIGHUP again. "
+    "Start it with setsid instead of nohup, with PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT before nohup (torch 2.13 knows it), "
+    "or with finetune_single_gpu.sh or finetune_multi_gpus_1.sh, which do so"
+)
 ECHO_SECONDS = 2.0  # Ctrl-C reaches a process twice, from the terminal and from the launcher
-received = {"signal": 0, "time": 0.0, "output_dir": None}
+received = {"signal": 0, "time": 0.0, "output_dir": None, "launcher": None}
 
 
 def end_with_launcher():
@@ -34,6 +39,7 @@ def end_with_launcher():
     if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
         with contextlib.suppress(OSError, AttributeError, TypeError):  # Linux only
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+            received["launcher"] = os.getppid()
 
 
 def listen(output_dir=None):
@@ -42,16 +48,27 @@ def listen(output_dir=None):
     output_dir: the folder of `status.json` if the run is stopped before training.
     """
     received["output_dir"] = output_dir
+    if nohup_is_undone():
+        warn(NOHUP_IS_UNDONE)
     for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):  # Windows has not all of them
         number = getattr(signal, name, None)
         if number and not (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):  # nohup: a hang-up is ignored
             signal.signal(number, note)
 
 
+def nohup_is_undone():
+    """Whether nohup started torch's launcher, which listens to SIGHUP all the same and gives it to its processes."""
+    armed = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    return armed and "TORCHELASTIC_RUN_ID" in os.environ and Path(os.environ.get("_", "")).name == "nohup"  # shells set _
+
+
 def note(number, frame):
     """The handler, which only records the signal; the run checks `stop_requested` at safe points."""
     now = time.monotonic()
-    if received["signal"] and now - received["time"] > ECHO_SECONDS:
+    launcher_died = received["launcher"] not in (None, os.getppid())  # it sends one SIGTERM, which is nobody's second signal
+    if launcher_died:
+        received["launcher"] = None
+    elif received["signal"] and now - received["time"] > ECHO_SECONDS:
         os._exit(128 + number)
     if not received["signal"]:
         received.update(signal=number, time=now)

@@ -36,6 +36,7 @@ LONGEST_FIRST = [
     "test_engines.py",
     "test_cluster.py",
     "test_launch.py",
+    "test_terminals.py",
     "test_gpu_check.py",
     "test_benchmark.py",
     "test_faults.py",

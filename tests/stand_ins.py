@@ -1,10 +1,12 @@
 """What the watchers of the loop ask of a run, in small: one process on the CPU and a model of two weights, no model folder."""
 
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, LoggerType
 
 from cogvideox import engine, lora
 from cogvideox.order import Plan
@@ -53,13 +55,12 @@ class OneProcess:
 
     def __init__(self, process_index=0, distributed_type=DistributedType.NO):
         self.process_index, self.is_main_process = process_index, process_index == 0
-        self.distributed_type, self.trackers, self.logged = distributed_type, [], []
+        self.distributed_type, self.logged = distributed_type, []
+        listener = SimpleNamespace(name="a stand-in", log=lambda numbers, step: self.logged.append((step, numbers)))
+        self.trackers = [listener] if self.is_main_process else []
 
     def reduce(self, tensor, how):
         return tensor
-
-    def log(self, numbers, step):
-        self.logged.append((step, numbers))
 
     def wait_for_everyone(self):
         pass
@@ -166,3 +167,51 @@ class LateNames:
             write, self.write = self.write, None
             write()
         return []
+
+
+class TrackerPackage(ModuleType):
+    """The package wandb or comet_ml, as far as accelerate calls it. Each call of a user of it is noted in `calls`, with its arguments.
+
+    fails: names of calls that raise ConnectionError.
+    """
+
+    __version__ = "9.0"
+
+    def __init__(self, monkeypatch, name, fails=()):
+        super().__init__(name)
+        self.calls, self.fails, self.config, self.run = [], fails, SimpleNamespace(update=lambda *args, **kwargs: None), self
+        self.__spec__ = ModuleSpec(name, None, origin="a stand-in")
+        monkeypatch.setitem(sys.modules, name, self)
+        monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.TENSORBOARD, LoggerType(name)])
+
+    def call(self, what, **arguments):
+        self.calls.append((what, arguments))
+        if what in self.fails:
+            raise ConnectionError(f"{what}: no network\nsecond line")
+        return self
+
+    def of(self, what):
+        """The arguments of each call of this name."""
+        return [arguments for name, arguments in self.calls if name == what]
+
+    def init(self, **arguments):
+        return self.call("init", **arguments)
+
+    start = init
+
+    def log(self, values, step):
+        self.call("log", step=step)
+
+    def finish(self):
+        self.call("finish")
+
+    end = finish
+
+    def log_parameters(self, values):
+        pass
+
+    def set_step(self, step):
+        self.call("log", step=step)
+
+    def log_metric(self, name, value, step):
+        pass

@@ -5,14 +5,17 @@ tests ask for what a script would start, and an `accelerate` that only prints it
 """
 
 import json
+import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from torch.distributed.launcher.api import LaunchConfig
 
 from tests.conftest import ROOT, environment, lora_of, same, words
 from tests.forked import free_port
@@ -193,7 +196,7 @@ def start_listener(tmp_path, script):
     """Start a shell script with a launcher that listens for signals; returns the process once it does."""
     program(tmp_path / "fake", "accelerate", LISTENER)
     variables = {"PATH": f"{tmp_path / 'fake'}:/usr/bin:/bin", "HOME": str(tmp_path), "GPUS_PER_NODE": "1"}
-    process = subprocess.Popen(["bash", ROOT / script], env=variables, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(["bash", ROOT / script], env=variables, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stdout.readline() == "listening\n"
     return process
 
@@ -205,6 +208,27 @@ def test_the_scripts_pass_each_signal_on_as_sigterm_and_end_with_the_launchers_e
     process.send_signal(number)
     assert process.communicate(timeout=30)[0] == f"signals: {int(signal.SIGTERM)}\n"
     assert process.returncode == 7
+
+
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="without setsid the launcher hears the terminal too")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_scripts_whole_group_reaches_its_launcher_once(tmp_path, number):
+    """As Ctrl-C and a closed terminal send it: at a second signal torch's launcher would leave its trainers."""
+    process = start_listener(tmp_path, "finetune_single_gpu.sh")
+    os.killpg(process.pid, number)
+    assert process.communicate(timeout=30)[0] == f"signals: {int(signal.SIGTERM)}\n"
+    assert process.returncode == 7
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_launcher_waits_five_minutes_for_a_step_unless_told_otherwise(ask, monkeypatch, script):
+    assert ask(script)[3]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "300"
+    assert ask(script, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="9")[3]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "9"
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1)
+    if not hasattr(config, "shutdown_timeout"):
+        pytest.skip("this torch always waits 30 seconds")
+    assert config.shutdown_timeout == 300
 
 
 def test_a_second_signal_does_not_end_the_script_before_its_launcher(tmp_path):
@@ -338,6 +362,7 @@ def test_the_trainers_do_not_see_what_another_launcher_said(ask, script):
     strange |= {"PET_MAX_RESTARTS": "3", "PET_RDZV_BACKEND": "c10d"}
     code, messages, _, told = ask(script, **ELASTIC | KUBEFLOW | strange)
     assert code == 0, messages
+    assert told.pop("PET_SIGNALS_TO_HANDLE") == "SIGTERM,SIGINT,SIGQUIT"  # the script's own
     assert not [name for name in told if re.match("PET_|TORCHELASTIC_|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$", name)]
 
 

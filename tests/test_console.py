@@ -1,6 +1,7 @@
 """Messages, bars and exit codes: what reaches the terminal, from which rank, and in which form."""
 
 import logging
+import os
 import re
 import signal
 import subprocess
@@ -8,7 +9,7 @@ import sys
 
 import pytest
 
-from cogvideox import console, stopping
+from cogvideox import console, folder, stopping
 from tests.conftest import ROOT
 
 
@@ -65,9 +66,16 @@ def test_all_problems_are_printed_once_and_the_exit_code_is_theirs(capsys, monke
     assert capsys.readouterr().err == ""
 
 
-def test_a_bar_in_a_log_file_prints_a_line_every_30_seconds(capsys, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+@pytest.fixture
+def clock(monkeypatch):
+    """The time of bars, in seconds, in a list."""
+    now = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_bar_in_a_log_file_prints_a_line_every_30_seconds(capsys, clock):
     bar = console.progress(range(100), "training", unit="step")
     for _ in bar:
         clock[0] += 1.0
@@ -80,6 +88,62 @@ def test_a_bar_in_a_log_file_prints_a_line_every_30_seconds(capsys, monkeypatch)
     assert capsys.readouterr().err == ""  # the last count once
     assert all(line.startswith("training:") for line in lines)
     assert "loss 0.1" in lines[-1]
+
+
+@pytest.mark.parametrize("leave", [True, False])
+def test_a_bar_that_is_drawn_often_or_inside_another_prints_no_more_lines(capsys, clock, leave):
+    outer = console.progress(total=9, desc="training")
+    for _ in range(2):
+        with console.progress(total=3000, desc="scoring", leave=leave) as inner:
+            for _ in range(310):
+                clock[0] += 0.125
+                inner.update()
+                inner.refresh()
+        outer.update()
+    outer.close()
+    lines = capsys.readouterr().err.splitlines()
+    counts = [re.match(r"(\w+): .* (\d+)/\d+ \[", line).groups() for line in lines]
+    inner = [("scoring", "0"), ("scoring", "240"), ("scoring", "310")]
+    assert counts == [("training", "0"), *inner, ("training", "1"), *inner, ("training", "2")]
+    assert not any("\x1b" in line or "\r" in line for line in lines)
+
+
+def test_a_bar_that_an_error_ends_shows_how_far_it_came(capsys, clock):
+    def broken(items):
+        for item in items:
+            if item == 4:
+                raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        broken(console.progress(range(9), "copying"))
+    assert "4/9" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_other_ranks_draw_no_bar(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert list(console.progress(range(3), "training", disable=False)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
+def test_the_hubs_own_bars_are_of_this_kind(capsys, monkeypatch, clock, tmp_path):
+    def download(name, tqdm_class=None, **settings):
+        with tqdm_class(total=1000, desc="Downloading", disable=None) as bar:
+            for _ in range(1000):
+                clock[0] += 0.125
+                bar.update()
+                bar.refresh()
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    folder.find_model("owner/name", None, None, None)
+    assert re.findall(r"(\d+)/1000", capsys.readouterr().err) == ["0", "240", "480", "720", "960", "1000"]
+
+
+def test_every_bar_of_the_project_is_of_this_kind():
+    """But the reference program's, which stands for a trainer that knows nothing of this one."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("cogvideox/*.py"), *ROOT.glob("tools/**/*.py"), *ROOT.glob("demo/*.py")]
+    users = {str(file.relative_to(ROOT)) for file in files if re.search(r"import tqdm|from tqdm|trange", file.read_text())}
+    assert users == {"cogvideox/console.py", "tools/benchmark/reference.py"}
 
 
 def test_a_bar_on_a_terminal_is_rewritten_in_place(capsys, monkeypatch):
@@ -121,3 +185,79 @@ def test_a_hang_up_is_noted_unless_nohup_has_the_process_ignore_it(monkeypatch):
         stopping.listen()
         assert (handlers[signal.SIGHUP] == stopping.note) == noted
         assert handlers[signal.SIGTERM] == stopping.note
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("reader", ["a pipe that ended", "a full disk", "closed"])
+def test_output_that_nobody_can_read_changes_neither_the_run_nor_its_exit_code(name, reader):
+    code = (
+        "import sys, warnings; from cogvideox import console\n"
+        "for _ in console.progress(range(3), 'training', mininterval=0): print('a' * 9999); print('b', file=sys.stderr); console.say('c')\n"
+        "warnings.warn('d'); sys.stdout.flush(); sys.exit(7)"
+    )
+    ended, writer = os.pipe()
+    os.close(ended)
+    place, other = (1, 2) if name == "stdout" else (2, 1)
+    full = os.open("/dev/full", os.O_WRONLY)
+    to = {"a pipe that ended": f"{place}>&{writer}", "a full disk": f"{place}>&{full}", "closed": f"{place}>&-"}[reader]
+    command = ["bash", "-c", f'exec "$0" -c "$1" {to}', sys.executable, code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, pass_fds=[writer, full])
+    os.close(writer)
+    os.close(full)
+    assert done.returncode == 7, done
+    kept = done.stderr if name == "stdout" else done.stdout
+    assert [line for line in kept.splitlines() if line in ("b", "c")] == ["b", "c"] * 3 if other == 2 else kept.count("a" * 9999) == 3
+    assert "Traceback" not in kept
+    assert "Exception ignored" not in kept
+
+
+def test_the_launchers_death_is_not_the_second_signal(monkeypatch):
+    ended, parent = [], [100]
+    monkeypatch.setattr(stopping, "received", {"signal": 0, "time": 0.0, "output_dir": None, "launcher": 100})
+    monkeypatch.setattr(stopping.os, "getppid", lambda: parent[0])
+    monkeypatch.setattr(stopping.os, "_exit", ended.append)
+    clock = [10.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+    stopping.note(signal.SIGHUP, None)
+    clock[0], parent[0] = 60.0, 1  # a long step; the launcher has died, of which the system tells by SIGTERM
+    stopping.note(signal.SIGTERM, None)
+    assert (stopping.stop_requested(), ended) == (signal.SIGHUP, [])
+    stopping.note(signal.SIGTERM, None)
+    assert ended == [143]
+
+
+@pytest.mark.parametrize(
+    ("variables", "handler", "told"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "none", "_": "/usr/bin/nohup"}, signal.SIG_DFL, True),
+        ({"TORCHELASTIC_RUN_ID": "none", "_": "/usr/bin/nohup"}, signal.SIG_IGN, False),
+        ({"TORCHELASTIC_RUN_ID": "none", "_": "/usr/bin/torchrun"}, signal.SIG_DFL, False),
+        ({"_": "/usr/bin/nohup"}, signal.SIG_DFL, False),
+    ],
+)
+def test_a_launcher_that_undoes_nohup_is_told(monkeypatch, capsys, variables, handler, told):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(signal, "getsignal", lambda number: handler)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+    stopping.listen()
+    assert ("PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT" in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_line_of_a_library_is_left_out_and_nothing_else(capsys, level, verbose):
+    level(verbose)
+    for name, beginning in console.NOT_FOR_THE_USER.items():
+        logger = logging.getLogger(name)
+        assert bool(logger.filter(logger.makeRecord(name, logging.WARNING, "", 0, beginning + ": %s", ("why",), None))) == verbose
+        assert logger.filter(logger.makeRecord(name, logging.WARNING, "", 0, "out of memory", (), None))
+
+    @console.without_line("Using decoupled")
+    def library():
+        print("Using decoupled weight decay\nanother line")
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        library()
+    assert capsys.readouterr().out == ("Using decoupled weight decay\n" if verbose else "") + "another line\n"

@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 
 from cogvideox import metrics
 from cogvideox.files import read_json_lines
-from tests.stand_ins import OneProcess, clips_of, flags_of, make_trained, plan_of
+from tests.stand_ins import OneProcess, TrackerPackage, clips_of, flags_of, make_trained, plan_of
 from train_cogvideox_lora import StepResult
 
 
@@ -92,7 +92,7 @@ def test_another_rank_writes_no_file(tmp_path):
     meter = meter_of(tmp_path, accelerator=OneProcess(process_index=1))
     run(meter, 0, 2)
     assert not list(tmp_path.iterdir())
-    assert len(meter.trained.accelerator.logged) == 2  # accelerate itself asks who is the main process
+    assert meter.trained.accelerator.logged == []
 
 
 def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, capsys):
@@ -179,3 +179,13 @@ def test_the_end_names_the_last_good_checkpoint(checkpoint, tmp_path, capsys):
         f"ERROR[5]: 2 consecutive steps had a non-finite gradient (check --learning_rate and --mixed_precision); {kept}"
         in capsys.readouterr().err
     )
+
+
+def test_only_the_main_process_opens_trackers(tmp_path, monkeypatch):
+    package = TrackerPackage(monkeypatch, "wandb")
+    for rank in (1, 0):
+        accelerator = OneProcess(process_index=rank)
+        accelerator.init_trackers = lambda name, config, init_kwargs: package.init(project=name, **init_kwargs["wandb"])
+        accelerator.project_configuration = SimpleNamespace(set_directories=lambda folder: None)
+        metrics.open_trackers(flags_of(tmp_path, report_to="wandb", logging_dir="logs", tracker_name="mine"), accelerator)
+        assert package.of("init") == ([] if rank else [{"project": "mine", "dir": str(tmp_path / "logs")}])

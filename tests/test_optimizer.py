@@ -129,3 +129,8 @@ def test_prodigy_walks_as_its_formulas_say(changed):
     assert difference(ours(1.0, **changed), plain) < 1e-5
     assert difference(ours(0.9, **changed), plain) > 0.02
     assert plain.abs().max() > 4 * STEPS * 1e-6  # the estimate left its start
+
+
+def test_prodigy_prints_nothing_that_is_not_for_the_user(capsys):
+    script.make_optimizer(flags(optimizer="prodigy", prodigy_decouple=True), start(), 1.0)
+    assert capsys.readouterr() == ("", "")

@@ -2,8 +2,10 @@
 
 import gc
 import json
+import re
 import shutil
 import stat
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_cogvideox_lora as script
 from cogvideox import checkpoint, hub, validation
 from cogvideox.video import read_video
-from tests.conftest import lora_of, same
+from tests.conftest import lora_of, same, words
+from tests.stand_ins import TrackerPackage
 
 
 def videos(folder, step=0):
@@ -81,6 +84,80 @@ def test_tensorboard_gets_the_numbers_and_the_videos_but_no_token(train, capfd):
     written = [p for p in folder.rglob("*") if p.is_file() and token.encode() in p.read_bytes()]
     assert written == []
     assert token not in "".join(capfd.readouterr())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "fails"),
+    [("wandb", []), ("wandb", ["init"]), ("comet_ml", ["init"]), ("wandb", ["log", "finish"]), ("comet_ml", ["log", "finish"])],
+)
+def test_a_tracker_that_fails_is_a_warning_and_the_run_goes_on(train, plain_run, monkeypatch, capsys, name, fails):
+    clean = lora_of(plain_run())
+    package = TrackerPackage(monkeypatch, name, fails)
+    folder = train(report_to=name)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning") and name in line]
+    assert same(lora_of(folder), clean)
+    assert json.loads((folder / "status.json").read_text())["code"] == 0
+    steps = [call["step"] for call in package.of("log")]
+    assert (steps, len(package.of("finish"))) == (([], 0) if "init" in fails else ([1, 2], 1))
+    reasons = [re.search(r"\(ConnectionError: (\w+): no network\)", line)[1] for line in told]
+    assert reasons == fails  # two lines failed, of which one warning tells
+    assert all("metrics.jsonl" in line for line in told)
+
+
+@pytest.mark.slow
+def test_one_tracker_of_all_that_cannot_be_opened_costs_the_others_nothing(train, monkeypatch, capsys):
+    package = TrackerPackage(monkeypatch, "wandb", fails=["init"])
+    folder = train(report_to="all")
+    events = EventAccumulator(str(folder / "logs/cogvideox-lora"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    assert package.of("log") == []
+    assert capsys.readouterr().err.count("could not be opened") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wandb", "comet_ml"])
+def test_a_tracker_is_opened_in_the_output_folder_before_any_encoding_and_not_by_a_rehearsal(train, monkeypatch, name):
+    package = TrackerPackage(monkeypatch, name)
+    train(report_to=name, dry_run=True)
+    assert package.calls == []
+
+    def encode(*args, **kwargs):
+        raise RuntimeError("encoding")
+
+    monkeypatch.setattr(script, "encode_data", encode)
+    with pytest.raises(RuntimeError, match="encoding"):
+        train(report_to=name, tracker_name="mine")
+    [opened] = package.of("init")
+    assert (opened["project"] if name == "wandb" else opened["project_name"]) == "mine"
+    if name == "wandb":  # comet_ml writes no files here
+        assert Path(opened["dir"]).name == "logs"
+        assert Path(opened["dir"]).is_dir()
+
+
+@pytest.mark.slow
+def test_a_tracker_is_not_opened_before_the_folder_is_claimed_and_cleared(train, plain_run, monkeypatch, tmp_path, capsys):
+    folder, package = shutil.copytree(plain_run(), tmp_path / "run"), TrackerPackage(monkeypatch, "wandb")
+    with pytest.raises(SystemExit) as stop:
+        train(output=folder, report_to="wandb")
+    assert (stop.value.code, package.calls) == (4, [])
+    del stop
+    gc.collect()  # the traceback held the run's lock of its folder
+    (folder / "logs").mkdir()
+    (folder / "logs/old").write_text("of the earlier run")
+    train(output=folder, report_to="tensorboard", overwrite_output_dir=True)
+    assert [path.name for path in (folder / "logs").iterdir()] == ["cogvideox-lora"]
+    assert list((folder / "logs").rglob("events.out.*"))
+
+
+def test_a_folder_named_like_a_tracker_is_not_its_package(monkeypatch, tmp_path, capsys):
+    (tmp_path / "wandb").mkdir()  # as wandb leaves it where it was started
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args(words("m", "d", "o", "c", report_to="wandb"))
+    assert stop.value.code == 2
+    assert "--report_to wandb needs wandb: pip install wandb" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -364,7 +441,7 @@ def test_hub_flags_reach_the_hub_client(monkeypatch, tiny_model, tmp_path):
 
     asked = {}
 
-    def download(name, revision, cache_dir, token, allow_patterns):
+    def download(name, revision, cache_dir, token, allow_patterns, tqdm_class):
         asked.update(name=name, revision=revision, token=token, patterns=allow_patterns)
         return str(tiny_model)
 

@@ -12,6 +12,7 @@ from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors import safe_open
 
 import train_cogvideox_lora as script
+from cogvideox.video import read_video
 from tests.conftest import lora_of, same
 from tests.stand_ins import OneProcess, flags_of, make_trained
 
@@ -21,7 +22,9 @@ def test_a_run_writes_exactly_these_files(train):
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     videos = {"a rabbit", "a bird", "contact sheet", "videos.json"}
     states = {"adapter.safetensors", "manifest.json", "optimizer.safetensors", "pytorch_lora_weights.safetensors", "state.json"}
-    names = {name for name in names if not name.startswith("encoded/")}  # there only if this run encoded something
+    preview = {f"encoded/{name}" for name in ("00.mp4", "01.mp4", "02.mp4", "contact_sheet.png")}
+    assert {name for name in names if name.startswith("encoded/")} == preview
+    names -= preview
     shown = {name.split("/")[-1].rsplit("-", 2)[0] for name in names if name.endswith(".mp4")}
     expected = {".lock", "README.md", "status.json", "dataset_report.txt", "loss.png", "metrics.jsonl", "pytorch_lora_weights.safetensors"}
     expected |= {"report.html", "run.json", "dataset.json"}
@@ -29,6 +32,22 @@ def test_a_run_writes_exactly_these_files(train):
     assert shown == {"00-a-rabbit", "01-a-bird"}
     assert {name for name in names if not name.startswith("validation")} == expected
     assert len([name for name in names if name.startswith("validation")]) == 3 * len(videos)
+
+
+@pytest.mark.slow
+def test_the_first_clips_are_shown_as_encoded_also_when_the_cache_has_them_all(train, tmp_path, capsys):
+    def shown(**flags):
+        folder = train(cache=tmp_path / "cache", max_train_steps=1, **flags) / "encoded"
+        assert (folder / "contact_sheet.png").stat().st_size > 1000
+        return [read_video(folder / f"{number:02d}.mp4") for number in range(3)], capsys.readouterr().err
+
+    (first, cold), (again, warm), (later, _) = shown(), shown(), shown(skip_frames_start=9)
+    assert "0 of 6 clips" in cold
+    assert "6 of 6 clips and 7 of 7 captions are cached" in warm
+    assert [video.shape for video in again] == [(9, 32, 2 * 48, 3)] * 3  # the clip, and beside it what the VAE makes of it
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+    assert all((video[:, :, :48] != video[:, :, 48:]).any() for video in again)
+    assert any((a != b).any() for a, b in zip(first, later, strict=True))
 
 
 def test_metrics_hold_one_line_a_step_and_the_scores(train):
