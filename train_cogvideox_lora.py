@@ -243,6 +243,7 @@ from cogvideox.folder import PRECISIONS, open_model, stored_precision
 from cogvideox.launch import (
     check_gpu,
     claim_output_dir,
+    end_before_meeting,
     holds_earlier_run,
     patient_barrier_maker,
     peak_memory_text,
@@ -388,6 +389,7 @@ def main(args):
     problems += engine.unfit_flags(args)
     use_deterministic_algorithms(args.deterministic)  # before a GPU starts
     check_gpu(args.cpu, problems)
+    end_before_meeting(engine.contradicted_flags(args), problems)  # accelerate would raise an error for some of them
 
     # Processes. From here on every line runs on every rank; the main one prints and writes.
     accelerator = start_processes(args.mixed_precision, args.gradient_accumulation_steps, args.process_timeout_minutes, args.cpu)

@@ -37,11 +37,17 @@ def check_gpu(cpu, problems):
 
     Before the processes meet: on several machines a process on a CPU could not join those on GPUs.
     """
-    if not (problem := unusable_gpu(cpu)):
+    problem = unusable_gpu(cpu)
+    end_before_meeting([problem] if problem else [], problems)
+
+
+def end_before_meeting(own, problems):
+    """End the run if this machine has problems of its `own`, sentences; `problems`, the same on all machines, are printed too."""
+    if not own:
         return
-    if rank() != 0 and os.environ.get("LOCAL_RANK", "0") == "0":  # rank 0 may be on another machine, without this problem
-        print(f"\nERROR[{BAD_FLAGS}]: {platform.node()}: {problem}", file=sys.stderr, flush=True)
-    fail(BAD_FLAGS, [problem, *problems])
+    if rank() != 0 and os.environ.get("LOCAL_RANK", "0") == "0":  # rank 0 may be on another machine, without them
+        print("".join(f"\nERROR[{BAD_FLAGS}]: {platform.node()}: {problem}" for problem in own), file=sys.stderr, flush=True)
+    fail(BAD_FLAGS, [*own, *problems])
 
 
 def use_deterministic_algorithms(wanted):
@@ -76,11 +82,14 @@ def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minute
         # FSDP2 works on CPUs, but accelerate allows it on GPUs only, and would silently train with DDP.
         PartialState(cpu=True, timeout=timeout).distributed_type = DistributedType.MULTI_GPU
     with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    for note in overruled_settings(mixed_precision):
+        say(note)
     accelerator = Accelerator(
         # Without it, each of two processes on a CPU machine runs alone; DeepSpeed detects the CPU itself.
         cpu=on_cpu and not with_deepspeed,
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=gradient_accumulation_steps,
+        dynamo_backend="no",  # --compile decides: accelerate would compile the whole model around the trainer's compiled blocks
         kwargs_handlers=[
             # Every trained weight gets a gradient in every step, so there are no unused parameters. Buffers are position tables,
             # equal on all ranks: DDP would broadcast them in every forward pass (the 2B's are 65 MiB in bf16, its gradients 225).
@@ -109,6 +118,19 @@ def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minute
     if device.type == "cuda" and (sentence := slow_convolutions(torch.__version__)):
         warn(sentence)
     return accelerator
+
+
+def overruled_settings(mixed_precision, environment=os.environ):
+    """A sentence for each setting of a saved accelerate config or of the environment that the flags overrule."""
+    notes, precision = [], environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in ("no", mixed_precision):
+        notes.append(
+            f"note: the launcher's mixed precision {precision} is not used; this run computes in {mixed_precision.replace('no', 'fp32')} "
+            "(--mixed_precision, or as the model is stored)"
+        )
+    if (backend := environment.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() != "no":
+        notes.append(f"note: the launcher's dynamo backend {backend} is not used; --compile decides")
+    return notes
 
 
 def wait_for_main_process(seconds=120):
