@@ -386,7 +386,7 @@ def main(args):
     configure(args.verbose)
     # Read the model's configs, not its weights; its problems are reported together with the data's.
     folder, facts, tokenizer, problems = open_model(args)
-    problems += engine.unfit_flags(args)
+    problems += engine.unfit_flags(args) + (lora.unfit_initial(args, folder) if not problems else [])
     use_deterministic_algorithms(args.deterministic)  # before a GPU starts
     check_gpu(args.cpu, problems)
     end_before_meeting(engine.contradicted_flags(args), problems)  # accelerate would raise an error for some of them

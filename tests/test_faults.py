@@ -367,7 +367,10 @@ def test_a_run_can_start_from_the_lora_of_another(train, tmp_path, capsys):
         torch.testing.assert_close(lora_of(same_place)[name], tensor, rtol=1e-6, atol=1e-8)
     on = lora_of(train(init_lora=str(first), rank=4))
     assert not same(on, lora_of(first))
-    for flags, sentence in (({"rank": 8}, "do not fit"), ({"init_lora": str(tmp_path / "nothing")}, "no such file")):
+    for flags, sentence in (
+        ({"rank": 8}, "(rank, inputs, outputs) (4, 32, 32) in it and (8, 32, 32)"),
+        ({"init_lora": str(tmp_path / "nothing")}, "no such file"),
+    ):
         with pytest.raises(SystemExit) as stop:
             train(**({"init_lora": str(first)} | flags))
         assert stop.value.code == 2
