@@ -65,7 +65,7 @@ def near(a, b):
 @pytest.mark.parametrize("name", ASKED)
 def test_every_program_applies_the_alpha_of_the_metadata_as_the_stock_loader_does(name, tiny_model, tmp_path):
     asked, at_to_k, elsewhere = ASKED[name]
-    plain = make_lora(tiny_model, tmp_path / "plain")
+    plain = make_lora(tiny_model, tmp_path / "plain", size=0.5)
     folder = foreign(tmp_path / "other", load_file(plain / LORA_FILE), asked)
     stock = base_and_lora(tiny_model, folder, 1.0)
     near(started_from(tiny_model, folder), stock)
@@ -83,7 +83,7 @@ def test_every_program_applies_the_alpha_of_the_metadata_as_the_stock_loader_doe
 def test_every_program_applies_the_alpha_tensors_of_kohyas_files(names, tiny_model, tmp_path):
     """diffusers' loader refuses them: the strength is that of the same weights with alpha / rank in lora_B."""
     down, up = names.split()
-    plain = make_lora(tiny_model, tmp_path / "plain")
+    plain = make_lora(tiny_model, tmp_path / "plain", size=0.5)
     weights = load_file(plain / LORA_FILE)
     expected = {name: tensor * 6 / 4 if ".lora_B." in name and "to_k" in name else tensor for name, tensor in weights.items()}
     stock = base_and_lora(tiny_model, foreign(tmp_path / "folded", expected), 1.0)
