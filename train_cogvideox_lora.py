@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogvideox import flags
+from cogvideox import flags, hub
 from cogvideox.device import cpu_is_wanted, hide_gpus
 from cogvideox.files import hash_ahead
 from cogvideox.stopping import end_with_launcher
@@ -192,7 +192,26 @@ def check_flags(args):
     args.prompts = [p.strip() for p in (args.validation_prompt or "").split(separator) if p.strip()]
     if args.validation_prompt and not args.prompts:
         problems.append("--validation_prompt: contains no prompt")
+    if args.push_to_hub and (problem := hub.unfit_name(args)):
+        problems.append(problem)
+    for flag, reason in flags.idle_flags(args, flags.REFUSED_IDLE):
+        problems.append(f"{flag}: would do nothing, because {reason}; leave it out, or choose that")
     return problems
+
+
+def notes_on_flags(args):
+    """What the user should know about checked flags, as sentences: the run is as the flags say, but maybe not as meant."""
+    notes = []
+    if idle := flags.idle_flags(args, flags.IDLE):
+        notes.append("flags that do nothing here: " + ", ".join(f"{flag} ({reason})" for flag, reason in idle))
+    if args.optimizer == "prodigy" and not 0.1 <= args.learning_rate <= 10:
+        notes.append(
+            f"--learning_rate {args.learning_rate:g}: Prodigy finds the size of its steps itself and multiplies it by this rate, which "
+            "should be near 1; leave the flag out"
+        )
+    if args.optimizer == "prodigy" and args.scale_lr:
+        notes.append("--scale_lr: Prodigy finds the size of its steps itself, also for more clips per step; leave the flag out")
+    return notes
 
 
 def hash_model_ahead(args):
@@ -226,7 +245,6 @@ from cogvideox import (
     base_model,
     checkpoint,
     engine,
-    hub,
     lora,
     memory,
     metrics,
@@ -254,7 +272,7 @@ from cogvideox.launch import (
 from cogvideox.linear import hold_linears
 from cogvideox.model import blocks_to_recompute, checkpoint_blocks, compile_blocks, load_scheduler, load_vae, rotary_tables
 from cogvideox.offload import offload_blocks
-from cogvideox.optimizer import make_optimizer, make_schedule
+from cogvideox.optimizer import make_optimizer, make_schedule, step_size
 from cogvideox.order import Plan, positions_of, seeded_generator
 from cogvideox.preview import Preview
 from cogvideox.reader import Readers, decode_workers
@@ -316,6 +334,7 @@ def train_step(args, trained, batches, compute_loss, step):
     accelerator, optimizer, result = trained.accelerator, trained.optimizer, StepResult([], [], [])
     # Seeds LoRA dropout, the only randomness inside the model.
     torch.manual_seed(seeded_generator(args.seed, "dropout", step, accelerator.process_index).initial_seed())
+    size = step_size(optimizer)  # the step changes it after its use
     for _ in range(accelerator.gradient_accumulation_steps):
         started = time.perf_counter()
         batch = {name: value.to(trained.device, non_blocking=True) for name, value in next(batches).items()}
@@ -336,7 +355,7 @@ def train_step(args, trained, batches, compute_loss, step):
         result.losses.append(loss.detach())
         result.positions.append(batch["position"])
         result.timesteps.append(batch["timestep"])
-    result.learning_rate = trained.schedule.get_last_lr()[0]
+    result.learning_rate = trained.schedule.get_last_lr()[0] * size
     trained.schedule.step()
     return result
 
@@ -384,6 +403,8 @@ def main(args):
     gc.freeze()  # no collection looks at the million objects of the imports again: 0.2 seconds each
     gc.enable()
     configure(args.verbose)
+    for note in notes_on_flags(args):
+        warn(note)
     # Read the model's configs, not its weights; its problems are reported together with the data's.
     folder, facts, tokenizer, problems = open_model(args)
     problems += engine.unfit_flags(args) + (lora.unfit_initial(args, folder) if not problems else [])
@@ -411,6 +432,9 @@ def main(args):
             remove_earlier_run(output_dir, args.logging_dir)  # only after every check has passed
         if is_main and args.dry_run:
             memory.say_predicted(args, folder, accelerator, velocity_loss)
+        plan = Plan.of(args, data, accelerator.num_processes)
+        if args.lr_warmup_steps >= plan.total_steps:
+            warn(f"--lr_warmup_steps {args.lr_warmup_steps}: the run has {plan.total_steps} steps, so it never trains at the full rate")
         encodings, identities = encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier)
 
     # Transformer: frozen in the compute dtype with a LoRA in fp32, or all weights in fp32.
@@ -424,7 +448,6 @@ def main(args):
     prepare_transformer(transformer, args, accelerator, dtype)
 
     # Optimizer and schedule. Steps are optimizer steps.
-    plan = Plan.of(args, data, accelerator.num_processes)
     learning_rate = args.learning_rate * (plan.clips_per_step if args.scale_lr else 1)
     optimizer = make_optimizer(args, [p for p in transformer.parameters() if p.requires_grad], learning_rate)
     schedule = make_schedule(args, optimizer, plan.total_steps)

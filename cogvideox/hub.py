@@ -88,6 +88,25 @@ def markdown(text):
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|!" else c for c in " ".join(str(text).split()))
 
 
+def repository_name(args):
+    """The name of the repository that `push` writes: --hub_model_id, or the name of --output_dir."""
+    return args.hub_model_id or Path(args.output_dir).resolve().name
+
+
+def unfit_name(args):
+    """Why the hub has no repository of this name, as a sentence, or None. Asks nobody."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    name = repository_name(args)
+    way_out = "" if args.hub_model_id else f" (the name of --output_dir {args.output_dir}; give another one as --hub_model_id)"
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        return f"--hub_model_id {name}: {str(error).splitlines()[0]}{way_out}"
+    return None
+
+
 def push(folder, args, token):
     """Upload the LoRA, the card and the videos to the hub (a new repository is private). Returns its URL.
 
@@ -96,8 +115,7 @@ def push(folder, args, token):
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    repository = api.create_repo(name, exist_ok=True, private=True)
+    repository = api.create_repo(repository_name(args), exist_ok=True, private=True)
     api.upload_folder(repo_id=repository.repo_id, folder_path=str(folder), allow_patterns=UPLOADED, commit_message="CogVideoX LoRA")
     return str(repository)
 

@@ -291,6 +291,24 @@ def test_the_learning_rate_at_a_step_does_not_depend_on_accumulation_or_batch(tr
     assert rates == pytest.approx([0, 0.5e-2, *half_cosine], abs=1e-9)
 
 
+def test_the_logged_rate_includes_prodigys_estimate_of_the_step_size(train, monkeypatch):
+    import prodigyopt
+
+    used, step = [], prodigyopt.Prodigy.step
+
+    def watched(self, closure=None):
+        used.append(self.param_groups[0]["d"])
+        step(self, closure)
+        self.param_groups[0]["d"] *= 2  # it grows slowly
+
+    monkeypatch.setattr(prodigyopt.Prodigy, "step", watched)
+    folder = train(optimizer="prodigy", learning_rate=0.5, max_train_steps=6)
+    rates = [json.loads(line)["learning_rate"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([0.5 * d for d in used[-6:]])  # before them the rehearsal's
+    assert rates[0] == pytest.approx(0.5e-6)
+    assert rates[-1] > 2 * rates[0]
+
+
 def test_a_run_of_epochs_takes_the_steps_that_hold_them(train):
     folder = train(max_train_steps=None, num_train_epochs=2, gradient_accumulation_steps=4)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
