@@ -18,7 +18,6 @@ import gc
 import importlib.util
 import math
 import os
-import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -262,7 +261,6 @@ from cogvideox.launch import (
     check_gpu,
     claim_output_dir,
     end_before_meeting,
-    holds_earlier_run,
     patient_barrier_maker,
     peak_memory_text,
     remove_earlier_run,
@@ -274,6 +272,7 @@ from cogvideox.model import blocks_to_recompute, checkpoint_blocks, compile_bloc
 from cogvideox.offload import offload_blocks
 from cogvideox.optimizer import make_optimizer, make_schedule, step_size
 from cogvideox.order import Plan, positions_of, seeded_generator
+from cogvideox.owned import CARD, remove_files_of_runs
 from cogvideox.preview import Preview
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.survey import check_data
@@ -428,8 +427,8 @@ def main(args):
             data = check_data(args, facts, tokenizer, readers, accelerator, barrier)
         if problems or data.problems:
             fail(BAD_FLAGS if problems else BAD_DATA, problems + data.problems)
-        if is_main and args.overwrite_output_dir and holds_earlier_run(output_dir):
-            remove_earlier_run(output_dir, args.logging_dir)  # only after every check has passed
+        if is_main and args.overwrite_output_dir:
+            remove_earlier_run(output_dir)  # only after every check has passed
         if is_main and args.dry_run:
             memory.say_predicted(args, folder, accelerator, velocity_loss)
         plan = Plan.of(args, data, accelerator.num_processes)
@@ -513,8 +512,7 @@ def main(args):
     # The loop
     if first_step == 0:
         if is_main:
-            for name in ("best", "validation"):  # left by a run without a checkpoint
-                shutil.rmtree(output_dir / name, ignore_errors=True)
+            remove_files_of_runs(output_dir, parts=("best", "validation"))  # left by a run without a checkpoint
         trained.barrier()
         with trained.one_full_model():
             scorer.offer(0)
@@ -609,14 +607,15 @@ def publish(args, output_dir, kind, run, verdict, push):
     """Write run.json, the card and the plot, print the verdict, and upload the result if `push`. Returns the problem, or None."""
     if problem := report.write_run_facts(output_dir, run):
         warn(problem)
+    card = output_dir / CARD
     try:
-        hub.write_model_card(output_dir, run)
+        card = hub.write_model_card(output_dir, run)
         metrics.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
     except OSError as error:
         warn(f"the model card and the plot were not written ({error})")
     result_path, (word, sentences) = output_dir / kind.RESULT, verdict
     say(f"\nverdict: {word}. {' '.join(sentences)}")
-    say(f"\nresult: {result_path}\nhow to use it: {output_dir / 'README.md'}\nreport: {output_dir / report.NAME}")
+    say(f"\nresult: {result_path}\nhow to use it: {card}\nreport: {output_dir / report.NAME}")
     if not push:
         return None
     token = args.hub_token or os.environ.get("HF_TOKEN")

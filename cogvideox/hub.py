@@ -5,7 +5,8 @@ import json
 import re
 from pathlib import Path
 
-from cogvideox.files import LORA_FILE, write_durably
+from cogvideox.files import LORA_FILE, note_file, write_durably
+from cogvideox.owned import CARD, OTHER_CARD, card_name
 
 UPLOADED = [LORA_FILE, "transformer/*", "README.md", "metrics.jsonl", "loss.png"]
 UPLOADED += ["validation/step-*/*.mp4", "validation/step-*/contact_sheet.png"]
@@ -48,7 +49,9 @@ def snippet(run):
 
 
 def write_model_card(folder, run):
-    """Write README.md, the model card: base model, data, settings, usage, and the last validation videos.
+    """Write the model card: base model, data, settings, usage, and the last validation videos. Returns its path.
+
+    It is README.md, or model_card.md beside a README.md that no run wrote (or that was changed since).
 
     run: from `report.run_facts`, with all names of NO_FACTS in its facts. steps: optimizer steps. trained_parameters: a count.
     num_frames, height, width: of the videos. videos: [(prompt, relative path)].
@@ -80,7 +83,10 @@ def write_model_card(folder, run):
         snippet=snippet(run),
         markdown=markdown,
     )
-    write_durably(Path(folder) / "README.md", str(card).rstrip().encode(errors="replace") + b"\n")
+    path, content = Path(folder) / card_name(folder), str(card).rstrip().encode(errors="replace") + b"\n"
+    note_file(path, content)
+    write_durably(path, content)
+    return path
 
 
 def markdown(text):
@@ -116,7 +122,11 @@ def push(folder, args, token):
 
     api = HfApi(token=token)
     repository = api.create_repo(repository_name(args), exist_ok=True, private=True)
-    api.upload_folder(repo_id=repository.repo_id, folder_path=str(folder), allow_patterns=UPLOADED, commit_message="CogVideoX LoRA")
+    own = card_name(folder) == CARD
+    patterns = UPLOADED if own else [name for name in UPLOADED if name != CARD]
+    api.upload_folder(repo_id=repository.repo_id, folder_path=str(folder), allow_patterns=patterns, commit_message="CogVideoX LoRA")
+    if not own:
+        api.upload_file(repo_id=repository.repo_id, path_or_fileobj=str(Path(folder) / OTHER_CARD), path_in_repo=CARD)
     return str(repository)
 
 

@@ -23,9 +23,10 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from diffusers.training_utils import free_memory
 from filelock import FileLock, Timeout
 
+from cogvideox import owned
 from cogvideox.console import BAD_FLAGS, BAD_OUTPUT, fail, rank, say, warn
 from cogvideox.device import slow_convolutions, unusable_gpu
-from cogvideox.files import LORA_FILE, still_missing, try_writing
+from cogvideox.files import FILE_LIST, LORA_FILE, list_files_in, still_missing, try_writing
 
 # Their bars show short loads; ours show hours of work.
 diffusers.utils.logging.disable_progress_bar()
@@ -222,12 +223,8 @@ def claim_output_dir(args, accelerator, problems):
         except OSError as error:
             problem = f"{folder}: cannot be written to ({error.strerror})"
         else:
-            earlier = holds_earlier_run(output_dir)
-            if earlier and not (args.resume_from_checkpoint or args.overwrite_output_dir):
-                problem = (
-                    f"--output_dir {output_dir}: contains an earlier run ({earlier}); resume it "
-                    "(--resume_from_checkpoint latest), delete it (--overwrite_output_dir), or choose another folder"
-                )
+            problem = occupied(args, output_dir)
+    list_files_in(output_dir)
     own = [problem for problem in broadcast_object_list([problem]) if problem]
     if not own and accelerator.num_processes > 1:
         own = folders_not_shared(accelerator, [("--output_dir", output_dir), ("--encoding_cache_dir", args.encoding_cache_dir)])
@@ -242,16 +239,38 @@ def holds_earlier_run(output_dir):
     return next((name for name in names if (output_dir / name).exists()), None)
 
 
-def remove_earlier_run(output_dir, logging_dir):
-    """Delete the files that a run writes from its folder, and no others.
+def occupied(args, output_dir):
+    """Why a run may not write into a folder, as a sentence, or None: an earlier run, or files of somebody else that it would replace.
+
+    Lists the files of a run of an earlier version as a run's.
+    """
+    list_files_in(output_dir)
+    if owned.holds_files_of_runs(output_dir) and not (output_dir / FILE_LIST).exists():
+        owned.adopt_earlier_version(output_dir, args.logging_dir)
+    foreign = owned.in_the_way(output_dir)
+    if foreign and not (args.resume_from_checkpoint and owned.holds_files_of_runs(output_dir)):
+        names = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
+        return f"--output_dir {output_dir}: holds files that no run wrote and this one would replace ({names}); choose another folder"
+    earlier = holds_earlier_run(output_dir)
+    if earlier and not (args.resume_from_checkpoint or args.overwrite_output_dir):
+        return (
+            f"--output_dir {output_dir}: contains an earlier run ({earlier}); resume it "
+            "(--resume_from_checkpoint latest), delete it (--overwrite_output_dir), or choose another folder"
+        )
+    if owned.card_name(output_dir) != owned.CARD:
+        say(f"--output_dir {output_dir}: its {owned.CARD} was not written by a run and stays; the model card will be {owned.OTHER_CARD}")
+    return None
+
+
+def remove_earlier_run(output_dir):
+    """Delete the files that runs wrote into a folder, and no others.
 
     dataset.json and dataset_report.txt stay: the new run has already overwritten them.
     """
-    names = [LORA_FILE, "transformer", "README.md", "report.html", "run.json", "metrics.jsonl", "loss.png", "status.json"]
-    names += ["validation", "encoded", "best", logging_dir]
-    checkpoints = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+(\.partial|\.abandoned)?", path.name)]
-    for path in [*checkpoints, *(output_dir / name for name in names)]:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    for path in [path for path in output_dir.iterdir() if owned.CHECKPOINT.fullmatch(path.name)]:
+        shutil.rmtree(path) if path.name.endswith(".partial") and not path.is_symlink() else owned.remove_checkpoint(path)
+    owned.remove_files_of_runs(output_dir, keep=("dataset.json", "dataset_report.txt"))
+    owned.keep_list_short(output_dir)
 
 
 def problem_of_any_rank(problem):

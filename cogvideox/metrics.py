@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 
 from cogvideox import engine, report
 from cogvideox.console import BAD_NUMBERS, fail, progress, warn
-from cogvideox.files import read_json_lines, write_bytes
+from cogvideox.files import note_file, read_json_lines, write_bytes
 from cogvideox.launch import peak_memory_gib
 from cogvideox.stopping import write_status
 from cogvideox.survey import printable
@@ -192,11 +192,16 @@ def plot_losses(metrics_path, picture_path):
 def start_trackers(args, accelerator, facts):
     """Start the trackers of --report_to. Returns accelerate's trackers. `facts` must not contain a hub token."""
     if args.report_to != "none":
+        folder = Path(args.output_dir) / args.logging_dir
+        before = set(folder.rglob("*"))
         accelerator.log_with = filter_trackers([args.report_to], Path(args.output_dir) / args.logging_dir)
         accelerator.project_configuration.set_directories(args.output_dir)
         accelerator.project_configuration.logging_dir = str(Path(args.output_dir) / args.logging_dir)
         simple = {name: value if isinstance(value, (int, float, str, bool)) else str(value) for name, value in facts["flags"].items()}
         accelerator.init_trackers(args.tracker_name, config=simple)
+        for path in set(folder.rglob("*")) - before if accelerator.is_main_process else ():
+            if path.is_file():
+                note_file(path)
     return accelerator.trackers if accelerator.is_main_process else []
 
 

@@ -306,7 +306,7 @@ def test_the_logged_rate_includes_prodigys_estimate_of_the_step_size(train, monk
     rates = [json.loads(line)["learning_rate"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rates == pytest.approx([0.5 * d for d in used[-6:]])  # before them the rehearsal's
     assert rates[0] == pytest.approx(0.5e-6)
-    assert rates[-1] > 2 * rates[0]
+    assert rates[-1] > 1.5 * rates[0]
 
 
 def test_a_run_of_epochs_takes_the_steps_that_hold_them(train):
