@@ -43,7 +43,8 @@ own = {"folder": None, "names": set()}  # the folder whose files this process li
 
 def list_files_in(folder):
     """From now on, name each file that this process writes below a folder in the FILE_LIST there."""
-    own.update(folder=Path(folder).absolute(), names=set())
+    known = {entry.get("file") for entry in read_json_lines(Path(folder) / FILE_LIST) if isinstance(entry, dict)}
+    own.update(folder=Path(folder).absolute(), names=known)
 
 
 def note_file(path, content=None):

@@ -85,9 +85,9 @@ def adopt_earlier_version(folder, logging_dir):
 
 
 def in_the_way(folder):
-    """The files that a run would replace and that no run wrote, by relative name."""
-    own = listed(folder)
-    return [name for name in present(folder, REPLACED) if name not in own]
+    """The files that a run would replace and that no run wrote, by relative name. Empty files hold nothing to lose."""
+    own, folder = listed(folder), Path(folder)
+    return [name for name in present(folder, REPLACED) if name not in own and (folder / name).lstat().st_size]
 
 
 def card_name(folder):

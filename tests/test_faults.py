@@ -337,7 +337,7 @@ def test_a_dry_run_tells_time_memory_and_disk_and_trains_nothing(train, capsys):
         "nothing was trained",
     ):
         assert word in told
-    left = {p.name for p in folder.iterdir()} - {".lock", "encoded", "dataset.json", "dataset_report.txt"}
+    left = {p.name for p in folder.iterdir()} - {".lock", ".files_of_runs.jsonl", "encoded", "dataset.json", "dataset_report.txt"}
     assert left == set()
 
 

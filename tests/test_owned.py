@@ -104,7 +104,7 @@ def test_a_card_that_was_changed_since_stays(train, busy_run):
     card = busy_run / "README.md"
     card.write_text(card.read_text() + "my own words\n")
     changed = card.read_text()
-    train(output=busy_run, resume_from_checkpoint="latest", max_train_steps=3)
+    train(output=busy_run, resume_from_checkpoint="latest", max_train_steps=3, eval_share=0.2)
     assert card.read_text() == changed
     assert "trained for 3 optimizer steps" in (busy_run / "model_card.md").read_text()
     train(output=busy_run, overwrite_output_dir=True, max_train_steps=1)
@@ -116,7 +116,7 @@ def test_a_card_that_was_changed_since_stays(train, busy_run):
 def test_a_card_that_a_run_wrote_is_written_anew(train, busy_run, with_list):
     if not with_list:
         (busy_run / FILE_LIST).unlink()
-    train(output=busy_run, resume_from_checkpoint="latest", max_train_steps=3, **{name: BUSY[name] for name in ("eval_share",)})
+    train(output=busy_run, resume_from_checkpoint="latest", max_train_steps=3, eval_share=0.2)
     assert "trained for 3 optimizer steps" in (busy_run / "README.md").read_text()
     assert not (busy_run / "model_card.md").exists()
 
