@@ -335,6 +335,34 @@ def test_the_model_card_is_right_and_its_prompts_are_escaped(train, tiny_model):
     assert "num_frames=9, height=32, width=48" in card
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_push_beside_a_readme_of_ones_own_uploads_the_card_and_not_that(tmp_path, monkeypatch, own):
+    from cogvideox import hub
+
+    sent = {}
+
+    class Api:
+        def __init__(self, token):
+            pass
+
+        def create_repo(self, name, **options):
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, allow_patterns, **options):
+            sent["README.md in the folder"] = "README.md" in allow_patterns
+
+        def upload_file(self, path_or_fileobj, path_in_repo, **options):
+            sent[path_in_repo] = script.Path(path_or_fileobj).read_text()
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "model_card.md").write_text("the card")
+    if own:
+        (tmp_path / ".files_of_runs.jsonl").write_text('{"file": "README.md"}')
+    hub.push(tmp_path, SimpleNamespace(hub_model_id="me/x", output_dir=str(tmp_path)), None)
+    assert sent == ({"README.md in the folder": True} if own else {"README.md in the folder": False, "README.md": "the card"})
+
+
 def test_a_push_uploads_the_result_and_nothing_else(train, monkeypatch):
     seen = {}
 
