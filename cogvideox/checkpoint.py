@@ -111,9 +111,10 @@ def write_checkpoint(output_dir, step, snapshot, facts, result_facts):
         if final.is_file():
             final.unlink()
         remove_checkpoint(final)
-        if final.is_dir():  # what no run wrote moves into the new one
-            for path in final.iterdir():
-                path.replace(partial / path.name)
+        for path in [path for path in final.rglob("*") if path.is_symlink() or path.is_file()]:  # what no run wrote
+            (moved := partial / path.relative_to(final)).parent.mkdir(parents=True, exist_ok=True)
+            path.rename(moved)
+        shutil.rmtree(final, ignore_errors=True)  # only empty folders are left
         os.replace(partial, final)
         sync_folder(final.parent)
     except BaseException:

@@ -22,6 +22,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from cogvideox.launch import free
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of a weight
+OTHER_STAGE = "selects a DeepSpeed stage other than 1, 2 and 3: use configs/zero2.yaml or configs/zero3.yaml"
+# accelerate reads none of these from its own config file where that names a DeepSpeed file, and raises an error.
+DEEPSPEED_FIELDS = {"gradient_accumulation_steps", "gradient_clipping", "zero_stage", "mixed_precision", "zero3_save_16bit_model"}
+DEEPSPEED_FIELDS |= {f"offload_{part}_{place}" for part in ("optimizer", "param") for place in ("device", "nvme_path")}
 
 
 def engine_of(accelerator):
@@ -73,12 +77,6 @@ def unfit_flags(args, environment=os.environ):
     return problems
 
 
-OTHER_STAGE = "selects a DeepSpeed stage other than 1, 2 and 3: use configs/zero2.yaml or configs/zero3.yaml"
-# accelerate reads none of these from its own config file where that names a DeepSpeed file, and raises an error.
-DEEPSPEED_FIELDS = {"gradient_accumulation_steps", "gradient_clipping", "zero_stage", "mixed_precision", "zero3_save_16bit_model"}
-DEEPSPEED_FIELDS |= {f"offload_{part}_{place}" for part in ("optimizer", "param") for place in ("device", "nvme_path")}
-
-
 def deepspeed_file(environment):
     """The path of DeepSpeed's own config file, or None."""
     path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
@@ -94,6 +92,9 @@ def contradicted_flags(args, environment=os.environ):
     deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     names = {"gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "max_grad_norm": "ACCELERATE_GRADIENT_CLIPPING"}
     found = [(flag, f"the launcher ({name})", environment.get(name)) for flag, name in names.items()]
+    for name in ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        if environment.get(name, "false").lower() == "true":
+            return [f"the launcher ({name}): this trainer has DDP, FSDP2 and DeepSpeed only; launch with a yaml file of this project"]
     if not deepspeed:  # only DeepSpeed's plugin reads the clipping
         return unequal(args, found[:1])
     if not (file := deepspeed_file(environment)):

@@ -224,8 +224,8 @@ def claim_output_dir(args, accelerator, problems):
             problem = f"{folder}: cannot be written to ({error.strerror})"
         else:
             problem = occupied(args, output_dir)
-    list_files_in(output_dir)
     own = [problem for problem in broadcast_object_list([problem]) if problem]
+    list_files_in(output_dir)
     if not own and accelerator.num_processes > 1:
         own = folders_not_shared(accelerator, [("--output_dir", output_dir), ("--encoding_cache_dir", args.encoding_cache_dir)])
     if own:
@@ -235,15 +235,16 @@ def claim_output_dir(args, accelerator, problems):
 
 def holds_earlier_run(output_dir):
     """The name of a result or checkpoint of an earlier run in a folder, or None."""
-    names = [path.parent.name for path in sorted(output_dir.glob("checkpoint-*/manifest.json"))] + [LORA_FILE, "transformer"]
+    names = [path.parent.name for path in sorted(output_dir.glob("checkpoint-*/manifest.json"))] + [LORA_FILE, "transformer/config.json"]
     return next((name for name in names if (output_dir / name).exists()), None)
 
 
 def occupied(args, output_dir):
     """Why a run may not write into a folder, as a sentence, or None: an earlier run, or files of somebody else that it would replace.
 
-    Lists the files of a run of an earlier version as a run's.
+    Brings the list of runs' files up to date; those of a version without a list are listed now.
     """
+    owned.forget_missing_files(output_dir)
     list_files_in(output_dir)
     if owned.holds_files_of_runs(output_dir) and not (output_dir / FILE_LIST).exists():
         owned.adopt_earlier_version(output_dir, args.logging_dir)
@@ -270,7 +271,6 @@ def remove_earlier_run(output_dir):
     for path in [path for path in output_dir.iterdir() if owned.CHECKPOINT.fullmatch(path.name)]:
         shutil.rmtree(path) if path.name.endswith(".partial") and not path.is_symlink() else owned.remove_checkpoint(path)
     owned.remove_files_of_runs(output_dir, keep=("dataset.json", "dataset_report.txt"))
-    owned.keep_list_short(output_dir)
 
 
 def problem_of_any_rank(problem):

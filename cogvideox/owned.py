@@ -135,7 +135,8 @@ def remove_checkpoint(folder):
     remove_empty([folder / "transformer", folder])
 
 
-def keep_list_short(folder):
-    """Drop the names of files that are gone from the list."""
-    entries = [{"file": name, "sha256": digest} for name, digest in listed(folder).items() if (Path(folder) / name).exists()]
-    write_bytes(Path(folder) / FILE_LIST, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+def forget_missing_files(folder):
+    """Drop the names of files that are gone from the list: what will have such a name may be somebody else's."""
+    if (Path(folder) / FILE_LIST).exists():
+        entries = [{"file": name, "sha256": digest} for name, digest in listed(folder).items() if (Path(folder) / name).exists()]
+        write_bytes(Path(folder) / FILE_LIST, "".join(json.dumps(entry) + "\n" for entry in entries).encode())

@@ -402,6 +402,7 @@ CONTRADICTIONS = [  # flags, the launcher's environment, DeepSpeed's own file or
     ({}, {STEPS: "4"}, None, f"--gradient_accumulation_steps 1: the launcher ({STEPS}) has 4;"),
     ({}, {STEPS: "four"}, None, f"--gradient_accumulation_steps 1: the launcher ({STEPS}) has four;"),
     ({"gradient_accumulation_steps": 4}, DEEPSPEED | {STEPS: "1"}, None, f"--gradient_accumulation_steps 4: the launcher ({STEPS}) has 1;"),
+    ({}, {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, None, "the launcher (ACCELERATE_USE_PARALLELISM_CONFIG): this trainer has DDP"),
     ({}, DEEPSPEED, {"gradient_accumulation_steps": 4}, "--gradient_accumulation_steps 1: gradient_accumulation_steps of FILE has 4;"),
     (
         {},

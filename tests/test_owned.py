@@ -73,6 +73,7 @@ def test_overwriting_removes_what_a_run_wrote_and_keeps_what_is_beside_it(train,
     assert files_of(busy_run) - set(NOTES) - {name for name in own if name.startswith("encoded/")} == again
     assert [path.name for path in sorted(busy_run.glob("checkpoint-*/manifest.json"))] == ["manifest.json"]
     assert (busy_run / "checkpoint-1/manifest.json").exists()
+    assert again <= set(owned.listed(busy_run))  # the next run finds its files
 
 
 def test_a_run_without_a_checkpoint_is_followed_by_one_that_keeps_the_notes_beside_its_videos(train, busy_run):
@@ -160,6 +161,21 @@ def test_notes_in_checkpoints_outlive_them(tmp_path):
     assert (tmp_path / "checkpoint-3/manifest.json").exists()
     checkpoint.Saver(tmp_path, None, enabled=True)
     assert untouched(tmp_path, ["checkpoint-1/notes.txt", "checkpoint-x.partial/notes.txt"])
+
+
+def test_notes_in_a_checkpoint_move_into_the_one_that_replaces_it(train, tmp_path):
+    put(tmp_path / "run", ["checkpoint-1/notes.txt", "checkpoint-1/transformer/notes.txt", "checkpoint-1/state.json"])
+    train(output=tmp_path / "run", max_train_steps=1)
+    assert untouched(tmp_path / "run", ["checkpoint-1/notes.txt", "checkpoint-1/transformer/notes.txt"])
+    assert checkpoint.read_manifest(tmp_path / "run/checkpoint-1")["step"] == 1
+
+
+def test_a_name_whose_file_is_gone_is_free_for_others(train, busy_run, capsys):
+    (busy_run / "loss.png").unlink()
+    owned.forget_missing_files(busy_run)
+    put(busy_run, ["loss.png"])
+    assert "(loss.png)" in refused(train, capsys, output=busy_run, overwrite_output_dir=True)
+    assert untouched(busy_run, ["loss.png"])
 
 
 def test_a_list_that_names_files_elsewhere_removes_none(tmp_path):
