@@ -45,12 +45,14 @@ def refused(train, capsys, **flags):
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_lists_every_file_that_it_writes_outside_its_checkpoints(busy_run):
     assert files_of(busy_run) == set(owned.listed(busy_run))
     assert {"README.md", "loss.png", "best/" + LORA_FILE, "validation/step-000002/videos.json"} <= files_of(busy_run)
     assert any(name.startswith("logs/") and "tfevents" in name for name in files_of(busy_run))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_list", [True, False], ids=["this version", "an earlier version, without a list"])
 def test_overwriting_removes_what_a_run_wrote_and_keeps_what_is_beside_it(train, busy_run, with_list):
     own = files_of(busy_run)
@@ -76,6 +78,7 @@ def test_overwriting_removes_what_a_run_wrote_and_keeps_what_is_beside_it(train,
     assert again <= set(owned.listed(busy_run))  # the next run finds its files
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_is_followed_by_one_that_keeps_the_notes_beside_its_videos(train, busy_run):
     for name in ("checkpoint-2", LORA_FILE):
         path = busy_run / name
@@ -87,6 +90,7 @@ def test_a_run_without_a_checkpoint_is_followed_by_one_that_keeps_the_notes_besi
     assert not (busy_run / "best").exists()
 
 
+@pytest.mark.slow
 def test_a_readme_of_ones_own_stays_and_the_card_goes_beside_it(train, tmp_path, capsys):
     folder = tmp_path / "checkout"
     folder.mkdir()
@@ -101,6 +105,7 @@ def test_a_readme_of_ones_own_stays_and_the_card_goes_beside_it(train, tmp_path,
     assert untouched(folder, ["README.md", "videos.txt"])
 
 
+@pytest.mark.slow
 def test_a_card_that_was_changed_since_stays(train, busy_run):
     card = busy_run / "README.md"
     card.write_text(card.read_text() + "my own words\n")
@@ -113,6 +118,7 @@ def test_a_card_that_was_changed_since_stays(train, busy_run):
     assert "trained for 1 optimizer steps" in (busy_run / "model_card.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_list", [True, False])
 def test_a_card_that_a_run_wrote_is_written_anew(train, busy_run, with_list):
     if not with_list:
@@ -139,6 +145,7 @@ def test_a_file_that_no_run_wrote_and_a_run_would_replace_is_refused(train, tmp_
     assert files_of(folder) == {name, "notes.txt"}
 
 
+@pytest.mark.slow
 def test_the_working_folder_of_a_checkout_and_the_data_folder_may_be_the_output(train, clips, monkeypatch):
     subprocess.run(["git", "init", "-q", clips], check=True)
     before = {path: path.read_bytes() for path in clips.rglob("*") if path.is_file()}
@@ -170,6 +177,7 @@ def test_notes_in_a_checkpoint_move_into_the_one_that_replaces_it(train, tmp_pat
     assert checkpoint.read_manifest(tmp_path / "run/checkpoint-1")["step"] == 1
 
 
+@pytest.mark.slow
 def test_a_name_whose_file_is_gone_is_free_for_others(train, busy_run, capsys):
     (busy_run / "loss.png").unlink()
     owned.forget_missing_files(busy_run)
