@@ -160,6 +160,7 @@ def test_compiled_blocks_train_the_same_to_rounding(train):
     assert max((plain[name] - compiled[name]).abs().max() for name in plain) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.numeric
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_dynamo_backend_of_a_saved_config_compiles_nothing_and_the_flag_decides(train, plain_run, monkeypatch, capsys, compiled):
