@@ -137,6 +137,8 @@ def remove_checkpoint(folder):
 
 def forget_missing_files(folder):
     """Drop the names of files that are gone from the list: what will have such a name may be somebody else's."""
-    if (Path(folder) / FILE_LIST).exists():
-        entries = [{"file": name, "sha256": digest} for name, digest in listed(folder).items() if (Path(folder) / name).exists()]
-        write_bytes(Path(folder) / FILE_LIST, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+    folder, own = Path(folder), listed(folder)
+    there = {name: digest for name, digest in own.items() if (folder / name).exists()}
+    if len(there) < len(own):
+        entries = [{"file": name} | ({"sha256": digest} if digest else {}) for name, digest in there.items()]
+        write_bytes(folder / FILE_LIST, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
