@@ -376,7 +376,7 @@ def test_a_bad_folder_prints_sentences_and_no_traceback(forked, clips, tiny_mode
     assert codes == [3]
     assert output.rstrip().splitlines()[-1].startswith("ERROR[3]: videos.txt:3: videos/05.mp4: empty file")
     assert "Traceback" not in output
-    assert set(os.listdir(tmp_path / "out")) == {".lock", "dataset.json", "dataset_report.txt"}
+    assert set(os.listdir(tmp_path / "out")) == {".lock", ".files_of_runs.jsonl", "dataset.json", "dataset_report.txt"}
 
 
 @pytest.mark.parametrize(("seconds", "shared"), [(50, True), (95, False)])
