@@ -58,10 +58,12 @@ TRAIN_ARGS=(
   --num_train_epochs 10                  # passes over the clips
   --gradient_accumulation_steps 1        # batches per optimizer step
   --gradient_checkpointing auto          # recompute activations of as few blocks as fit; all: least memory
-  --learning_rate 1e-4                   # the guide's; the default 5e-4 learns faster (docs/quality.md)
   --optimizer AdamW
   --adam_beta1 0.9
   --adam_beta2 0.95
+)
+RATE_ARGS=(                              # left out if you choose Prodigy or sft: the trainer has a default for each
+  --learning_rate 1e-4                   # the guide's; the default 5e-4 learns faster (docs/quality.md)
 )
 VALIDATION_ARGS=(
   --validation_prompt "Mickey with the captain and friends:::Mickey and the bear"
@@ -76,10 +78,11 @@ OUTPUT_ARGS=(
 
 # shellcheck source=cogvideox/launch.sh
 source "$HERE/cogvideox/launch.sh"
+keep_rate_for_adam "$@"
 find_machines "$@"
 pass_signals_as TERM accelerate launch --config_file "$CONFIG_PATH" \
   --num_processes "$((NNODES * GPUS_PER_NODE))" --num_machines "$NNODES" --machine_rank "$NODE_RANK" \
   --main_process_ip "$MASTER_ADDR" --main_process_port "$MASTER_PORT" \
   "$HERE/train_cogvideox_lora.py" \
-  "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${LORA_ARGS[@]}" "${TRAIN_ARGS[@]}" "${VALIDATION_ARGS[@]}" "${OUTPUT_ARGS[@]}" \
+  "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${LORA_ARGS[@]}" "${TRAIN_ARGS[@]}" "${RATE_ARGS[@]}" "${VALIDATION_ARGS[@]}" "${OUTPUT_ARGS[@]}" \
   "$@"

@@ -18,13 +18,12 @@ import gc
 import importlib.util
 import math
 import os
-import shutil
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogvideox import flags
+from cogvideox import flags, hub
 from cogvideox.device import cpu_is_wanted, hide_gpus
 from cogvideox.files import at_home, hash_ahead
 from cogvideox.stopping import end_with_launcher
@@ -194,7 +193,26 @@ def check_flags(args):
     args.prompts = [p.strip() for p in (args.validation_prompt or "").split(separator) if p.strip()]
     if args.validation_prompt and not args.prompts:
         problems.append("--validation_prompt: contains no prompt")
+    if args.push_to_hub and (problem := hub.unfit_name(args)):
+        problems.append(problem)
+    for flag, reason in flags.idle_flags(args, flags.REFUSED_IDLE):
+        problems.append(f"{flag}: would do nothing, because {reason}; leave it out, or choose that")
     return problems
+
+
+def notes_on_flags(args):
+    """What the user should know about checked flags, as sentences: the run is as the flags say, but maybe not as meant."""
+    notes = []
+    if idle := flags.idle_flags(args, flags.IDLE):
+        notes.append("flags that do nothing here: " + ", ".join(f"{flag} ({reason})" for flag, reason in idle))
+    if args.optimizer == "prodigy" and not 0.1 <= args.learning_rate <= 10:
+        notes.append(
+            f"--learning_rate {args.learning_rate:g}: Prodigy finds the size of its steps itself and multiplies it by this rate, which "
+            "should be near 1; leave the flag out"
+        )
+    if args.optimizer == "prodigy" and args.scale_lr:
+        notes.append("--scale_lr: Prodigy finds the size of its steps itself, also for more clips per step; leave the flag out")
+    return notes
 
 
 def hash_model_ahead(args):
@@ -228,7 +246,6 @@ from cogvideox import (
     base_model,
     checkpoint,
     engine,
-    hub,
     lora,
     memory,
     metrics,
@@ -245,7 +262,7 @@ from cogvideox.folder import PRECISIONS, open_model, stored_precision
 from cogvideox.launch import (
     check_gpu,
     claim_output_dir,
-    holds_earlier_run,
+    end_before_meeting,
     patient_barrier_maker,
     peak_memory_text,
     remove_earlier_run,
@@ -255,8 +272,9 @@ from cogvideox.launch import (
 from cogvideox.linear import hold_linears
 from cogvideox.model import blocks_to_recompute, checkpoint_blocks, compile_blocks, load_scheduler, load_vae, rotary_tables
 from cogvideox.offload import offload_blocks
-from cogvideox.optimizer import make_optimizer, make_schedule
+from cogvideox.optimizer import make_optimizer, make_schedule, step_size
 from cogvideox.order import Plan, positions_of, seeded_generator
+from cogvideox.owned import CARD, remove_files_of_runs
 from cogvideox.preview import Preview
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.survey import check_data
@@ -317,6 +335,7 @@ def train_step(args, trained, batches, compute_loss, step):
     accelerator, optimizer, result = trained.accelerator, trained.optimizer, StepResult([], [], [])
     # Seeds LoRA dropout, the only randomness inside the model.
     torch.manual_seed(seeded_generator(args.seed, "dropout", step, accelerator.process_index).initial_seed())
+    size = step_size(optimizer)  # the step changes it after its use
     for _ in range(accelerator.gradient_accumulation_steps):
         started = time.perf_counter()
         batch = {name: value.to(trained.device, non_blocking=True) for name, value in next(batches).items()}
@@ -337,7 +356,7 @@ def train_step(args, trained, batches, compute_loss, step):
         result.losses.append(loss.detach())
         result.positions.append(batch["position"])
         result.timesteps.append(batch["timestep"])
-    result.learning_rate = trained.schedule.get_last_lr()[0]
+    result.learning_rate = trained.schedule.get_last_lr()[0] * size
     trained.schedule.step()
     return result
 
@@ -385,11 +404,14 @@ def main(args):
     gc.freeze()  # no collection looks at the million objects of the imports again: 0.2 seconds each
     gc.enable()
     configure(args.verbose)
+    for note in notes_on_flags(args):
+        warn(note)
     # Read the model's configs, not its weights; its problems are reported together with the data's.
     folder, facts, tokenizer, problems = open_model(args)
-    problems += engine.unfit_flags(args)
+    problems += engine.unfit_flags(args) + (lora.unfit_initial(args, folder) if not problems else [])
     use_deterministic_algorithms(args.deterministic)  # before a GPU starts
     check_gpu(args.cpu, problems)
+    end_before_meeting(engine.contradicted_flags(args), problems)  # accelerate would raise an error for some of them
 
     # Processes. From here on every line runs on every rank; the main one prints and writes.
     accelerator = start_processes(args.mixed_precision, args.gradient_accumulation_steps, args.process_timeout_minutes, args.cpu)
@@ -407,12 +429,15 @@ def main(args):
             data = check_data(args, facts, tokenizer, readers, accelerator, barrier)
         if problems or data.problems:
             fail(BAD_FLAGS if problems else BAD_DATA, problems + data.problems)
-        if is_main and args.overwrite_output_dir and holds_earlier_run(output_dir):
-            remove_earlier_run(output_dir, args.logging_dir)  # only after every check has passed
+        if is_main and args.overwrite_output_dir:
+            remove_earlier_run(output_dir)  # only after every check has passed
         if is_main and args.dry_run:
             memory.say_predicted(args, folder, accelerator, velocity_loss)
         if not args.dry_run:
             metrics.open_trackers(args, accelerator)
+        plan = Plan.of(args, data, accelerator.num_processes)
+        if args.lr_warmup_steps >= plan.total_steps:
+            warn(f"--lr_warmup_steps {args.lr_warmup_steps}: the run has {plan.total_steps} steps, so it never trains at the full rate")
         encodings, identities = encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier)
 
     # Transformer: frozen in the compute dtype with a LoRA in fp32, or all weights in fp32.
@@ -426,7 +451,6 @@ def main(args):
     prepare_transformer(transformer, args, accelerator, dtype)
 
     # Optimizer and schedule. Steps are optimizer steps.
-    plan = Plan.of(args, data, accelerator.num_processes)
     learning_rate = args.learning_rate * (plan.clips_per_step if args.scale_lr else 1)
     optimizer = make_optimizer(args, [p for p in transformer.parameters() if p.requires_grad], learning_rate)
     schedule = make_schedule(args, optimizer, plan.total_steps)
@@ -491,8 +515,7 @@ def main(args):
     # The loop
     if first_step == 0:
         if is_main:
-            for name in ("best", "validation"):  # left by a run without a checkpoint
-                shutil.rmtree(output_dir / name, ignore_errors=True)
+            remove_files_of_runs(output_dir, parts=("best", "validation"))  # left by a run without a checkpoint
         trained.barrier()
         with trained.one_full_model():
             scorer.offer(0)
@@ -588,14 +611,15 @@ def publish(args, output_dir, kind, run, verdict, push):
     """Write run.json, the card and the plot, print the verdict, and upload the result if `push`. Returns the problem, or None."""
     if problem := report.write_run_facts(output_dir, run):
         warn(problem)
+    card = output_dir / CARD
     try:
-        hub.write_model_card(output_dir, run)
+        card = hub.write_model_card(output_dir, run)
         metrics.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
     except OSError as error:
         warn(f"the model card and the plot were not written ({error})")
     result_path, (word, sentences) = output_dir / kind.RESULT, verdict
     say(f"\nverdict: {word}. {' '.join(sentences)}")
-    say(f"\nresult: {result_path}\nhow to use it: {output_dir / 'README.md'}\nreport: {output_dir / report.NAME}")
+    say(f"\nresult: {result_path}\nhow to use it: {card}\nreport: {output_dir / report.NAME}")
     if not push:
         return None
     token = args.hub_token or os.environ.get("HF_TOKEN")

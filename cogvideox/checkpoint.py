@@ -24,6 +24,7 @@ from cogvideox import engine, lora, report, sft
 from cogvideox.console import BAD_OUTPUT, fail, say, timed, warn
 from cogvideox.files import at_home, file_sha256, read_json, still_missing, write_durably, write_tensors
 from cogvideox.launch import problem_of_any_rank
+from cogvideox.owned import CHECKPOINT, remove_checkpoint
 
 FORMAT = 1
 RESULTS = {"lora": lora, "sft": sft}  # --training_type: the module that builds the trained model and exports it
@@ -107,9 +108,13 @@ def write_checkpoint(output_dir, step, snapshot, facts, result_facts):
         files = {p.relative_to(partial).as_posix(): {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in written}
         manifest = {"format": FORMAT, "step": step, "versions": report.versions(), **facts, "files": files}
         write_durably(partial / "manifest.json", json.dumps(manifest, indent=1).encode())
-        if final.is_symlink() or final.is_file():
+        if final.is_file():
             final.unlink()
-        shutil.rmtree(final, ignore_errors=True)
+        remove_checkpoint(final)
+        for path in [path for path in final.rglob("*") if path.is_symlink() or path.is_file()]:  # what no run wrote
+            (moved := partial / path.relative_to(final)).parent.mkdir(parents=True, exist_ok=True)
+            path.rename(moved)
+        shutil.rmtree(final, ignore_errors=True)  # only empty folders are left
         os.replace(partial, final)
         sync_folder(final.parent)
     except BaseException:
@@ -132,6 +137,8 @@ class Saver:
         self.thread, self.pending, self.newest, self.failed = ThreadPoolExecutor(1), None, None, False
         if enabled:
             for leftover in self.output_dir.glob("checkpoint-*.partial"):
+                if not CHECKPOINT.fullmatch(leftover.name):
+                    continue
                 say(f"removed {leftover.name}, left incomplete by a killed run")
                 shutil.rmtree(leftover, ignore_errors=True)
 
@@ -197,7 +204,10 @@ def set_aside_newer(output_dir, step):
     moved = []
     for number, path in list_checkpoints(output_dir):
         if number > step:
-            shutil.rmtree(aside := path.with_name(path.name + ".abandoned"), ignore_errors=True)
+            aside = path.with_name(path.name + ".abandoned")
+            remove_checkpoint(aside)
+            while aside.exists():  # it holds what no run wrote
+                aside = aside.with_name(aside.name + ".abandoned")
             moved.append(path.rename(aside))
     return moved
 
@@ -207,7 +217,7 @@ def prune_checkpoints(output_dir, limit):
     complete = [path for _, path in list_checkpoints(output_dir) if (path / "manifest.json").is_file()]
     old = complete[:-limit] if limit else []
     for path in old:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_checkpoint(path)
     return old
 
 

@@ -6,6 +6,7 @@ must call it.
 """
 
 import contextlib
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, HfDeepSpeedConfig
 from diffusers.training_utils import EMAModel
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -21,6 +22,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from cogvideox.launch import free
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's state of a weight
+OTHER_STAGE = "selects a DeepSpeed stage other than 1, 2 and 3: use configs/zero2.yaml or configs/zero3.yaml"
+# accelerate reads none of these from its own config file where that names a DeepSpeed file, and raises an error.
+DEEPSPEED_FIELDS = {"gradient_accumulation_steps", "gradient_clipping", "zero_stage", "mixed_precision", "zero3_save_16bit_model"}
+DEEPSPEED_FIELDS |= {f"offload_{part}_{place}" for part in ("optimizer", "param") for place in ("device", "nvme_path")}
 
 
 def engine_of(accelerator):
@@ -49,10 +54,14 @@ def unfit_flags(args, environment=os.environ):
     if not (deepspeed or fsdp):
         return []
     name, problems = "DeepSpeed" if deepspeed else "FSDP2", []
+    if fsdp and environment.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":
+        problems.append(
+            "the config file's fsdp_activation_checkpointing would recompute each block twice: --gradient_checkpointing decides"
+        )
     if fsdp and environment.get("FSDP_VERSION", "1") != "2":
         problems.append("the config file selects FSDP 1, which is unsupported: use configs/fsdp2.yaml")
-    if deepspeed and environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") not in ("1", "2", "3"):
-        problems.append("the config file selects a DeepSpeed stage other than 1, 2 and 3: use configs/zero2.yaml or configs/zero3.yaml")
+    if deepspeed and not deepspeed_file(environment) and environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") not in ("1", "2", "3"):
+        problems.append(f"the config file {OTHER_STAGE}")
     if args.mixed_precision == "fp16":
         problems.append(f"--mixed_precision fp16: unsupported with {name}, which scales the loss itself; use bf16 or no")
     if args.optimizer not in ("adamw", "adam"):
@@ -66,6 +75,78 @@ def unfit_flags(args, environment=os.environ):
             f"--ema_decay {args.ema_decay:g}: unsupported with DeepSpeed, which does not expose the fp32 weights between steps; use FSDP2"
         )
     return problems
+
+
+def deepspeed_file(environment):
+    """The path of DeepSpeed's own config file, or None."""
+    path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    return None if path.lower() == "none" else path
+
+
+def contradicted_flags(args, environment=os.environ):
+    """A sentence with both values for each flag that has another one in the launcher's environment or in DeepSpeed's own config file.
+
+    accelerate and DeepSpeed would take theirs, without a word, and the trainer would log and save the flags'. args.mixed_precision:
+    filled in.
+    """
+    deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    names = {"gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "max_grad_norm": "ACCELERATE_GRADIENT_CLIPPING"}
+    found = [(flag, f"the launcher ({name})", environment.get(name)) for flag, name in names.items()]
+    for name in ("ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        if environment.get(name, "false").lower() == "true":
+            return [f"the launcher ({name}): this trainer has DDP, FSDP2 and DeepSpeed only; launch with a yaml file of this project"]
+    if not deepspeed:  # only DeepSpeed's plugin reads the clipping
+        return unequal(args, found[:1])
+    if not (file := deepspeed_file(environment)):
+        return unequal(args, found)
+    try:
+        config = HfDeepSpeedConfig(file).config
+        stage = config.get("zero_optimization", {}).get("stage")
+        fp16, bf16 = (str(config[name].get("enabled", False)).lower() if name in config else "auto" for name in ("fp16", "bf16"))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return [f"deepspeed_config_file {file}: cannot be read as DeepSpeed's settings ({error})"]
+    problems = [f"deepspeed_config_file {file}: {OTHER_STAGE}"] if stage not in (1, 2, 3) else []
+    if fields := DEEPSPEED_FIELDS.intersection(environment.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")):
+        problems.append(f"deepspeed_config_file {file}: remove {', '.join(sorted(fields))} from accelerate's own config file beside it")
+    for name in ("optimizer", "scheduler"):
+        if name in config:
+            problems.append(f"deepspeed_config_file {file}: has a block {name!r}; remove it, the trainer makes its own from the flags")
+    for name, enabled in (("fp16", fp16), ("bf16", bf16)):
+        if enabled != "auto" and (enabled == "true") != (args.mixed_precision == name):
+            problems.append(
+                f"--mixed_precision {args.mixed_precision}: deepspeed_config_file {file} has {name}.enabled {enabled}; "
+                "make them agree, or set it to auto there"
+            )
+    keys = {"gradient_accumulation_steps": "gradient_accumulation_steps", "max_grad_norm": "gradient_clipping"}
+    keys |= {"train_batch_size": "train_micro_batch_size_per_gpu"}
+    found += [(flag, f"{key} of deepspeed_config_file {file}", config.get(key)) for flag, key in keys.items()]
+    problems += unequal(args, found)
+    clips = args.train_batch_size * args.gradient_accumulation_steps * int(environment.get("WORLD_SIZE", "1"))
+    if different(config.get("train_batch_size"), clips):
+        problems.append(
+            f"--train_batch_size x --gradient_accumulation_steps x processes is {clips}: train_batch_size of deepspeed_config_file "
+            f"{file} is {config['train_batch_size']}; make them equal, or set it to auto there"
+        )
+    return problems
+
+
+def unequal(args, found):
+    """A sentence for each (flag, source, value) whose value is not the flag's."""
+    return [
+        f"--{flag} {getattr(args, flag):g}: {source} has {value}; make them equal, or leave it out there"
+        for flag, source, value in found
+        if different(value, getattr(args, flag))
+    ]
+
+
+def different(value, number):
+    """Whether a setting is something else than `number`; None, "none" and "auto" leave it to the trainer."""
+    if value is None or str(value).lower() in ("", "none", "auto"):
+        return False
+    try:
+        return not math.isclose(float(value), number, rel_tol=1e-9)
+    except (TypeError, ValueError):
+        return True
 
 
 def loading_device(args, accelerator):
@@ -84,6 +165,7 @@ def prepare(accelerator, transformer, optimizer, batch_size, max_grad_norm, dtyp
         # accelerate takes the batch size from a data loader; clip_grad_norm_ would come after DeepSpeed's step.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"], config["gradient_clipping"] = batch_size, max_grad_norm
+        config["gradient_accumulation_steps"] = accelerator.gradient_accumulation_steps  # accelerate takes 1 where the file has none
         config["zero_optimization"].setdefault("reduce_bucket_size", 50_000_000)  # elements; the default 500 M take up to 2 GB
         config["zero_force_ds_cpu_optimizer"] = False  # with offload, torch's AdamW works too
         warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)

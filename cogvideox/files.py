@@ -18,6 +18,7 @@ from cogvideox.console import say
 
 SECONDS_UNTIL_VISIBLE = 90
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that every loader expects
+FILE_LIST = ".files_of_runs.jsonl"  # in --output_dir, see owned.py
 
 
 def at_home(path):
@@ -49,12 +50,41 @@ def read_json_lines(path):
     return values
 
 
+own = {"folder": None, "names": set()}  # the folder whose files this process lists, and those that it has named
+
+
+def list_files_in(folder):
+    """From now on, name each file that this process writes below a folder in the FILE_LIST there."""
+    known = {entry.get("file") for entry in read_json_lines(Path(folder) / FILE_LIST) if isinstance(entry, dict)}
+    own.update(folder=Path(folder).absolute(), names=known)
+
+
+def note_file(path, content=None):
+    """Name a file in the FILE_LIST, before it is written: after a kill in between it must not pass for somebody else's.
+
+    content: bytes, of which the list keeps a hash.
+    """
+    path = Path(path).absolute()
+    if own["folder"] is None or not path.is_relative_to(own["folder"]):
+        return
+    name = path.relative_to(own["folder"])
+    if (name.as_posix() in own["names"] and content is None) or any(
+        part.startswith(".") or part.endswith(".partial") for part in name.parts
+    ):
+        return
+    own["names"].add(name.as_posix())
+    entry = {"file": name.as_posix()} | ({"sha256": hashlib.sha256(content).hexdigest()} if content else {})
+    with contextlib.suppress(OSError), (own["folder"] / FILE_LIST).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
 def write_bytes(path, content, durable=False):
     """Write a file under a temporary name, then rename it. The mode follows the umask.
 
     durable: flush the content to disk before the rename, so that even a power cut leaves the old file or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    note_file(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         with open(partial, "wb") as file:
@@ -78,6 +108,7 @@ def write_tensors(path, tensors, metadata=None):
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    note_file(path)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.touch()
@@ -124,8 +155,9 @@ def still_missing(paths):
 def try_writing(folder):
     """Create a folder and write a file there. Raises OSError if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_bytes(folder / ".write_test", b"")
-    (folder / ".write_test").unlink(missing_ok=True)
+    name = folder / f".write_test-{uuid.uuid4().hex}"
+    write_bytes(name, b"")
+    name.unlink(missing_ok=True)
 
 
 def why_unwritable(folder):

@@ -175,3 +175,50 @@ def check_data_flags(args):
     expand_home(args, "instance_data_root", "eval_data_root", "dataset_name", "cache_dir", "encoding_cache_dir")
     args.encoding_cache_dir = args.encoding_cache_dir or os.path.join(args.cache_dir or at_home("~/.cache"), "cogvideox-encodings")
     return problems
+
+
+# -----------------------------------------------------------------------------
+# Flags that nothing reads beside the others. A value that is not the default was given by somebody who expects something of it.
+
+VIDEO_FLAGS = ("validation_prompt_separator", "validation_epochs", "validation_steps", "num_validation_videos")
+VIDEO_FLAGS += ("validation_prompts_at_once", "num_inference_steps", "validation_scheduler", "guidance_scale", "use_dynamic_cfg")
+VIDEO_FLAGS += ("negative_prompt", "validation_height", "validation_width", "validation_frames")
+SCRIPT_FLAGS = {"validation_epochs": 2}  # values of both shell scripts that are not defaults: whoever runs one did not give them
+IDLE = [  # flags, when nothing reads them, why
+    (("num_train_epochs",), lambda args: args.max_train_steps, "--max_train_steps decides"),
+    (("max_bad_share",), lambda args: args.bad_videos != "skip", "only --bad_videos skip reads it"),
+    (("dataset_config_name",), lambda args: not args.dataset_name, "there is no --dataset_name"),
+    (("height", "width"), lambda args: args.bucket_sizes, "--bucket has the sizes"),
+    (("max_num_frames",), lambda args: args.bucket_lengths, "--bucket has the lengths"),
+    (("revision",), lambda args: os.path.isdir(at_home(args.pretrained_model_name_or_path)), "the model is a local folder"),
+    (("rank", "lora_alpha", "target_modules"), lambda args: args.training_type == "sft", "--training_type sft has no LoRA"),
+    (VIDEO_FLAGS, lambda args: not args.prompts, "there is no --validation_prompt"),
+    (("validation_epochs",), lambda args: args.prompts and args.validation_steps, "--validation_steps decides"),
+    (("negative_prompt", "use_dynamic_cfg"), lambda args: args.prompts and args.guidance_scale <= 1, "--guidance_scale is off"),
+    (("eval_steps",), lambda args: not args.eval_clips, "--eval_clips 0 scores nothing"),
+    (("eval_share", "eval_data_root"), lambda args: not args.eval_clips, "its clips are held out, but --eval_clips 0 scores nothing"),
+    (("offload", "allow_tf32"), lambda args: args.cpu, "it is for GPUs"),
+    (("tracker_name", "logging_dir"), lambda args: args.report_to == "none", "--report_to none has no tracker"),
+    (("hub_model_id",), lambda args: not args.push_to_hub, "there is no --push_to_hub"),
+]
+REFUSED_IDLE = [  # the same, where the run would train something else than was meant
+    (("lr_num_cycles",), lambda args: args.lr_scheduler != "cosine_with_restarts", "only --lr_scheduler cosine_with_restarts has cycles"),
+    (("lr_power",), lambda args: args.lr_scheduler != "polynomial", "only --lr_scheduler polynomial has a power"),
+    (
+        ("prodigy_beta3", "prodigy_decouple", "prodigy_use_bias_correction", "prodigy_safeguard_warmup"),
+        lambda args: args.optimizer != "prodigy",
+        "only --optimizer prodigy reads it",
+    ),
+]
+
+
+def idle_flags(args, rules):
+    """(flag with its value, why) for each flag with a value of its own that nothing reads. rules: IDLE or REFUSED_IDLE. args: checked."""
+    ordinary = {name: action.default for name, action in args.declared.items()} | {"lora_alpha": float(args.rank)}
+    found = []
+    for names, idle, reason in rules:
+        for name in names if idle(args) else ():
+            value = getattr(args, name)
+            if value not in (ordinary[name], SCRIPT_FLAGS.get(name, ordinary[name])):
+                found.append((f"--no-{name}" if value is False else f"--{name}" if value is True else f"--{name} {value}", reason))
+    return found

@@ -325,11 +325,16 @@ def open_model(args):
     return folder, facts, tokenizer, list(dict.fromkeys(problems))  # two flags may give the same size
 
 
-def check_targets(folder, target_modules):
-    """A sentence for each target that matches no linear layer of the transformer in `folder`. Reads only its config."""
+def linear_layers(folder):
+    """Name -> (inputs, outputs) of every linear layer of the transformer in `folder`. Reads only its config."""
     with torch.device("meta"):
         transformer = CogVideoXTransformer3DModel.from_config(CogVideoXTransformer3DModel.load_config(folder / "transformer"))
-    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    return {name: (m.in_features, m.out_features) for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+
+
+def check_targets(folder, target_modules):
+    """A sentence for each target that matches no linear layer of the transformer in `folder`. Reads only its config."""
+    names = linear_layers(folder)
     known = sorted({name.split(".", 2)[-1].removeprefix("attn1.") for name in names if name.startswith("transformer_blocks.")})
     return [
         f"--target_modules {target}: the transformer has no such linear layer; its blocks have {', '.join(known)}"

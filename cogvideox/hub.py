@@ -5,7 +5,8 @@ import json
 import re
 from pathlib import Path
 
-from cogvideox.files import LORA_FILE, write_durably
+from cogvideox.files import LORA_FILE, note_file, write_durably
+from cogvideox.owned import CARD, OTHER_CARD, card_name
 
 UPLOADED = [LORA_FILE, "transformer/*", "README.md", "metrics.jsonl", "loss.png"]
 UPLOADED += ["validation/step-*/*.mp4", "validation/step-*/contact_sheet.png"]
@@ -48,7 +49,9 @@ def snippet(run):
 
 
 def write_model_card(folder, run):
-    """Write README.md, the model card: base model, data, settings, usage, and the last validation videos.
+    """Write the model card: base model, data, settings, usage, and the last validation videos. Returns its path.
+
+    It is README.md, or model_card.md beside a README.md that no run wrote (or that was changed since).
 
     run: from `report.run_facts`, with all names of NO_FACTS in its facts. steps: optimizer steps. trained_parameters: a count.
     num_frames, height, width: of the videos. videos: [(prompt, relative path)].
@@ -80,12 +83,34 @@ def write_model_card(folder, run):
         snippet=snippet(run),
         markdown=markdown,
     )
-    write_durably(Path(folder) / "README.md", str(card).rstrip().encode(errors="replace") + b"\n")
+    path, content = Path(folder) / card_name(folder), str(card).rstrip().encode(errors="replace") + b"\n"
+    note_file(path, content)
+    write_durably(path, content)
+    return path
 
 
 def markdown(text):
     """The text on one line, escaped for Markdown."""
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|!" else c for c in " ".join(str(text).split()))
+
+
+def repository_name(args):
+    """The name of the repository that `push` writes: --hub_model_id, or the name of --output_dir."""
+    return args.hub_model_id or Path(args.output_dir).resolve().name
+
+
+def unfit_name(args):
+    """Why the hub has no repository of this name, as a sentence, or None. Asks nobody."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    name = repository_name(args)
+    way_out = "" if args.hub_model_id else f" (the name of --output_dir {args.output_dir}; give another one as --hub_model_id)"
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        return f"--hub_model_id {name}: {str(error).splitlines()[0]}{way_out}"
+    return None
 
 
 def push(folder, args, token):
@@ -96,9 +121,12 @@ def push(folder, args, token):
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    repository = api.create_repo(name, exist_ok=True, private=True)
-    api.upload_folder(repo_id=repository.repo_id, folder_path=str(folder), allow_patterns=UPLOADED, commit_message="CogVideoX LoRA")
+    repository = api.create_repo(repository_name(args), exist_ok=True, private=True)
+    own = card_name(folder) == CARD
+    patterns = UPLOADED if own else [name for name in UPLOADED if name != CARD]
+    api.upload_folder(repo_id=repository.repo_id, folder_path=str(folder), allow_patterns=patterns, commit_message="CogVideoX LoRA")
+    if not own:
+        api.upload_file(repo_id=repository.repo_id, path_or_fileobj=str(Path(folder) / OTHER_CARD), path_in_repo=CARD)
     return str(repository)
 
 

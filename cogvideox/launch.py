@@ -23,9 +23,10 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from diffusers.training_utils import free_memory
 from filelock import FileLock, Timeout
 
+from cogvideox import owned
 from cogvideox.console import BAD_FLAGS, BAD_OUTPUT, fail, rank, say, warn, without_line
 from cogvideox.device import slow_convolutions, unusable_gpu
-from cogvideox.files import LORA_FILE, still_missing, try_writing
+from cogvideox.files import FILE_LIST, LORA_FILE, list_files_in, still_missing, try_writing
 
 # Their bars show short loads; ours show hours of work.
 diffusers.utils.logging.disable_progress_bar()
@@ -37,11 +38,17 @@ def check_gpu(cpu, problems):
 
     Before the processes meet: on several machines a process on a CPU could not join those on GPUs.
     """
-    if not (problem := unusable_gpu(cpu)):
+    problem = unusable_gpu(cpu)
+    end_before_meeting([problem] if problem else [], problems)
+
+
+def end_before_meeting(own, problems):
+    """End the run if this machine has problems of its `own`, sentences; `problems`, the same on all machines, are printed too."""
+    if not own:
         return
-    if rank() != 0 and os.environ.get("LOCAL_RANK", "0") == "0":  # rank 0 may be on another machine, without this problem
-        print(f"\nERROR[{BAD_FLAGS}]: {platform.node()}: {problem}", file=sys.stderr, flush=True)
-    fail(BAD_FLAGS, [problem, *problems])
+    if rank() != 0 and os.environ.get("LOCAL_RANK", "0") == "0":  # rank 0 may be on another machine, without them
+        print("".join(f"\nERROR[{BAD_FLAGS}]: {platform.node()}: {problem}" for problem in own), file=sys.stderr, flush=True)
+    fail(BAD_FLAGS, [*own, *problems])
 
 
 def use_deterministic_algorithms(wanted):
@@ -77,11 +84,14 @@ def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minute
         # FSDP2 works on CPUs, but accelerate allows it on GPUs only, and would silently train with DDP.
         PartialState(cpu=True, timeout=timeout).distributed_type = DistributedType.MULTI_GPU
     with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    for note in overruled_settings(mixed_precision):
+        say(note)
     accelerator = Accelerator(
         # Without it, each of two processes on a CPU machine runs alone; DeepSpeed detects the CPU itself.
         cpu=on_cpu and not with_deepspeed,
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=gradient_accumulation_steps,
+        dynamo_backend="no",  # --compile decides: accelerate would compile the whole model around the trainer's compiled blocks
         kwargs_handlers=[
             # Every trained weight gets a gradient in every step, so there are no unused parameters. Buffers are position tables,
             # equal on all ranks: DDP would broadcast them in every forward pass (the 2B's are 65 MiB in bf16, its gradients 225).
@@ -110,6 +120,19 @@ def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minute
     if device.type == "cuda" and (sentence := slow_convolutions(torch.__version__)):
         warn(sentence)
     return accelerator
+
+
+def overruled_settings(mixed_precision, environment=os.environ):
+    """A sentence for each setting of a saved accelerate config or of the environment that the flags overrule."""
+    notes, precision = [], environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in ("no", mixed_precision):
+        notes.append(
+            f"note: the launcher's mixed precision {precision} is not used; this run computes in {mixed_precision.replace('no', 'fp32')} "
+            "(--mixed_precision, or as the model is stored)"
+        )
+    if (backend := environment.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() != "no":
+        notes.append(f"note: the launcher's dynamo backend {backend} is not used; --compile decides")
+    return notes
 
 
 def wait_for_main_process(seconds=120):
@@ -201,13 +224,9 @@ def claim_output_dir(args, accelerator, problems):
         except OSError as error:
             problem = f"{folder}: cannot be written to ({error.strerror})"
         else:
-            earlier = holds_earlier_run(output_dir)
-            if earlier and not (args.resume_from_checkpoint or args.overwrite_output_dir):
-                problem = (
-                    f"--output_dir {output_dir}: contains an earlier run ({earlier}); resume it "
-                    "(--resume_from_checkpoint latest), delete it (--overwrite_output_dir), or choose another folder"
-                )
+            problem = occupied(args, output_dir)
     own = [problem for problem in broadcast_object_list([problem]) if problem]
+    list_files_in(output_dir)
     if not own and accelerator.num_processes > 1:
         own = folders_not_shared(accelerator, [("--output_dir", output_dir), ("--encoding_cache_dir", args.encoding_cache_dir)])
     if own:
@@ -217,20 +236,42 @@ def claim_output_dir(args, accelerator, problems):
 
 def holds_earlier_run(output_dir):
     """The name of a result or checkpoint of an earlier run in a folder, or None."""
-    names = [path.parent.name for path in sorted(output_dir.glob("checkpoint-*/manifest.json"))] + [LORA_FILE, "transformer"]
+    names = [path.parent.name for path in sorted(output_dir.glob("checkpoint-*/manifest.json"))] + [LORA_FILE, "transformer/config.json"]
     return next((name for name in names if (output_dir / name).exists()), None)
 
 
-def remove_earlier_run(output_dir, logging_dir):
-    """Delete the files that a run writes from its folder, and no others.
+def occupied(args, output_dir):
+    """Why a run may not write into a folder, as a sentence, or None: an earlier run, or files of somebody else that it would replace.
+
+    Brings the list of runs' files up to date; those of a version without a list are listed now.
+    """
+    owned.forget_missing_files(output_dir)
+    list_files_in(output_dir)
+    if owned.holds_files_of_runs(output_dir) and not (output_dir / FILE_LIST).exists():
+        owned.adopt_earlier_version(output_dir, args.logging_dir)
+    foreign = owned.in_the_way(output_dir)
+    if foreign and not (args.resume_from_checkpoint and owned.holds_files_of_runs(output_dir)):
+        names = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
+        return f"--output_dir {output_dir}: holds files that no run wrote and this one would replace ({names}); choose another folder"
+    earlier = holds_earlier_run(output_dir)
+    if earlier and not (args.resume_from_checkpoint or args.overwrite_output_dir):
+        return (
+            f"--output_dir {output_dir}: contains an earlier run ({earlier}); resume it "
+            "(--resume_from_checkpoint latest), delete it (--overwrite_output_dir), or choose another folder"
+        )
+    if owned.card_name(output_dir) != owned.CARD:
+        say(f"--output_dir {output_dir}: its {owned.CARD} was not written by a run and stays; the model card will be {owned.OTHER_CARD}")
+    return None
+
+
+def remove_earlier_run(output_dir):
+    """Delete the files that runs wrote into a folder, and no others.
 
     dataset.json and dataset_report.txt stay: the new run has already overwritten them.
     """
-    names = [LORA_FILE, "transformer", "README.md", "report.html", "run.json", "metrics.jsonl", "loss.png", "status.json"]
-    names += ["validation", "encoded", "best", logging_dir]
-    checkpoints = [path for path in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+(\.partial|\.abandoned)?", path.name)]
-    for path in [*checkpoints, *(output_dir / name for name in names)]:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    for path in [path for path in output_dir.iterdir() if owned.CHECKPOINT.fullmatch(path.name)]:
+        shutil.rmtree(path) if path.name.endswith(".partial") and not path.is_symlink() else owned.remove_checkpoint(path)
+    owned.remove_files_of_runs(output_dir, keep=("dataset.json", "dataset_report.txt"))
 
 
 def problem_of_any_rank(problem):

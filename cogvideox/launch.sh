@@ -4,6 +4,15 @@
 # shellcheck source=cogvideox/cluster.sh
 source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 
+# keep_rate_for_adam FLAG...: empties RATE_ARGS where the user's flags choose Prodigy or full fine-tuning. The guide's rate is for
+# Adam and a LoRA: Prodigy would hardly move, and all weights would move ten times too far. The trainer has a default for each.
+keep_rate_for_adam() {
+  local flags=" $* "
+  if [[ "${flags,,}" =~ \ --(optimizer[\ =]prodigy|training_type[\ =]sft)\  ]]; then
+    RATE_ARGS=()
+  fi
+}
+
 # pass_signals_as SIGNAL COMMAND...: runs the command, forwards SIGTERM, SIGINT, SIGHUP and SIGUSR1 to it as SIGNAL, and returns
 # its exit code. `received` then holds the names of the received signals, such as " USR1 TERM".
 #

@@ -1,5 +1,8 @@
 """The LoRA: injected with peft, trained in fp32, exported so that any loader applies the trained strength at weight 1.0."""
 
+import json
+import math
+import re
 import warnings
 from pathlib import Path
 
@@ -8,11 +11,13 @@ from diffusers import CogVideoXPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from cogvideox.engine import trained_state, trained_weights, write_trained
 from cogvideox.files import LORA_FILE, lora_path, write_durably
+from cogvideox.folder import linear_layers, safetensors_header
 from cogvideox.launch import problem_of_any_rank
 from cogvideox.model import load_transformer
 
@@ -106,25 +111,135 @@ def load_live(transformer, state):
     write_trained(weights, state, "LoRA weights do not fit this model and rank")
 
 
-def load_exported(transformer, path):
-    """Load a LoRA file that `write` wrote (or its folder): divides the factor alpha / rank out again.
+def read_layers(file, flag="--lora"):
+    """Which layers a LoRA file changes: layer -> (rank, inputs, outputs), from its header and its alphas alone.
+
+    Takes diffusers' names, as this trainer and others write them. ValueError with a sentence for any other file. flag: named in it.
+    """
+    return {layer: layout[:3] for layer, layout in read_layout(file, flag).items()}
+
+
+def read_layout(file, flag="--lora"):
+    """layer -> (rank, inputs, outputs, factor of the update B A, name of lora_A, name of lora_B). ValueError as `read_layers`."""
+    if not Path(file).is_file():
+        raise ValueError(f"{flag} {file}: no such file")
+    try:
+        header = safetensors_header(Path(file))
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            alphas = {name.removesuffix(".alpha"): opened.get_tensor(name).float() for name in header if name.endswith(".alpha")}
+    except Exception as error:  # safetensors raises its own kinds, OSError and ValueError for a damaged file
+        raise ValueError(f"{flag} {file}: cannot be read ({(str(error).splitlines() or ['no reason given'])[0][:100]})") from None
+    pairs = {}
+    for name, entry in header.items():
+        if name.endswith(".alpha") and name.startswith("transformer."):
+            continue
+        found = re.fullmatch(r"transformer\.(.+)\.lora_(A|B|down|up)\.weight", name)
+        if not found or len(entry["shape"]) != 2:
+            hint = " (ComfyUI's names: give the file that this one was exported from)" if name.startswith("diffusion_model.") else ""
+            raise ValueError(f"{flag} {file}: {name} is not a LoRA's weight in diffusers' names, transformer.LAYER.lora_A.weight{hint}")
+        side = {"down": "A", "up": "B"}.get(found[2], found[2])
+        pairs.setdefault(found[1], {})[side] = name, entry["shape"]
+    if not pairs:
+        raise ValueError(f"{flag} {file}: holds no weights")
+    for layer, pair in pairs.items():
+        if set(pair) != {"A", "B"} or pair["A"][1][0] != pair["B"][1][1]:
+            shapes = {side: shape for side, (_, shape) in pair.items()}
+            raise ValueError(f"{flag} {file}: {layer} needs lora_A [rank, in] and lora_B [out, rank], and has {shapes}")
+    ranks = {layer: pair["A"][1][0] for layer, pair in pairs.items()}
+    try:
+        factors = alpha_factors(ranks, {name.removeprefix("transformer."): alpha for name, alpha in alphas.items()}, metadata)
+    except ValueError as error:
+        raise ValueError(f"{flag} {file}: {error}") from None
+    return {
+        layer: (ranks[layer], pair["A"][1][1], pair["B"][1][0], factors[layer], pair["A"][0], pair["B"][0]) for layer, pair in pairs.items()
+    }
+
+
+def alpha_factors(ranks, alphas, metadata):
+    """layer -> the factor of its update B A: 1 in this trainer's files, and in those that ask for nothing, as diffusers takes them.
+
+    ranks: layer -> rank. alphas: layer -> a tensor (kohya's `.alpha`): alpha / rank. metadata: of the file; diffusers' and
+    peft's settings there ask for alpha / r, or alpha / sqrt(r) with rsLoRA, each per layer if there is a pattern. ValueError for
+    settings that ask for more than a factor, and for alphas in both places, of which loaders apply one or the other.
+    """
+    if lost := sorted(set(alphas) - set(ranks)):
+        raise ValueError(f"{lost[0]}.alpha belongs to no layer of the file")
+    if any(alpha.numel() != 1 for alpha in alphas.values()):
+        raise ValueError("an alpha in it is not one number")
+    factors = {layer: float(alphas[layer]) / rank if layer in alphas else 1.0 for layer, rank in ranks.items()}
+    try:
+        asked = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        asked = {name.removeprefix("transformer."): value for name, value in asked.items() if name.startswith("transformer.")}
+        config = LoraConfig(**asked)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"its metadata asks for what this version of peft does not know ({error})") from None
+    if config.use_dora:
+        raise ValueError("its metadata asks for use_dora; only files whose update is B A times a factor are taken")
+    if asked and alphas:
+        raise ValueError("has an alpha in its metadata and as tensors; remove one of them")
+    for layer, rank in ranks.items() if asked else ():
+        said = config.rank_pattern.get(get_pattern_key(config.rank_pattern, layer), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, layer), config.lora_alpha)
+        if said != rank:
+            raise ValueError(f"its metadata gives {layer} a rank of {said}, and its weights have {rank}")
+        factors[layer] = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    if broken := [layer for layer, factor in factors.items() if not math.isfinite(factor)]:
+        raise ValueError(f"the alpha of {broken[0]} is not finite")
+    return factors
+
+
+def load_pairs(file, flag="--lora"):
+    """Yield (layer, lora_A [rank, in], lora_B [out, rank]) in fp32, one layer at a time. The update of its weight is B A.
+
+    The factor that the file asks for is in lora_B. ValueError as `read_layers`, and for weights that are not finite.
+    """
+    layout = read_layout(file, flag)
+    with safe_open(file, framework="pt") as opened:
+        for layer, (*_, factor, name_down, name_up) in sorted(layout.items()):
+            down, up = opened.get_tensor(name_down).float(), opened.get_tensor(name_up).float() * factor
+            if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+                raise ValueError(f"{flag} {file}: the weights of {layer} are not finite")
+            yield layer, down, up
+
+
+def unfit_initial(args, folder):
+    """A sentence if the header of the --init_lora file does not fit --rank, --target_modules and the transformer in `folder`, in a list."""
+    if not args.init_lora:
+        return []
+    try:
+        layers = read_layers(lora_path(args.init_lora), "--init_lora")
+    except ValueError as error:
+        return [str(error)]
+    chosen = {
+        name: sizes for name, sizes in linear_layers(folder).items() if f".{name}".endswith(tuple(f".{t}" for t in args.target_modules))
+    }
+    if other := sorted(set(layers) ^ set(chosen)):
+        return [
+            f"--init_lora {args.init_lora}: changes {len(layers)} layers and --target_modules names {len(chosen)}; "
+            f"{other[0]} is in only one of them"
+        ]
+    here = {layer: (args.rank, *sizes) for layer, sizes in chosen.items()}
+    return [
+        f"--init_lora {args.init_lora}: {layer} has (rank, inputs, outputs) {layers[layer]} in it and {here[layer]} in this run"
+        for layer in layers
+        if layers[layer] != here[layer]
+    ][:1]
+
+
+def load_exported(transformer, path, flag="--init_lora"):
+    """Load a LoRA file (or a run's folder) at the strength that it has at weight 1.0: divides this run's factor alpha / rank out.
 
     Raises ValueError if the file is missing, or for another model, rank or other targets.
     """
-    path = lora_path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
     scaling = {name: layer.scaling["default"] for name, layer in lora_modules(transformer)}
     state = {}
+    for layer, down, up in load_pairs(lora_path(path), flag):
+        state |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up / scaling.get(layer, 1)}
     try:
-        stored = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from None
-    for name, tensor in stored.items():
-        name = name.removeprefix("transformer.")
-        layer = name.rsplit(".lora_", 1)[0]
-        state[name] = tensor / scaling.get(layer, 1) if ".lora_B." in name else tensor
-    load_live(transformer, state)
+        load_live(transformer, state)
+    except ValueError as error:
+        raise ValueError(f"{flag} {path}: {error}") from None
 
 
 def load_initial(transformer, path):
@@ -133,7 +248,7 @@ def load_initial(transformer, path):
     try:
         load_exported(transformer, path)
     except ValueError as error:
-        problem = f"--init_lora {path}: {error}"
+        problem = str(error)
     return problem_of_any_rank(problem)
 
 

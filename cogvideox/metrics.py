@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 
 from cogvideox import engine, flags, report
 from cogvideox.console import BAD_NUMBERS, fail, progress, warn
-from cogvideox.files import read_json_lines, write_bytes
+from cogvideox.files import note_file, read_json_lines, write_bytes
 from cogvideox.launch import peak_memory_gib
 from cogvideox.stopping import write_status
 from cogvideox.survey import printable
@@ -203,6 +203,7 @@ def open_trackers(args, accelerator):
     if args.report_to == "none" or not accelerator.is_main_process:
         return
     folder, opened = Path(args.output_dir) / args.logging_dir, []
+    before = set(folder.rglob("*"))
     accelerator.project_configuration.set_directories(args.output_dir)
     accelerator.project_configuration.logging_dir = str(folder)
     values = flags.public_flags(args)
@@ -217,6 +218,9 @@ def open_trackers(args, accelerator):
         else:
             opened += accelerator.trackers
     accelerator.trackers = opened
+    for path in set(folder.rglob("*")) - before:
+        if path.is_file():
+            note_file(path)
 
 
 def close_trackers(accelerator):

@@ -51,3 +51,8 @@ def make_schedule(args, optimizer, total_steps):
         num_cycles=args.lr_num_cycles,
         power=args.lr_power,
     )
+
+
+def step_size(optimizer):
+    """What an optimizer multiplies the schedule's rate by: Prodigy's estimate d of the step size; 1 for all others."""
+    return optimizer.param_groups[0].get("d", 1.0)

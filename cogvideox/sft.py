@@ -11,7 +11,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from cogvideox.engine import trained_state, trained_weights, write_trained
-from cogvideox.files import write_durably, write_tensors
+from cogvideox.files import note_file, write_durably, write_tensors
 from cogvideox.lora import check_finite
 from cogvideox.model import load_transformer
 
@@ -61,15 +61,18 @@ def write(folder, exported, facts):
 
 
 def publish(checkpoint, output_dir):
-    """Link (or copy) a checkpoint's transformer, several GB, to the output folder."""
-    new, final = Path(output_dir) / f".{RESULT}.partial", Path(output_dir) / RESULT
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        shutil.copytree(checkpoint / RESULT, new, copy_function=link_or_copy)
-        shutil.rmtree(final, ignore_errors=True)
-        new.rename(final)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    """Link (or copy) a checkpoint's transformer, several GB, to the output folder, file by file."""
+    for name in FILES:
+        final = Path(output_dir) / name
+        partial = final.with_name(f".{final.name}.partial")
+        final.parent.mkdir(exist_ok=True)
+        note_file(final)
+        partial.unlink(missing_ok=True)
+        try:
+            link_or_copy(checkpoint / name, partial)
+            partial.replace(final)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def link_or_copy(source, target):

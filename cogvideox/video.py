@@ -12,7 +12,7 @@ import imageio.v2 as imageio
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cogvideox.files import write_bytes
+from cogvideox.files import note_file, write_bytes
 
 TEXT_PIXELS = 11
 CJK_FONT = "noto_cjk_sans_jp_regular"  # optional: 14 MB of Chinese, Japanese and Korean letters
@@ -22,6 +22,7 @@ def write_video(path, frames, fps):
     """Write uint8 frames [F, H, W, 3] as an H.264 mp4 for any player, atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    note_file(path)
     partial = path.with_name(f".{path.stem}.partial.mp4")
     with imageio.get_writer(partial, fps=fps, codec="libx264", quality=8, macro_block_size=2, ffmpeg_log_level="error") as writer:
         for frame in frames:

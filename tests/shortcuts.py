@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cogvideox import folder, metrics
+from cogvideox.files import write_bytes
 
 load_tokenizer, plot_losses = folder.load_tokenizer, metrics.plot_losses
 loaded = {}  # the files of a tokenizer -> the tokenizer
@@ -18,7 +19,7 @@ def load_tokenizer_once(model):
 
 def leave_out_the_plot(metrics_path, picture_path):
     """`metrics.plot_losses`, with an empty file for the picture."""
-    Path(picture_path).write_bytes(b"")
+    write_bytes(Path(picture_path), b"")
 
 
 def take():

@@ -179,6 +179,31 @@ def test_a_user_can_edit_each_flag_of_the_guide_in_each_script(name):
     assert {"MODEL_PATH", "DATASET_PATH", "OUTPUT_PATH", "CACHE_PATH"} <= set(re.findall(r'^([A-Z_]+)="\$\{', text, re.M))
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_guides_rate_is_left_out_where_the_user_chooses_prodigy_or_all_weights(ask, name):
+    def rate(*words):
+        return ask(name, *words)[2].get("--learning_rate")
+
+    assert rate() == rate("--optimizer", "Adam") == rate("--use_8bit_adam", "--id_token", "prodigy") == "1e-4"
+    for choice in (["--optimizer", "Prodigy"], ["--optimizer=prodigy", "--rank", "4"], ["--training_type", "sft"]):
+        assert rate(*choice) is None
+        assert rate(*choice, "--learning_rate", "0.5") == "0.5"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("words", [[], ["--training_type", "sft"], ["--max_train_steps", "9", "--validation_steps", "3"]], ids=" ".join)
+def test_no_flag_of_a_script_is_told_to_do_nothing(ask, name, words, tmp_path):
+    import train_cogvideox_lora as script
+
+    told = ask(name, *words)[2]
+    own = [
+        word for flag, value in told.items() if flag.removeprefix("--") in script.build_parser().declared for word in (flag, value) if word
+    ]
+    args = script.parse_args(own)
+    assert script.notes_on_flags(args) == []
+    assert args.learning_rate == (1e-5 if "sft" in words else 1e-4)
+
+
 def test_both_scripts_and_that_for_all_weights_differ_in_their_purpose_only(ask):
     single, multi, sft = (ask(name)[2] for name in (*SCRIPTS, "examples/finetune_sft.sh"))
     counts = {"--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port"}

@@ -12,7 +12,7 @@ from torch._inductor import cpp_builder
 
 from cogvideox import linear, lora, model, offload
 from demo.make_model import make_model
-from tests.conftest import ROOT, environment, lora_of, words
+from tests.conftest import ROOT, environment, lora_of, same, words
 from tests.cpu_kinds import needs_bf16_attention
 
 BLOCKS = 12  # torch stops compiling a function after eight graphs
@@ -158,3 +158,24 @@ def test_compiled_blocks_train_the_same_to_rounding(train):
     compiled = lora_of(train(compile=True, **settings))
     assert graphs() == 2
     assert max((plain[name] - compiled[name]).abs().max() for name in plain) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.numeric
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_dynamo_backend_of_a_saved_config_compiles_nothing_and_the_flag_decides(train, plain_run, monkeypatch, capsys, compiled):
+    """accelerate would compile the whole model, around the blocks that --compile compiled."""
+    plain = lora_of(plain_run(max_train_steps=1))
+    asked = []
+
+    def compile_nothing(model=None, **settings):
+        asked.append(model)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "g++")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    trained = lora_of(train(max_train_steps=1, **({"compile": True} if compiled else {})))
+    assert [getattr(one, "__name__", type(one).__name__) for one in asked] == ["forward"] * (2 if compiled else 0)  # of two blocks
+    assert same(trained, plain)
+    assert "note: the launcher's dynamo backend INDUCTOR is not used; --compile decides" in capsys.readouterr().err

@@ -295,7 +295,7 @@ def test_a_bad_folder_ends_before_any_model_loads_with_every_fault_named(clips, 
     ):
         assert sentence in told
     assert told.count("ERROR[3]") == 5
-    assert {p.name for p in (tmp_path / "out").rglob("*")} == {".lock", "dataset.json", "dataset_report.txt"}
+    assert {p.name for p in (tmp_path / "out").rglob("*")} == {".lock", ".files_of_runs.jsonl", "dataset.json", "dataset_report.txt"}
     assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and "hashes" not in str(p)] == []
 
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import train_cogvideox_lora as script
 from cogvideox import checkpoint, engine
 from cogvideox.video import read_video, write_video
-from tests.conftest import ROOT, STEADY_ADAM, words
+from tests.conftest import ROOT, STEADY_ADAM, STEADY_BOUND, words
 from tests.cpu_kinds import needs_bf16_attention
 from tests.forked import free_port
 from tests.stand_ins import make_trained, train_one_step
@@ -391,7 +391,96 @@ def test_flags_that_an_engine_cannot_serve_are_refused(flags, sentence, tiny_mod
 def test_what_the_config_file_asks_for_is_refused_where_it_is_not_supported(tiny_model, six_clips, tmp_path, encodings):
     args = script.parse_args(words(tiny_model, six_clips, tmp_path, encodings, mixed_precision="no", ema_decay=0.9))
     assert "FSDP 1" in engine.unfit_flags(args, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"})[0]
+    twice = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}
+    assert "fsdp_activation_checkpointing" in engine.unfit_flags(args, twice)[0]
     assert "--ema_decay 0.9: unsupported with DeepSpeed" in engine.unfit_flags(args, {"ACCELERATE_USE_DEEPSPEED": "true"})[0]
+
+
+STEPS, DEEPSPEED = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", {"ACCELERATE_USE_DEEPSPEED": "true"}
+CONTRADICTIONS = [  # flags, the launcher's environment, DeepSpeed's own file or None, how the sentence begins
+    ({"gradient_accumulation_steps": 4}, {STEPS: "1"}, None, f"--gradient_accumulation_steps 4: the launcher ({STEPS}) has 1;"),
+    ({}, {STEPS: "4"}, None, f"--gradient_accumulation_steps 1: the launcher ({STEPS}) has 4;"),
+    ({}, {STEPS: "four"}, None, f"--gradient_accumulation_steps 1: the launcher ({STEPS}) has four;"),
+    ({"gradient_accumulation_steps": 4}, DEEPSPEED | {STEPS: "1"}, None, f"--gradient_accumulation_steps 4: the launcher ({STEPS}) has 1;"),
+    ({}, {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, None, "the launcher (ACCELERATE_USE_PARALLELISM_CONFIG): this trainer has DDP"),
+    ({}, DEEPSPEED, {"gradient_accumulation_steps": 4}, "--gradient_accumulation_steps 1: gradient_accumulation_steps of FILE has 4;"),
+    (
+        {},
+        DEEPSPEED | {"ACCELERATE_GRADIENT_CLIPPING": "0.5"},
+        None,
+        "--max_grad_norm 1: the launcher (ACCELERATE_GRADIENT_CLIPPING) has 0.5;",
+    ),
+    ({}, DEEPSPEED, {"gradient_clipping": 0.5}, "--max_grad_norm 1: gradient_clipping of FILE has 0.5;"),
+    ({}, DEEPSPEED, {"train_micro_batch_size_per_gpu": 2}, "--train_batch_size 1: train_micro_batch_size_per_gpu of FILE has 2;"),
+    (
+        {"train_batch_size": 3, "gradient_accumulation_steps": 2},
+        DEEPSPEED | {"WORLD_SIZE": "2"},
+        {"train_batch_size": 6},
+        "--train_batch_size x --gradient_accumulation_steps x processes is 12: train_batch_size of FILE is 6;",
+    ),
+    ({"mixed_precision": "no"}, DEEPSPEED, {"bf16": {"enabled": True}}, "--mixed_precision no: FILE has bf16.enabled true;"),
+    ({"mixed_precision": "no"}, DEEPSPEED, {"fp16": {"enabled": True}}, "--mixed_precision no: FILE has fp16.enabled true;"),
+    ({"mixed_precision": "bf16"}, DEEPSPEED, {"bf16": {"enabled": False}}, "--mixed_precision bf16: FILE has bf16.enabled false;"),
+    ({"mixed_precision": "bf16"}, DEEPSPEED, {"bf16": {}}, "--mixed_precision bf16: FILE has bf16.enabled false;"),
+    ({}, DEEPSPEED, {"optimizer": {"type": "Adam"}}, "FILE: has a block 'optimizer';"),
+    ({}, DEEPSPEED, {"zero_optimization": {"stage": 0}}, "FILE: selects a DeepSpeed stage other than 1, 2 and 3"),
+    ({}, DEEPSPEED, "not JSON", "FILE: cannot be read as DeepSpeed's settings"),
+    ({}, DEEPSPEED | {"ACCELERATE_CONFIG_DS_FIELDS": "zero_stage,x"}, {}, "FILE: remove zero_stage from accelerate's own config file"),
+]
+
+
+@pytest.mark.parametrize(("flags", "told", "own", "sentence"), CONTRADICTIONS, ids=[case[-1] for case in CONTRADICTIONS])
+def test_another_value_than_a_flags_in_the_launchers_settings_is_refused_with_both(flags, told, own, sentence, tmp_path):
+    args, file = script.parse_args(words("m", "d", "o", "c", **({"mixed_precision": "no"} | flags))), tmp_path / "deepspeed.json"
+    if own is not None:
+        content = {"zero_optimization": {"stage": 2}} | own if isinstance(own, dict) else own
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        told = told | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
+    [problem] = engine.contradicted_flags(args, told)
+    assert problem.replace(f"deepspeed_config_file {file}", "FILE").startswith(sentence)
+
+
+def test_the_same_values_in_the_launchers_settings_are_taken(tmp_path):
+    flags = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "train_batch_size": 3, "mixed_precision": "bf16"}
+    args, file = script.parse_args(words("m", "d", "o", "c", **flags)), tmp_path / "deepspeed.json"
+    told = DEEPSPEED | {STEPS: "2", "ACCELERATE_GRADIENT_CLIPPING": "0.5", "WORLD_SIZE": "2"}
+    assert engine.contradicted_flags(args, told) == engine.contradicted_flags(args, DEEPSPEED | {STEPS: "auto"}) == []
+    equal = {"gradient_accumulation_steps": 2, "gradient_clipping": 0.5, "train_micro_batch_size_per_gpu": 3, "train_batch_size": 12}
+    equal |= {"bf16": {"enabled": True}, "fp16": {"enabled": "auto"}}
+    for own in (equal, dict.fromkeys(equal, "auto") | {"bf16": {"enabled": "auto"}, "fp16": {"enabled": False}}, {}):
+        file.write_text(json.dumps({"zero_optimization": {"stage": 2}} | own))
+        assert engine.contradicted_flags(args, told | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine_settings", [{}, DEEPSPEED], ids=["DDP", "DeepSpeed"])
+def test_two_accumulation_counts_end_the_run_before_any_encoding(forked, tiny_model, six_clips, tmp_path, engine_settings):
+    line = words(tiny_model, six_clips, tmp_path / "out", tmp_path / "cache", gradient_accumulation_steps=2, mixed_precision="no")
+    codes, output = forked.run(line, processes=2, **engine_settings | {STEPS: 1})
+    assert codes == [2, 2]
+    assert f"--gradient_accumulation_steps 2: the launcher ({STEPS}) has 1" in output
+    assert not (tmp_path / "cache/clips").exists()
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_deepspeed_takes_the_flags_count_and_clipping_where_its_file_has_none(
+    tiny_model, six_clips, tmp_path, encodings, forked, settings_of
+):
+    """accelerate puts a count of 1 into a file without one."""
+    flags = {"mixed_precision": "no", "max_train_steps": 3, "max_grad_norm": 0.01, **STEADY_ADAM}
+    (tmp_path / "deepspeed.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    told = settings_of("zero2") | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": tmp_path / "deepspeed.json"}
+    told["ACCELERATE_CONFIG_DS_FIELDS"] = ""  # those that the yaml file has beside it
+    results = {}
+    for name, settings in (("ddp", {}), ("zero2", told)):
+        for count in (2, 1):
+            line = words(tiny_model, six_clips, tmp_path / f"{name}-{count}", encodings, **flags, gradient_accumulation_steps=count)
+            codes, output = forked.run(line, processes=2, timeout=700, **settings)
+            assert codes == [0, 0], output[-3000:]
+            results[name, count] = result_of(tmp_path / f"{name}-{count}")
+    assert worst_difference(results["ddp", 2], results["zero2", 2]) < STEADY_BOUND
+    assert worst_difference(results["ddp", 1], results["zero2", 2]) > 10 * STEADY_BOUND
 
 
 @pytest.mark.parametrize("flags", [{"lora_dropout": 0.1}, {"offload": True}, {"base_precision": "int8"}, {"init_lora": "x"}])

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cogvideox import lora
-from cogvideox.lora import LORA_FILE
+from cogvideox.lora import LORA_FILE, read_layers
 from cogvideox.model import load_transformer
 from tools import export_comfyui
-from tools.lora_file import find_lora, read_layers
+from tools.lora_file import find_lora
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -104,9 +104,15 @@ def test_files_that_are_no_lora_of_this_trainer_are_refused(tiny_model, tmp_path
     save_file({}, tmp_path / "empty")
     save_file({name: tensor for name, tensor in good.items() if name != f"{layer}.lora_B.weight"}, tmp_path / "half")
     save_file(good | {f"{layer}.lora_magnitude_vector": torch.ones(32)}, tmp_path / "dora")
-    save_file(good, tmp_path / "alpha", {"lora_adapter_metadata": '{"transformer.r": 4, "transformer.lora_alpha": 8}'})
+    save_file(good, tmp_path / "rank", {"lora_adapter_metadata": '{"transformer.r": 8, "transformer.lora_alpha": 8}'})
+    save_file(good, tmp_path / "asks", {"lora_adapter_metadata": '{"transformer.r": 4, "transformer.use_dora": true}'})
+    save_file(good | {"transformer.elsewhere.alpha": torch.tensor(1.0)}, tmp_path / "stray")
+    both = {"lora_adapter_metadata": '{"transformer.r": 4, "transformer.lora_alpha": 4}'}
+    save_file(good | {f"{layer}.alpha": torch.tensor(1.0)}, tmp_path / "both", both)
+    save_file(good | {f"{layer}.alpha": torch.tensor(float("nan"))}, tmp_path / "nan")
     reasons = {"cut": "truncated", "words": "cannot be read", "empty": "no weights", "half": "needs lora_A", "dora": "magnitude"}
-    for name, reason in (reasons | {"alpha": "alpha 8 of rank 4"}).items():
+    reasons |= {"rank": "a rank of 8, and its weights have 4", "asks": "use_dora", "stray": "belongs to no layer"}
+    for name, reason in (reasons | {"both": "in its metadata and as tensors", "nan": "not finite"}).items():
         with pytest.raises(ValueError, match=reason):
             read_layers(tmp_path / name)
     save_file(good, tmp_path / "same", {"lora_adapter_metadata": '{"transformer.r": 4, "transformer.lora_alpha": 4}'})

@@ -337,7 +337,7 @@ def test_a_dry_run_tells_time_memory_and_disk_and_trains_nothing(train, capsys):
         "nothing was trained",
     ):
         assert word in told
-    left = {p.name for p in folder.iterdir()} - {".lock", "encoded", "dataset.json", "dataset_report.txt"}
+    left = {p.name for p in folder.iterdir()} - {".lock", ".files_of_runs.jsonl", "encoded", "dataset.json", "dataset_report.txt"}
     assert left == set()
 
 
@@ -367,7 +367,10 @@ def test_a_run_can_start_from_the_lora_of_another(train, tmp_path, capsys):
         torch.testing.assert_close(lora_of(same_place)[name], tensor, rtol=1e-6, atol=1e-8)
     on = lora_of(train(init_lora=str(first), rank=4))
     assert not same(on, lora_of(first))
-    for flags, sentence in (({"rank": 8}, "do not fit"), ({"init_lora": str(tmp_path / "nothing")}, "no such file")):
+    for flags, sentence in (
+        ({"rank": 8}, "(rank, inputs, outputs) (4, 32, 32) in it and (8, 32, 32)"),
+        ({"init_lora": str(tmp_path / "nothing")}, "no such file"),
+    ):
         with pytest.raises(SystemExit) as stop:
             train(**({"init_lora": str(first)} | flags))
         assert stop.value.code == 2

@@ -201,6 +201,12 @@ WRONG = [
     ({"fps": 0}, "--fps 0"),
     ({"lr_warmup_steps": 5}, "--lr_warmup_steps 5: --lr_scheduler constant has no warm-up"),
     ({"optimizer": "prodigy", "learning_rate": 0}, "--learning_rate 0: Prodigy"),
+    ({"lr_num_cycles": 3}, "--lr_num_cycles 3: would do nothing, because only --lr_scheduler cosine_with_restarts has cycles"),
+    ({"lr_power": 2, "lr_scheduler": "cosine"}, "--lr_power 2.0: would do nothing"),
+    ({"prodigy_decouple": False}, "--no-prodigy_decouple: would do nothing, because only --optimizer prodigy reads it"),
+    ({"push_to_hub": True, "hub_model_id": "my lora/\u00fc"}, "--hub_model_id my lora/\u00fc: Repo id must use alphanumeric chars"),
+    ({"push_to_hub": True, "hub_model_id": "me/\u00fc"}, "--hub_model_id me/\u00fc: Repo id must use alphanumeric chars"),
+    ({"push_to_hub": True, "output_dir": "a/my lora"}, "(the name of --output_dir a/my lora; give another one as --hub_model_id)"),
     ({"optimizer": "sgd"}, "--optimizer: invalid choice: 'sgd'"),
     ({"lr_scheduler": "cosinus"}, "--lr_scheduler: invalid choice"),
     ({"gradient_checkpointing": "some"}, "--gradient_checkpointing some"),
@@ -221,6 +227,75 @@ def test_a_wrong_flag_ends_with_exit_code_2_and_names_itself(mistake, sentence, 
         script.parse_args(words("m", "d", "o", "c", **mistake))
     assert stop.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+IDLE = [  # flags that do nothing, what makes them so, and what lets them do something
+    ({"num_train_epochs": 3}, {"max_train_steps": 5}, {"max_train_steps": None}),
+    ({"max_bad_share": 0.5}, {}, {"bad_videos": "skip"}),
+    ({"dataset_config_name": "x"}, {}, {"dataset_name": "y", "instance_data_root": None}),
+    ({"height": 64, "width": 96}, {"bucket": ["32x48"]}, {"bucket": ["9"]}),
+    ({"max_num_frames": 17}, {"bucket": ["9"]}, {"bucket": ["32x48"]}),
+    ({"revision": "main"}, {"pretrained_model_name_or_path": "."}, {}),
+    ({"rank": 8, "lora_alpha": 3, "target_modules": ["to_q"]}, {"training_type": "sft"}, {}),
+    ({"lora_alpha": 3}, {"training_type": "sft", "rank": 128}, {"rank": 128}),
+    ({"num_validation_videos": 2, "guidance_scale": 7.0, "use_dynamic_cfg": True, "negative_prompt": "z"}, {}, {"validation_prompt": "x"}),
+    ({"validation_epochs": 3}, {"validation_prompt": "x", "validation_steps": 5}, {"validation_prompt": "x"}),
+    ({"negative_prompt": "z"}, {"validation_prompt": "x", "guidance_scale": 1.0}, {"validation_prompt": "x"}),
+    ({"eval_steps": 5, "eval_share": 0.1}, {"eval_clips": 0}, {"eval_clips": 2}),
+    ({"allow_tf32": True, "offload": True}, {"cpu": True}, {}),
+    ({"tracker_name": "x"}, {"report_to": "none"}, {"report_to": "tensorboard"}),
+    ({"hub_model_id": "me/x"}, {}, {"push_to_hub": True}),
+]
+
+
+@pytest.mark.parametrize(("idle", "beside", "otherwise"), IDLE, ids=[" ".join(case[0]) for case in IDLE])
+def test_flags_that_do_nothing_are_told_in_one_line_and_only_where_they_do_nothing(idle, beside, otherwise, monkeypatch):
+    monkeypatch.setattr(script, "cpu_is_wanted", lambda wanted: wanted)
+    monkeypatch.setattr(flags.importlib.util, "find_spec", lambda name: True)  # each package is there
+    plain = {"height": None, "width": None, "max_num_frames": None, "rank": None, "num_inference_steps": None}
+
+    def told(**given):
+        args = script.parse_args(words("m", "d", "o", "c", **plain | given))
+        return script.notes_on_flags(args)
+
+    [line] = told(**idle | beside)
+    assert line.startswith("flags that do nothing here: ")
+    for name in idle:
+        assert line.count(f"--{name}") == 1
+    assert line.count(" (") == len(idle)
+    assert told(**idle | otherwise) == []
+    assert told(**beside) == []
+
+
+def test_a_rate_that_prodigy_cannot_train_at_is_told():
+    def told(**flags):
+        return script.notes_on_flags(script.parse_args(words("m", "d", "o", "c", num_inference_steps=None, **flags)))
+
+    assert "--learning_rate 0.0001: Prodigy" in told(optimizer="Prodigy", learning_rate=1e-4)[0]
+    assert "--learning_rate 100: Prodigy" in told(optimizer="Prodigy", learning_rate=100)[0]
+    assert "--scale_lr: Prodigy" in told(optimizer="Prodigy", learning_rate=1, scale_lr=True)[0]
+    assert told(optimizer="Prodigy", learning_rate=None) == told(optimizer="Prodigy", learning_rate=0.5) == []
+    assert told(optimizer="AdamW", learning_rate=1e-4, scale_lr=True) == []
+
+
+def test_a_repository_name_that_the_hub_takes_passes():
+    for given in ({"hub_model_id": "me/my-lora_2.1"}, {"output_dir": "/tmp/my-lora"}):
+        assert script.parse_args(words("m", "d", "o", "c", push_to_hub=True, **given)).push_to_hub
+    assert script.parse_args(words("m", "d", "my lora", "c")).output_dir == "my lora"  # not uploaded
+
+
+def test_a_warm_up_as_long_as_the_run_is_told_before_anything_is_encoded(train, tmp_path, capsys, monkeypatch):
+    class Encoding(Exception):
+        pass
+
+    def encode(*args):
+        raise Encoding
+
+    monkeypatch.setattr(script, "encode_data", encode)
+    for steps, warned in ((2, True), (1, False)):
+        with pytest.raises(Encoding):
+            train(lr_scheduler="constant_with_warmup", lr_warmup_steps=steps)
+        assert ("--lr_warmup_steps 2: the run has 2 steps" in capsys.readouterr().err) is warned
 
 
 def test_all_wrong_flags_are_told_at_once(capsys):

@@ -10,7 +10,7 @@ import torch
 from diffusers import CogVideoXPipeline
 from PIL import Image
 
-from cogvideox.lora import LORA_FILE
+from cogvideox.lora import LORA_FILE, read_layers
 from cogvideox.validation import video_jobs
 from cogvideox.video import read_video, write_video
 from demo.make_model import make_model
@@ -274,6 +274,6 @@ def test_what_the_trainer_wrote_is_taken_from_the_run_its_best_and_a_checkpoint(
     run = train(eval_clips=1, eval_share=0.34, checkpointing_steps=1)
     for folder in (run, run / "best", run / "checkpoint-1"):
         assert lora_file.find_lora(folder) == folder / LORA_FILE
-        assert lora_file.check_fit(folder, lora_file.read_layers(folder / LORA_FILE), tiny_model) == []
+        assert lora_file.check_fit(folder, read_layers(folder / LORA_FILE), tiny_model) == []
     generate.main(line(tiny_model, tmp_path / "out", lora=run, compare_base=True, num_inference_steps=1, lora_scale=20))
     assert not np.array_equal(frames[f"{NAME}1-base.mp4"], frames[f"{NAME}1-scale20.mp4"])

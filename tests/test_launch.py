@@ -240,6 +240,38 @@ def test_the_process_timeout_reaches_the_process_group(monkeypatch):
     assert seen["cpu"] is not torch.cuda.is_available()
 
 
+def test_the_flags_overrule_a_saved_configs_precision_and_dynamo_and_it_is_told():
+    from cogvideox.launch import overruled_settings
+
+    def told(precision, **environment):
+        return overruled_settings(precision, {f"ACCELERATE_{name}": value for name, value in environment.items()})
+
+    [note] = told("no", MIXED_PRECISION="bf16")
+    assert "mixed precision bf16 is not used; this run computes in fp32" in note
+    [note] = told("bf16", MIXED_PRECISION="fp8", DYNAMO_BACKEND="no")
+    assert "fp8 is not used; this run computes in bf16" in note
+    [note] = told("bf16", MIXED_PRECISION="bf16", DYNAMO_BACKEND="EAGER")
+    assert "dynamo backend EAGER is not used" in note
+    assert told("bf16", MIXED_PRECISION="no") == told("no") == []
+
+
+@pytest.mark.slow
+def test_a_precision_in_the_environment_does_not_change_what_is_trained(forked, tiny_model, six_clips, encodings, tmp_path):
+    results = {}
+    for name, flags, settings in (
+        ("plain", {}, {}),
+        ("saved", {}, {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "EAGER"}),
+        ("flag", {"mixed_precision": "bf16"}, {}),
+    ):
+        line = words(tiny_model, six_clips, tmp_path / name, encodings, **({"mixed_precision": "no"} | flags))
+        codes, output = forked.run(line, **settings)
+        assert codes == [0], output[-3000:]
+        assert ("bf16 is not used" in output) is (name == "saved")
+        results[name] = lora_of(tmp_path / name)
+    assert same(results["plain"], results["saved"])
+    assert not same(results["plain"], results["flag"])
+
+
 @pytest.fixture
 def network(monkeypatch):
     """A function that sets which of this machine's addresses leads to each address; eth0, ib0 and lo have one each."""
@@ -344,7 +376,7 @@ def test_a_bad_folder_prints_sentences_and_no_traceback(forked, clips, tiny_mode
     assert codes == [3]
     assert output.rstrip().splitlines()[-1].startswith("ERROR[3]: videos.txt:3: videos/05.mp4: empty file")
     assert "Traceback" not in output
-    assert set(os.listdir(tmp_path / "out")) == {".lock", "dataset.json", "dataset_report.txt"}
+    assert set(os.listdir(tmp_path / "out")) == {".lock", ".files_of_runs.jsonl", "dataset.json", "dataset_report.txt"}
 
 
 @pytest.mark.parametrize(("seconds", "shared"), [(50, True), (95, False)])

@@ -368,6 +368,24 @@ def test_the_learning_rate_at_a_step_does_not_depend_on_accumulation_or_batch(tr
     assert rates == pytest.approx([0, 0.5e-2, *half_cosine], abs=1e-9)
 
 
+def test_the_logged_rate_includes_prodigys_estimate_of_the_step_size(train, monkeypatch):
+    import prodigyopt
+
+    used, step = [], prodigyopt.Prodigy.step
+
+    def watched(self, closure=None):
+        used.append(self.param_groups[0]["d"])
+        step(self, closure)
+        self.param_groups[0]["d"] *= 2  # it grows slowly
+
+    monkeypatch.setattr(prodigyopt.Prodigy, "step", watched)
+    folder = train(optimizer="prodigy", learning_rate=0.5, max_train_steps=6)
+    rates = [json.loads(line)["learning_rate"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([0.5 * d for d in used[-6:]])  # before them the rehearsal's
+    assert rates[0] == pytest.approx(0.5e-6)
+    assert rates[-1] > 1.5 * rates[0]
+
+
 def test_a_run_of_epochs_takes_the_steps_that_hold_them(train):
     folder = train(max_train_steps=None, num_train_epochs=2, gradient_accumulation_steps=4)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -392,6 +410,34 @@ def test_the_model_card_is_right_and_its_prompts_are_escaped(train, tiny_model):
     assert len(links) == 1
     assert (folder / links[0]).exists()
     assert "num_frames=9, height=32, width=48" in card
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_push_beside_a_readme_of_ones_own_uploads_the_card_and_not_that(tmp_path, monkeypatch, own):
+    from cogvideox import hub
+
+    sent = {}
+
+    class Api:
+        def __init__(self, token):
+            pass
+
+        def create_repo(self, name, **options):
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, allow_patterns, **options):
+            sent["README.md in the folder"] = "README.md" in allow_patterns
+
+        def upload_file(self, path_or_fileobj, path_in_repo, **options):
+            sent[path_in_repo] = script.Path(path_or_fileobj).read_text()
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "model_card.md").write_text("the card")
+    if own:
+        (tmp_path / ".files_of_runs.jsonl").write_text('{"file": "README.md"}')
+    hub.push(tmp_path, SimpleNamespace(hub_model_id="me/x", output_dir=str(tmp_path)), None)
+    assert sent == ({"README.md in the folder": True} if own else {"README.md in the folder": False, "README.md": "the card"})
 
 
 def test_a_push_uploads_the_result_and_nothing_else(train, monkeypatch):

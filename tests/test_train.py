@@ -27,7 +27,7 @@ def test_a_run_writes_exactly_these_files(train):
     names -= preview
     shown = {name.split("/")[-1].rsplit("-", 2)[0] for name in names if name.endswith(".mp4")}
     expected = {".lock", "README.md", "status.json", "dataset_report.txt", "loss.png", "metrics.jsonl", "pytorch_lora_weights.safetensors"}
-    expected |= {"report.html", "run.json", "dataset.json"}
+    expected |= {"report.html", "run.json", "dataset.json", ".files_of_runs.jsonl"}
     expected |= {f"checkpoint-{step}/{name}" for step in (2, 4) for name in states}
     assert shown == {"00-a-rabbit", "01-a-bird"}
     assert {name for name in names if not name.startswith("validation")} == expected

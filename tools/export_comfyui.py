@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save
 from cogvideox import flags
 from cogvideox.console import BAD_OUTPUT, fail, progress
 from cogvideox.files import at_home, write_durably
-from tools.lora_file import find_lora, load_pairs, read_layers
+from cogvideox.lora import load_pairs, read_layers
+from tools.lora_file import find_lora
 
 IN_BLOCKS = {
     "attn1.to_q": "q",

@@ -27,6 +27,7 @@ from cogvideox.device import unusable_gpu
 from cogvideox.files import at_home, file_sha256, is_unicode, read_json, why_unwritable, write_bytes
 from cogvideox.folder import check_geometry, check_model_folder, find_model, read_facts, stored_dtype
 from cogvideox.launch import free
+from cogvideox.lora import read_layers
 from cogvideox.model import usable_dtype
 from cogvideox.stopping import is_out_of_memory
 from cogvideox.validation import video_jobs
@@ -114,7 +115,7 @@ def parse(words):
     try:
         if args.lora:
             args.lora = lora_file.find_lora(args.lora)
-            layers = lora_file.read_layers(args.lora)
+            layers = read_layers(args.lora)
     except ValueError as error:
         problems.append(str(error))
     try:

@@ -1,18 +1,16 @@
 """A trained LoRA or transformer: found, checked against a model by headers and configs, read, and run in diffusers' pipeline."""
 
-import json
-import re
 from pathlib import Path
 
 import torch
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import CogVideoXPipeline
 from peft import get_peft_model_state_dict
-from safetensors import safe_open
 
 from cogvideox import model
 from cogvideox.console import progress, warn
 from cogvideox.files import LORA_FILE, at_home, lora_path, read_json
-from cogvideox.folder import broken_safetensors, load_tokenizer, read_facts, safetensors_header, text_notes, weight_files
+from cogvideox.folder import broken_safetensors, linear_layers, load_tokenizer, read_facts, text_notes, weight_files
+from cogvideox.lora import load_pairs
 
 
 def find_lora(name):
@@ -27,46 +25,9 @@ def find_lora(name):
     raise ValueError(f"--lora {name}: no such file or folder")
 
 
-def read_layers(file):
-    """Which layers a LoRA file changes: layer -> (rank, inputs, outputs), from its header alone.
-
-    Takes diffusers' names with the whole strength in the weights, as lora.py writes them. ValueError with a sentence for
-    any other file, also for one whose metadata asks for another factor than 1: not every program here would apply it.
-    """
-    try:
-        header = safetensors_header(file)
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-    except Exception as error:  # safetensors raises its own kinds, OSError and ValueError for a damaged file
-        raise ValueError(f"--lora {file}: cannot be read ({(str(error).splitlines() or ['no reason given'])[0][:100]})") from None
-    shapes = {}
-    for name, entry in header.items():
-        found = re.fullmatch(r"transformer\.(.+)\.lora_([AB])\.weight", name)
-        if not found or len(entry["shape"]) != 2:
-            hint = " (ComfyUI's names: give the file that this one was exported from)" if name.startswith("diffusion_model.") else ""
-            raise ValueError(f"--lora {file}: {name} is not a LoRA's weight in diffusers' names, transformer.LAYER.lora_A.weight{hint}")
-        shapes.setdefault(found[1], {})[found[2]] = entry["shape"]
-    if not shapes:
-        raise ValueError(f"--lora {file}: holds no weights")
-    layers = {}
-    for layer, pair in shapes.items():
-        if set(pair) != {"A", "B"} or pair["A"][0] != pair["B"][1]:
-            raise ValueError(f"--lora {file}: {layer} needs lora_A [rank, in] and lora_B [out, rank], and has {pair}")
-        layers[layer] = pair["A"][0], pair["A"][1], pair["B"][0]
-    asked = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    asked = {name.removeprefix("transformer."): value for name, value in asked.items()}
-    patterns = [name for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora") if asked.get(name)]
-    if patterns or asked.get("lora_alpha") != asked.get("r"):
-        found = ", ".join(patterns) or f"alpha {asked.get('lora_alpha')} of rank {asked.get('r')}"
-        raise ValueError(f"--lora {file}: its metadata asks for {found}; only files with the whole strength in their weights are taken")
-    return layers
-
-
 def check_fit(file, layers, folder):
     """A sentence for each way in which a LoRA does not fit the transformer in `folder`. Reads its config only."""
-    with torch.device("meta"):
-        transformer = CogVideoXTransformer3DModel.from_config(CogVideoXTransformer3DModel.load_config(folder / "transformer"))
-    known = {name: (m.in_features, m.out_features) for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+    known = linear_layers(folder)
     unknown = [layer for layer in layers if layer not in known]
     other = [layer for layer in layers if layer in known and layers[layer][1:] != known[layer]]
     problems, where = [], f"{folder / 'transformer'}"
@@ -79,19 +40,6 @@ def check_fit(file, layers, folder):
             f"and {has[0]} to {has[1]} in the model ({len(other)} such layers)"
         )
     return problems
-
-
-def load_pairs(file):
-    """Yield (layer, lora_A [rank, in], lora_B [out, rank]) in fp32, one layer at a time. The update of its weight is B A.
-
-    ValueError for weights that are not finite.
-    """
-    with safe_open(file, framework="pt") as opened:
-        for layer in sorted({name.removeprefix("transformer.").rsplit(".lora_", 1)[0] for name in opened.keys()}):  # noqa: SIM118
-            down, up = (opened.get_tensor(f"transformer.{layer}.lora_{side}.weight").float() for side in "AB")
-            if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
-                raise ValueError(f"--lora {file}: the weights of {layer} are not finite")
-            yield layer, down, up
 
 
 def find_transformer(name, folder):
@@ -134,8 +82,11 @@ def load_pipeline(args, folder, trained_folder, dtype, device):
     pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     if args.lora:
-        pipeline.load_lora_weights(str(args.lora.parent), weight_name=args.lora.name, adapter_name="lora", local_files_only=True)
-        used, held = len(get_peft_model_state_dict(transformer, adapter_name="lora")), 2 * len(read_layers(args.lora))
+        weights = {}  # as every program here reads them: diffusers' own reading of a file knows no .alpha
+        for layer, down, up in load_pairs(args.lora):
+            weights |= {f"transformer.{layer}.lora_A.weight": down, f"transformer.{layer}.lora_B.weight": up}
+        pipeline.load_lora_weights(weights, adapter_name="lora")
+        used, held = len(get_peft_model_state_dict(transformer, adapter_name="lora")), len(weights)
         if used != held:
             raise ValueError(f"--lora {args.lora}: diffusers' loader used {used} of its {held} weights")
     offload = {"model": pipeline.enable_model_cpu_offload, "sequential": pipeline.enable_sequential_cpu_offload}

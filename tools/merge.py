@@ -24,8 +24,9 @@ from cogvideox import flags
 from cogvideox.console import BAD_OUTPUT, fail, progress
 from cogvideox.files import at_home, read_json, why_unwritable, write_bytes
 from cogvideox.folder import COMPONENTS, TORCH_DTYPES, check_model_folder, find_model, safetensors_header, weight_files
+from cogvideox.lora import load_pairs, read_layers
 from cogvideox.sft import link_or_copy
-from tools.lora_file import check_fit, find_lora, load_pairs, read_layers
+from tools.lora_file import check_fit, find_lora
 
 MERGED_DTYPES, PARTIAL = ("F32", "F16", "BF16"), ".merge.partial"
 
