@@ -18,11 +18,17 @@ import gc
 import importlib.util
 import math
 import os
+import shlex
 import shutil
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from cogvideox import versions
+
+if __name__ == "__main__":
+    versions.check()  # before the first import that an old or missing package would break
 
 from cogvideox import flags
 from cogvideox.device import cpu_is_wanted, hide_gpus
@@ -175,12 +181,13 @@ def check_flags(args):
         problems.append("--attention_backend flash3 needs flash_attn_interface: build it from hopper/ of Dao-AILab/flash-attention")
     if args.attention_backend == "cudnn" and args.deterministic:
         problems.append("--attention_backend cudnn: torch has no deterministic backward pass of it for --deterministic; use auto or flash")
-    needs = {"prodigy": "prodigyopt", "adamw8bit": "bitsandbytes", "adam8bit": "bitsandbytes", "nf4": "bitsandbytes"}
+    eight_bits = "bitsandbytes>=0.50"  # older ones step on a GPU only
+    needs = {"prodigy": "prodigyopt>=1.1", "adamw8bit": eight_bits, "adam8bit": eight_bits, "nf4": eight_bits}
     needs |= {"wandb": "wandb", "comet_ml": "comet_ml", "tensorboard": "tensorboard"}
     for name in ("optimizer", "base_precision", "report_to"):
         package = needs.get(value := getattr(args, name))
-        if package and importlib.util.find_spec(package) is None:
-            problems.append(f"--{name} {value} needs {package}: pip install {package}")
+        if package and (fault := versions.misfit(package)):
+            problems.append(f"--{name} {value}: {fault}; run pip install {shlex.quote(package)}")
     if Path(args.logging_dir).name != args.logging_dir or args.logging_dir in ("", "..", "validation", "encoded", "best"):
         problems.append(f"--logging_dir {args.logging_dir}: the name of a folder inside --output_dir, without slashes")
     flags.expand_home(args, "output_dir", "resume_from_checkpoint", "init_lora")
