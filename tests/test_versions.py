@@ -59,10 +59,10 @@ def test_all_packages_outside_their_ranges_are_named_in_one_sentence_with_the_co
     assert versions.problem() is None
     have(av="14.0.1", torch="2.9.1+cu128", transformers=None, diffusers="0.50.0.dev0")
     sentence = versions.problem()
-    assert "torch 2.9.1+cu128 (!=2.9.0,!=2.9.1,>=2.6 is needed)" in sentence
+    assert "torch 2.9.1+cu128 (!=2.9.0,!=2.9.1,>=2.8 is needed)" in sentence
     assert f"no transformers ({versions_wanted('transformers')} is needed)" in sentence
     assert f"av 14.0.1 ({versions_wanted('av')} is needed)" in sentence
-    assert sentence.endswith(f"{sys.executable} -m pip install 'torch!=2.9.0,!=2.9.1,>=2.6' 'transformers>=4.56' 'av>=17'")
+    assert sentence.endswith(f"{sys.executable} -m pip install 'torch!=2.9.0,!=2.9.1,>=2.8' 'transformers>=4.56' 'av>=17'")
     assert "diffusers" not in sentence
 
 
