@@ -48,6 +48,7 @@ ATTENTION_BACKENDS = ("auto", "default", "flash", "flash3", "efficient", "cudnn"
 ATTENTION_HELP = "attention kernel: auto (on a GPU the fastest exact one, measured), default (torch's choice), or one by name"
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 LEARNING_RATES = {"lora": 5e-4, "sft": 1e-5}  # docs/quality.md
+COMPILER = "torch>=2.10"  # older ones compile no block where attention outputs are kept, and say nothing
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -188,6 +189,8 @@ def check_flags(args):
         package = needs.get(value := getattr(args, name))
         if package and (fault := versions.misfit(package)):
             problems.append(f"--{name} {value}: {fault}; run pip install {shlex.quote(package)}")
+    if args.compile and (fault := versions.misfit(COMPILER)):
+        problems.append(f"--compile: {fault}; run pip install '{COMPILER}', or omit the flag")
     if Path(args.logging_dir).name != args.logging_dir or args.logging_dir in ("", "..", "validation", "encoded", "best"):
         problems.append(f"--logging_dir {args.logging_dir}: the name of a folder inside --output_dir, without slashes")
     flags.expand_home(args, "output_dir", "resume_from_checkpoint", "init_lora")

@@ -146,6 +146,17 @@ def test_a_flag_names_a_package_that_is_older_than_the_tested_one(have, capsys, 
     script.parse_args(words("m", "d", "o", "c", **flag))
 
 
+def test_compiling_asks_for_a_torch_that_compiles_under_selective_checkpointing(have, capsys):
+    have(torch="2.8.0+cu128")
+    assert versions.problem() is None
+    script.parse_args(words("m", "d", "o", "c"))
+    with pytest.raises(SystemExit):
+        script.parse_args(words("m", "d", "o", "c", compile=True))
+    assert "--compile: torch 2.8.0+cu128 (>=2.10 is needed); run pip install 'torch>=2.10', or omit the flag" in capsys.readouterr().err
+    have(torch="2.10.0a0+b558c986e8.nv25.11")
+    script.parse_args(words("m", "d", "o", "c", compile=True))
+
+
 def test_pip_gets_the_floor_of_every_requirement():
     """`make test-oldest` installs what this prints."""
     files = ["requirements.txt", "tests/requirements.txt"]
