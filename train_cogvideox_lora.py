@@ -113,7 +113,7 @@ def build_parser():
     flag("--gradient_checkpointing", "auto", CHECKPOINTING_HELP, nargs="?", const="all", free=True)
     flag("--base_precision", "stored", "precision of the frozen weights: as stored, fp8, int8 or nf4", choices=BASE_PRECISIONS)
     flag("--offload", False, "keep frozen weights in host memory; copy each block's to the GPU while another computes", free=True)
-    flag("--compile", False, "compile the transformer's blocks with torch.compile; the first step takes minutes", free=True)
+    flag("--compile", False, "compile the transformer's blocks (torch 2.10 or newer); the first step takes minutes", free=True)
     flag("--cpu", False, "train on the CPU, even if there is a GPU", free=True)
     flag("--attention_backend", "auto", ATTENTION_HELP, choices=ATTENTION_BACKENDS, free=True)
     flag("--deterministic", False, "use deterministic kernels only, so that a resumed run ends with the same bits on a GPU too", free=True)
