@@ -1,6 +1,8 @@
 """The ranges of requirements.txt: old and missing packages are named before they are imported, and the floors are what pip gets."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 import train_cogvideox_lora as script
 from cogvideox import versions
 from tests.conftest import ROOT, environment, words
+from tests.test_cluster import program
 
 PROGRAMS = [path.stem for path in sorted((ROOT / "tools").glob("*.py")) if "def main" in path.read_text()]
 PROGRAMS += [path.parent.name for path in sorted((ROOT / "tools").glob("*/__main__.py"))]
@@ -169,3 +172,22 @@ def test_pip_gets_the_floor_of_every_requirement():
     for requirement in wanted:
         assert pinned[requirement.name] in requirement.specifier
         assert f">={pinned[requirement.name]}" in str(requirement.specifier)
+
+
+def test_ci_tries_the_oldest_releases_where_the_ranges_are_not_those_that_passed(tmp_path):
+    for name in (".ci/run", "requirements.txt", "tests/requirements.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    program(tmp_path / "fake", "make", '#!/usr/bin/env bash\necho "$1"\n')
+
+    def targets():
+        paths = os.environ | {"PATH": f"{tmp_path / 'fake'}:{os.environ['PATH']}"}
+        return subprocess.run(
+            ["bash", tmp_path / ".ci/run"], env=paths, capture_output=True, text=True, check=True, timeout=60
+        ).stdout.split()
+
+    assert targets() == ["check", "test", "test-oldest"]  # no hashes
+    subprocess.run("sha256sum requirements.txt tests/requirements.txt > tests/oldest.sha256", shell=True, cwd=tmp_path, check=True)
+    assert targets() == ["check", "test"]
+    (tmp_path / "requirements.txt").write_text((ROOT / "requirements.txt").read_text().replace("av>=17", "av>=16"))
+    assert targets() == ["check", "test", "test-oldest"]
