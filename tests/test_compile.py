@@ -16,7 +16,7 @@ from demo.make_model import make_model
 from tests.conftest import ROOT, environment, lora_of, words
 from tests.cpu_kinds import needs_bf16_attention
 
-pytestmark = pytest.mark.skipif(versions.misfit(script.COMPILER) is not None, reason="--compile is refused with this torch")
+compiles = pytestmark = pytest.mark.skipif(versions.misfit(script.COMPILER) is not None, reason="--compile is refused with this torch")
 BLOCKS = 12  # torch stops compiling a function after eight graphs
 
 
