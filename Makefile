@@ -2,16 +2,18 @@
 # make test    all tests but the longest, in a quarter of an hour on two cores (make quick: in two minutes)
 # make test-long    the longest: a series of kills, the whole 2B, two odd demos, the quality command, the GPU check on a CPU, all engines
 # make test-kinds   the tests that compare numbers, with each instruction set of the CPU, one thread and two
+# make test-oldest  the quick tests with the oldest releases that requirements.txt allows; downloads 3 GB, takes ten minutes
 # make chaos   a training under random kills and full disks
 # make gpu-check    on a machine with a GPU: every claim about GPUs, predicted and measured, in ten minutes
 # make check   style
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 DEMO_FLAGS ?=
 DEMO_PROMPTS := OLDFILM the big white rabbit stretches in front of its mossy burrow in a green meadow.:::OLDFILM a brown flying squirrel and a red squirrel stand beside a tree trunk, a green nut in front of them.
 
-.PHONY: setup demo test test-long test-kinds quick chaos gpu-check check clean
+.PHONY: setup demo test test-long test-kinds test-oldest quick chaos gpu-check check clean
 
 setup: $(VENV)/installed
 
@@ -49,6 +51,16 @@ test-kinds: setup
 	  ATEN_CPU_CAPABILITY=$$kind OMP_NUM_THREADS=$$threads $(BIN)/python -m pytest -q -n 2 --no-loadscope-reorder -m "numeric and not long" || exit 1; \
 	done; done
 
+# The ranges promise that these releases work. .ci/run compares the hashes, which say for which ranges that was last true.
+test-oldest: setup
+	rm -rf $(OLDEST)
+	$(PYTHON) -m venv $(OLDEST)
+	$(BIN)/python -m cogvideox.versions requirements.txt tests/requirements.txt > $(OLDEST)/floors.txt
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -r $(OLDEST)/floors.txt
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not long"
+	sha256sum requirements.txt tests/requirements.txt > tests/oldest.sha256
+	rm -rf $(OLDEST)
+
 quick: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not long"
 
@@ -64,4 +76,4 @@ check: setup
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) demo/tiny_model demo/old_film demo/output demo/cache
+	rm -rf $(VENV) $(OLDEST) demo/tiny_model demo/old_film demo/output demo/cache

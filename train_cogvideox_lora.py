@@ -18,10 +18,16 @@ import gc
 import importlib.util
 import math
 import os
+import shlex
 import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from cogvideox import versions
+
+if __name__ == "__main__":
+    versions.check()  # before the first import that an old or missing package would break
 
 from cogvideox import flags, hub
 from cogvideox.device import cpu_is_wanted, hide_gpus
@@ -41,6 +47,7 @@ ATTENTION_BACKENDS = ("auto", "default", "flash", "flash3", "efficient", "cudnn"
 ATTENTION_HELP = "attention kernel: auto (on a GPU the fastest exact one, measured), default (torch's choice), or one by name"
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 LEARNING_RATES = {"lora": 5e-4, "sft": 1e-5}  # docs/quality.md
+COMPILER = "torch>=2.10"  # older ones compile no block where attention outputs are kept, and say nothing
 DEFAULT_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -105,7 +112,7 @@ def build_parser():
     flag("--gradient_checkpointing", "auto", CHECKPOINTING_HELP, nargs="?", const="all", free=True)
     flag("--base_precision", "stored", "precision of the frozen weights: as stored, fp8, int8 or nf4", choices=BASE_PRECISIONS)
     flag("--offload", False, "keep frozen weights in host memory; copy each block's to the GPU while another computes", free=True)
-    flag("--compile", False, "compile the transformer's blocks with torch.compile; the first step takes minutes", free=True)
+    flag("--compile", False, "compile the transformer's blocks (torch 2.10 or newer); the first step takes minutes", free=True)
     flag("--cpu", False, "train on the CPU, even if there is a GPU", free=True)
     flag("--attention_backend", "auto", ATTENTION_HELP, choices=ATTENTION_BACKENDS, free=True)
     flag("--deterministic", False, "use deterministic kernels only, so that a resumed run ends with the same bits on a GPU too", free=True)
@@ -175,13 +182,15 @@ def check_flags(args):
         problems.append("--attention_backend flash3 needs flash_attn_interface: build it from hopper/ of Dao-AILab/flash-attention")
     if args.attention_backend == "cudnn" and args.deterministic:
         problems.append("--attention_backend cudnn: torch has no deterministic backward pass of it for --deterministic; use auto or flash")
-    needs = {"prodigy": "prodigyopt", "adamw8bit": "bitsandbytes", "adam8bit": "bitsandbytes", "nf4": "bitsandbytes"}
+    eight_bits = "bitsandbytes>=0.50"  # older ones step on a GPU only
+    needs = {"prodigy": "prodigyopt>=1.1", "adamw8bit": eight_bits, "adam8bit": eight_bits, "nf4": eight_bits}
     needs |= {"wandb": "wandb", "comet_ml": "comet_ml", "tensorboard": "tensorboard"}
     for name in ("optimizer", "base_precision", "report_to"):
         package = needs.get(value := getattr(args, name))
-        spec = importlib.util.find_spec(package) if package else None
-        if package and (spec is None or spec.origin is None):  # a folder of that name, such as wandb's own, is not the package
-            problems.append(f"--{name} {value} needs {package}: pip install {package}")
+        if package and (fault := versions.misfit(package)):
+            problems.append(f"--{name} {value}: {fault}; run pip install {shlex.quote(package)}")
+    if args.compile and (fault := versions.misfit(COMPILER)):
+        problems.append(f"--compile: {fault}; run pip install '{COMPILER}', or omit the flag")
     if Path(args.logging_dir).name != args.logging_dir or args.logging_dir in ("", "..", "validation", "encoded", "best"):
         problems.append(f"--logging_dir {args.logging_dir}: the name of a folder inside --output_dir, without slashes")
     flags.expand_home(args, "output_dir", "resume_from_checkpoint", "init_lora")

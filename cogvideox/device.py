@@ -14,8 +14,6 @@ import sys
 
 # Signs of an NVIDIA driver; a container that was started without its GPUs has the second only.
 NVIDIA_FILES = ("/dev/nvidia[0-9]*", "/proc/driver/nvidia/version")
-# Without cuDNN's convolutions for fp16 and bf16: github.com/pytorch/pytorch issues 166122, 166643 and 177406.
-SLOW_TORCH = ("2.9.0", "2.9.1")
 
 
 def cpu_is_wanted(flag=False, environment=os.environ):
@@ -122,16 +120,6 @@ def why_not(torch):
     except Exception as error:  # RuntimeError, AssertionError and torch's own
         return str(error).strip().splitlines()[0][:200].rstrip(". ")
     return "it finds none"
-
-
-def slow_convolutions(version):
-    """A sentence if this torch version runs the VAE without cuDNN on a GPU, else None."""
-    if version.split("+")[0] not in SLOW_TORCH:
-        return None
-    return (
-        f"torch {version} runs half precision 3D convolutions without cuDNN: the VAE takes 2 to 17 times the memory and 4 times the time; "
-        "install another version (pip install 'torch!=2.9.0,!=2.9.1')"
-    )
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ No heavy imports: a wrong flag is rejected before torch is loaded.
 
 import argparse
 import functools
-import importlib.util
 import math
 import os
 import re
 
+from cogvideox import versions
 from cogvideox.files import at_home, is_unicode
 
 
@@ -170,8 +170,8 @@ def check_data_flags(args):
         problems.append("--instance_data_root: give the folder of the clips (or --dataset_name)")
     if args.instance_data_root and args.dataset_name:
         problems.append("--instance_data_root and --dataset_name: give only one")
-    if args.dataset_name and importlib.util.find_spec("datasets") is None:
-        problems.append("--dataset_name needs the datasets package: pip install datasets")
+    if args.dataset_name and (fault := versions.misfit("datasets>=3.1")):
+        problems.append(f"--dataset_name: {fault}; run pip install 'datasets>=3.1'")
     expand_home(args, "instance_data_root", "eval_data_root", "dataset_name", "cache_dir", "encoding_cache_dir")
     args.encoding_cache_dir = args.encoding_cache_dir or os.path.join(args.cache_dir or at_home("~/.cache"), "cogvideox-encodings")
     return problems

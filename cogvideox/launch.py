@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from cogvideox import owned
 from cogvideox.console import BAD_FLAGS, BAD_OUTPUT, fail, rank, say, warn, without_line
-from cogvideox.device import slow_convolutions, unusable_gpu
+from cogvideox.device import unusable_gpu
 from cogvideox.files import FILE_LIST, LORA_FILE, list_files_in, still_missing, try_writing
 
 # Their bars show short loads; ours show hours of work.
@@ -117,8 +117,6 @@ def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minute
     backend += f", gloo over {interface}" if interface else ""
     place = f"process {accelerator.process_index} of {accelerator.num_processes}"
     say(f"{place} on {platform.node()}: {device} ({kind}){backend}", on_every_rank=True)
-    if device.type == "cuda" and (sentence := slow_convolutions(torch.__version__)):
-        warn(sentence)
     return accelerator
 
 

@@ -75,7 +75,7 @@ class ForkServer:
         self.server = subprocess.Popen(
             [sys.executable, "-m", "tests.forked", str(self.model)],
             cwd=ROOT,
-            env=self.environment,
+            env=self.environment | {"TORCHINDUCTOR_COMPILE_THREADS": "1"},  # or an older torch starts a thread when it is imported
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

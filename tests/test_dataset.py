@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import train_cogvideox_lora as script
-from cogvideox import survey
+from cogvideox import survey, versions
 from cogvideox.decode import BadClip, Framing, choose_frames, exact_scale, fit, longest_legal_length, read_clip, source_box
 from cogvideox.files import read_json
 from cogvideox.reader import Readers
@@ -174,7 +174,7 @@ def test_dataset_flags_reach_the_datasets_package(monkeypatch, clips, tmp_path):
             return Rows([{"text": "a\nrabbit", "video": str(clips / "videos/04.mp4")}, {"text": "", "video": "nothing.mp4"}])
 
     monkeypatch.setitem(__import__("sys").modules, "datasets", Package)
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(versions, "installed", lambda name: "3.2.0")
     args = script.parse_args(words("m", None, "o", tmp_path, dataset_name="someone/clips", dataset_config_name="small", id_token="T"))
     records, problems, _ = list_clips(args)
     assert asked == {"name": "someone/clips", "config": "small", "split": "train"}

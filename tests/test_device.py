@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from packaging.requirements import Requirement
 
 from cogvideox import device, launch
 from tests.conftest import ROOT, environment, words
@@ -179,30 +178,6 @@ def test_the_scripts_do_not_start_one_process_where_the_gpus_cannot_be_used(tmp_
     (fake / "nvidia-smi").unlink()
     if not device.has_nvidia_driver():
         assert start().returncode == 0
-
-
-def test_torch_versions_with_slow_convolutions_are_excluded_and_told(monkeypatch, capsys):
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    wanted = Requirement(next(line for line in lines if line.startswith("torch")).split("#")[0])
-    assert [version in wanted.specifier for version in ("2.8.0", "2.9.0", "2.9.1", "2.10.0", "2.13.0")] == [True, False, False, True, True]
-    for version in ("2.9.0+cu128", "2.9.1"):
-        told = device.slow_convolutions(version)
-        assert f"torch {version} " in told
-        assert "2 to 17 times the memory" in told
-        assert "pip install 'torch!=2.9.0,!=2.9.1'" in told
-    assert device.slow_convolutions("2.9.2") is device.slow_convolutions("2.13.0+cpu") is None
-
-
-@pytest.mark.parametrize(("version", "kind", "warned"), [("2.9.1", "cuda", True), ("2.9.1", "cpu", False), ("2.13.0", "cuda", False)])
-def test_a_run_on_a_gpu_starts_with_a_warning_about_slow_convolutions(monkeypatch, capsys, version, kind, warned):
-    class Started:
-        num_processes, process_index, device = 1, 0, torch.device(kind)
-
-    monkeypatch.setattr(launch, "Accelerator", lambda **settings: Started)
-    monkeypatch.setattr(torch, "__version__", version)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    launch.start_processes("no", 1, 7.5)
-    assert ("warning: torch 2.9.1 runs half precision 3D convolutions" in capsys.readouterr().err) is warned
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from tests.conftest import ROOT, STEADY_ADAM, STEADY_BOUND, words
 from tests.cpu_kinds import needs_bf16_attention
 from tests.forked import free_port
 from tests.stand_ins import make_trained, train_one_step
+from tests.test_compile import compiles
 
 TWO_STEPS_AND_TWO = {"max_train_steps": 4, "checkpointing_steps": 2} | STEADY_ADAM
 LEARNING_RATE = {"lora": 1e-2, "sft": 1e-3}
@@ -378,7 +379,7 @@ def test_a_rank_that_keeps_nothing_gathers_every_optimizer_state_all_the_same(ke
         ({"optimizer": "prodigy"}, "--optimizer prodigy: unsupported with FSDP2"),
         ({"base_precision": "int8"}, "--base_precision: unsupported with FSDP2"),
         ({"offload": True}, "--offload: unsupported with FSDP2; offload in the engine's config file"),
-        ({"compile": True}, "--compile: unsupported with FSDP2"),
+        pytest.param({"compile": True}, "--compile: unsupported with FSDP2", marks=compiles),
     ],
 )
 def test_flags_that_an_engine_cannot_serve_are_refused(flags, sentence, tiny_model, six_clips, tmp_path, encodings):

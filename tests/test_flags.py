@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import train_cogvideox_lora as script
-from cogvideox import flags
+from cogvideox import flags, versions
 from cogvideox.checkpoint import changed_settings
 from tests.conftest import ROOT, environment, lora_of, same, words
 
@@ -305,12 +305,12 @@ def test_all_wrong_flags_are_told_at_once(capsys):
 
 
 def test_a_missing_package_is_told_before_anything_loads(capsys, monkeypatch):
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(versions, "installed", lambda name: None)
     with pytest.raises(SystemExit):
         script.parse_args(words("m", "d", "o", "c", report_to="wandb", optimizer="prodigy"))
     told = capsys.readouterr().err
     assert "pip install wandb" in told
-    assert "pip install prodigyopt" in told
+    assert "pip install 'prodigyopt>=1.1'" in told
 
 
 def test_a_wrong_flag_is_told_without_importing_torch():

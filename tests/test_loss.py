@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from diffusers import CogVideoXDDIMScheduler
 
 import train_cogvideox_lora as script
@@ -115,6 +116,9 @@ def test_gradients_reach_the_lora_alone(tiny_model):
 
 
 @pytest.mark.numeric
+@pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 draws other random weights for the tiny model's T5"
+)
 def test_ten_steps_give_the_losses_on_record(train):
     """A refactoring must leave these as they are; a change of the maths says so by changing them."""
     lines = [json.loads(line) for line in (train(max_train_steps=10) / "metrics.jsonl").read_text().splitlines()]
