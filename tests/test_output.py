@@ -157,7 +157,7 @@ def test_a_folder_named_like_a_tracker_is_not_its_package(monkeypatch, tmp_path,
     with pytest.raises(SystemExit) as stop:
         script.parse_args(words("m", "d", "o", "c", report_to="wandb"))
     assert stop.value.code == 2
-    assert "--report_to wandb needs wandb: pip install wandb" in capsys.readouterr().err
+    assert "--report_to wandb: no wandb; run pip install wandb" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -483,6 +483,7 @@ def test_a_resumed_run_that_scores_other_clips_scores_the_base_again(train):
 def test_what_an_earlier_run_left_in_best_is_not_taken_for_this_ones(train, tmp_path):
     (tmp_path / "out/best").mkdir(parents=True)
     (tmp_path / "out/best/pytorch_lora_weights.safetensors").write_bytes(b"of another run")
+    (tmp_path / "out/status.json").write_text('{"reason": "killed"}')  # a run of a version that did not list its files
     assert not (train(output=tmp_path / "out", max_train_steps=1, eval_clips=0) / "best").exists()
 
 
