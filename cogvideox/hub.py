@@ -110,6 +110,8 @@ def unfit_name(args):
         validate_repo_id(name)
     except HFValidationError as error:
         return f"--hub_model_id {name}: {str(error).splitlines()[0]}{way_out}"
+    if not name.isascii():  # the client's older releases leave that to the hub
+        return f"--hub_model_id {name}: Repo id must use alphanumeric chars of ASCII, -, _ and .{way_out}"
     return None
 
 

@@ -31,7 +31,8 @@ ASKED = {  # what the metadata of a file of rank 4 asks for: peft's settings, an
 def foreign(folder, weights, asked=None, **more):
     """Write a LoRA as another trainer does."""
     folder.mkdir()
-    settings = {f"transformer.{name}": value for name, value in ({"target_modules": LAYERS} | (asked or {})).items()}
+    usual = {"target_modules": LAYERS, "rank_pattern": {}, "alpha_pattern": {}}  # without the patterns diffusers 0.36 raises a KeyError
+    settings = {f"transformer.{name}": value for name, value in (usual | (asked or {})).items()}
     metadata = {"lora_adapter_metadata": json.dumps(settings)} if asked else {}
     save_file(weights | more, folder / LORA_FILE, {"format": "pt"} | metadata)
     return folder
