@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # AVColorTransferCharacteristic, the code points of ITU-T H.273
 # Supported containers; the list also keeps PyAV from formats that refer to other files or addresses.
 CONTAINERS = "mov,matroska,avi,mpegts,mpeg,gif,flv,asf,ogg,mxf,apng"
 
@@ -41,7 +42,7 @@ class Packets(NamedTuple):
 
 class Decoded(NamedTuple):
     """What decoding a file's frames shows: their presentation times, the first of them, whether any is interlaced, and whether the
-    codec crops them."""
+    codec crops their sides."""
 
     stamps: list[int]
     first: object
@@ -124,8 +125,13 @@ def cropping(path, stream_index):
     try:
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-format_whitelist", CONTAINERS, "-i", f"file:{path}"]
         told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True).stderr.decode(errors="replace")
-    except (RuntimeError, OSError):  # imageio-ffmpeg has no program for this machine
-        return 0, 0, 0, 0
+    except (RuntimeError, OSError) as error:
+        told = str(error)
+    if f"Stream #0:{stream_index}" not in told:
+        reason = (told.strip().splitlines() or ["it prints nothing"])[-1]
+        raise BadClip(
+            f"imageio-ffmpeg's ffmpeg cannot tell whether the file hides edges ({reason}); set IMAGEIO_FFMPEG_EXE to one that runs"
+        )
     described = re.search(rf"\n  Stream #0:{stream_index}\b(?:.*\n   )* +Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)", told)
     left, right, top, bottom = map(int, described.groups() if described else (0, 0, 0, 0))
     return left, top, right, bottom
@@ -172,7 +178,7 @@ def shown_frames(path, count=None):
     """
     import av
 
-    number, size = 0, None
+    number, size, colours = 0, None, None
     with open_video(path) as (container, stream):
         try:
             for frame in decoded(container, stream):
@@ -183,6 +189,9 @@ def shown_frames(path, count=None):
                 size = size or (frame.width, frame.height)
                 if (frame.width, frame.height) != size:
                     raise BadClip(f"its size changes from {size[0]}x{size[1]} to {frame.width}x{frame.height} at frame {number}")
+                colours = colours or (frame.color_trc in HDR_TRANSFERS, frame.colorspace)
+                if (frame.color_trc in HDR_TRANSFERS, frame.colorspace) != colours:
+                    raise BadClip(f"its colours change at frame {number} (another transfer or matrix); cut it there")
                 context = stream.codec_context
                 yield frame, (context.coded_width, context.coded_height)
                 number += 1
@@ -215,7 +224,7 @@ def frame_times(path, kind, count=None):
     for frame, coded_size in shown_frames(path, count):
         stamps.append(frame.pts)
         first, interlaced = first or frame, interlaced or frame.interlaced_frame
-        cropped = cropped or coded_size != (frame.width, frame.height)
+        cropped = cropped or coded_size[0] != frame.width  # only a left edge moves, see `open_video`
     if kind == "avi":  # an AVI frame's timestamp is its packet's number, and B-frames are stored out of order
         stamps.sort()
     backwards = np.nonzero(np.diff(stamps) < 0)[0]

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from cogvideox.container import BadClip, frame_times, list_packets, moves_by_alignment, shown_frames
-from cogvideox.picture import has_alpha, picture_times, rgb_of, rgb_of_picture, side_data, treated, treatment_of
+from cogvideox.container import HDR_TRANSFERS, BadClip, frame_times, list_packets, moves_by_alignment, shown_frames
+from cogvideox.picture import colour_profile, has_alpha, picture_times, rgb_of, rgb_of_picture, side_data, treated, treatment_of
 
-ENCODING_VERSION = 1  # raise it when this module or encodings.py computes other numbers from the same input
+# Raise it when this module, container.py, picture.py or encodings.py compute other numbers from the same input.
+ENCODING_VERSION = 1
 SURVEY_VERSION = 2  # raise it when `read_clip` returns other facts; the clips are then decoded again, not encoded
 
 IMAGE_SUFFIXES = {".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff"}
@@ -140,26 +141,46 @@ def read_picture(path, framing):
     """An image as a clip of one frame, or an animated one (PNG, WebP, AVIF) as a clip."""
     try:
         with Image.open(path) as picture:
-            times = picture_times(picture)
-            if len(times) > 1 and picture.format == "PNG":  # Pillow fills what a palette's pictures uncover with black
+            if picture.format == "PNG" and picture.n_frames > 1:  # Pillow fills what a palette's pictures uncover with black
                 return read_video(path, framing, "pyav")
+            if picture.format == "AVIF" and first_transfer(path) in HDR_TRANSFERS:  # Pillow does not tell
+                return read_video(path, framing, "pyav")
+            if picture.format == "PNG" and png_transfer(path) in HDR_TRANSFERS:
+                raise BadClip("an HDR picture; convert it to SDR first")
+            times = picture_times(picture)
             if len(times) == 1 and framing.latents_per_patch > 1:
                 raise BadClip("an image is one frame; this model needs at least 5")
             indices = choose_frames(times, framing) if len(times) > 1 else [0]
-            frames, changes, facts = {}, [], None
+            frames, profile, is_transparent, facts = {}, colour_profile(picture), False, None
             for index in sorted(set(indices)):
                 picture.seek(index)
-                frame, changed = rgb_of_picture(ImageOps.exif_transpose(picture), framing.background)
+                frame, had_alpha = rgb_of_picture(ImageOps.exif_transpose(picture), framing.background, profile)
                 facts = facts or clip_facts(times, indices, frame.shape[1::-1], framing)
-                frames[index] = fit(frame, facts)
-                changes += [change for change in changed if change not in changes]
+                frames[index], is_transparent = fit(frame, facts), is_transparent or had_alpha
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, BadClip):
             raise
         raise BadClip(f"not a readable image ({error})") from None
-    facts |= {"reader": "picture", "decoder": "", "treatment": {"colours": changes} if changes else {}}
-    tell_changes(facts, changes, framing.background)
+    facts |= {"reader": "picture", "decoder": "", "treatment": {"profile": profile.sha256} if profile else {}}
+    changes = [f"{profile.name} to sRGB"] if profile else []
+    tell_changes(facts, changes + ["transparent"] * is_transparent, framing.background)
     return np.stack([frames[index] for index in indices]), facts
+
+
+def first_transfer(path):
+    """The transfer characteristic of a picture as PyAV reads it, or None if it does not."""
+    try:
+        return int(next(frame for frame, _ in shown_frames(path, 1)).color_trc)
+    except BadClip:
+        return None
+
+
+def png_transfer(path):
+    """The transfer characteristic in a PNG's cICP chunk, or None."""
+    with open(path, "rb") as file:
+        start = file.read(65536).partition(b"IDAT")[0]
+    place = start.find(b"cICP")
+    return start[place + 5] if 0 <= place < len(start) - 8 else None
 
 
 def tell_changes(facts, changes, background, doubt=""):
@@ -177,6 +198,7 @@ def tell_changes(facts, changes, background, doubt=""):
 
 
 AS_STORED = "decord returns its pictures as they are stored"
+CAN_BE_TRANSPARENT = "decord drops the transparency that its format can have"
 
 
 class Untrusted(Exception):
@@ -204,8 +226,10 @@ def read_video(path, framing, reader):
     if any(packets.crop):
         treatment["crop"] = packets.crop
         changes.append("cropped by its container")
-    if treatment or has_alpha(shown.first):
+    if treatment:
         doubt = doubt or AS_STORED
+    if has_alpha(shown.first):
+        doubt = doubt or CAN_BE_TRANSPARENT
     if shown.is_cropped and moves_by_alignment(path, shown.first):
         doubt = doubt or "decord crops the left edge of its frames at another pixel"
     left, top, right, bottom = packets.crop
@@ -232,7 +256,7 @@ def read_video(path, framing, reader):
             doubt = str(reason)
     frames, is_transparent = read_with_pyav(path, unit, turn, facts, framing.background)
     changes += ["transparent"] if is_transparent else []
-    obvious = reader == "pyav" or (changes and doubt == AS_STORED)
+    obvious = reader == "pyav" or (changes and doubt in (AS_STORED, CAN_BE_TRANSPARENT))
     tell_changes(facts, changes, framing.background, "" if obvious else doubt)
     return frames, facts | {"reader": "pyav", "decoder": pyav_version()}
 
@@ -241,7 +265,7 @@ def pyav_version():
     """The release of FFmpeg in PyAV, on which colours depend."""
     import av
 
-    return " ".join(f"{name} {av.library_versions[name][0]}" for name in ("libavcodec", "libavfilter", "libswscale"))
+    return " ".join(f"{name} {'.'.join(map(str, av.library_versions[name][:2]))}" for name in ("libavcodec", "libavfilter", "libswscale"))
 
 
 def seconds(stamps, unit):
@@ -258,10 +282,11 @@ def picture_turn(frame):
     Raises BadClip for anything but quarter turns and mirrors.
     """
     side = side_data(frame, "DISPLAYMATRIX")
-    if not side:
-        return {0: NO_TURN, 90: (True, -1, 1), -90: (True, 1, -1), 180: (False, -1, -1), -180: (False, -1, -1)}.get(frame.rotation, NO_TURN)
+    known = {0: NO_TURN, 90: (True, -1, 1), -90: (True, 1, -1), 180: (False, -1, -1), -180: (False, -1, -1)}
+    if not side and frame.rotation in known:
+        return known[frame.rotation]
     # A pixel at (x, y) is shown at x' = a x + c y, y' = b x + d y.
-    a, b, _, c, d = np.frombuffer(side, np.int32)[:5].tolist()
+    a, b, _, c, d = np.frombuffer(side, np.int32)[:5].tolist() if side else (1, 1, 0, 1, 1)
     if (a and d) and not (b or c):
         return False, int(np.sign(d)), int(np.sign(a))
     if (b and c) and not (a or d):
@@ -301,14 +326,12 @@ def read_with_pyav(path, unit, turn, facts, background):
     chosen, frames, is_transparent = set(facts["indices"]), {}, False
     swap, rows, columns = turn
     count = max(chosen) + (2 if "deinterlaced" in facts["treatment"] else 1)  # a deinterlacer also looks at the next frame
-    pictures = treated((frame for frame, _ in shown_frames(path, count)), unit, facts["treatment"])
     left, top, right, bottom = facts["treatment"].get("crop", (0, 0, 0, 0))
-    for number, frame in enumerate(pictures):
-        if number in chosen:
-            picture, had_alpha = rgb_of(frame, background)
-            picture = picture[top : frame.height - bottom, left : frame.width - right]
-            picture = (picture.swapaxes(0, 1) if swap else picture)[::rows, ::columns]
-            frames[number], is_transparent = fit(np.ascontiguousarray(picture), facts), is_transparent or had_alpha
+    for number, frame in treated((frame for frame, _ in shown_frames(path, count)), unit, facts["treatment"], chosen):
+        picture, had_alpha = rgb_of(frame, background)
+        picture = picture[top : frame.height - bottom, left : frame.width - right]
+        picture = (picture.swapaxes(0, 1) if swap else picture)[::rows, ::columns]
+        frames[number], is_transparent = fit(np.ascontiguousarray(picture), facts), is_transparent or had_alpha
     return np.stack([frames[index] for index in facts["indices"]]), is_transparent
 
 

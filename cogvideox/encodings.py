@@ -268,7 +268,7 @@ def plan_encodings(args, folder, facts, data, captions, cache, device, free_memo
     kinds = (False, True) if args.enable_tiling else (False,)
     rows = {t: [[clip_key(clip, *vae[:3], t, flipped, clip["decoder"]) for clip in data.clips] for flipped in flips] for t in kinds}
     # What a run trains does not change with the decoder's version: a checkpoint is resumed after an upgrade.
-    undated = {t: [[clip_key(clip, *vae[:3], t, flipped) for clip in data.clips] for flipped in flips] for t in kinds}
+    without_decoder = {t: [[clip_key(clip, *vae[:3], t, flipped) for clip in data.clips] for flipped in flips] for t in kinds}
     caption_shape = (facts.max_text_seq_length, read_json(folder / "text_encoder/config.json").get("d_model", 512))
     missing_captions = missing_entries(cache, "captions", dict.fromkeys(keys.values(), caption_shape))
     missing, trained_clips = {}, {}
@@ -276,13 +276,13 @@ def plan_encodings(args, folder, facts, data, captions, cache, device, free_memo
         shapes = {key: moments_shape(clip, facts) for row in both for key, clip in zip(row, data.clips, strict=True)}
         missing[tiled] = set(missing_entries(cache, "clips", shapes))
         prompts = [keys[data.records[clip].caption] for clip in data.trained]
-        trained_clips[tiled] = key_of([[row[clip] for clip in data.trained] for row in undated[tiled]], prompts)
+        trained_clips[tiled] = key_of([[row[clip] for clip in data.trained] for row in without_decoder[tiled]], prompts)
     stored = clips_of_checkpoints(args)
     resumed = next((tiled for tiled, identity in trained_clips.items() if identity in stored), None)
     needed = functools.partial(untiled_bytes, folder, vae[1], data.clips, args.enable_slicing)
     tiling = choose_tiling({tiled: len(keys) for tiled, keys in missing.items()}, resumed, needed, free_memory)
     clip_keys, missing_clips, problems = rows[tiling.used], missing[tiling.used], []
-    say_encoded_again(cache, data, clip_keys[0], undated[tiling.used][0], missing_clips)
+    say_encoded_again(cache, data, clip_keys[0], without_decoder[tiling.used][0], missing_clips)
     for part, needed in (("text_encoder", missing_captions), ("vae", missing_clips or args.prompts)):
         problem = weight_files(folder / part, args.variant)[1]
         if problem and needed:
@@ -292,9 +292,9 @@ def plan_encodings(args, folder, facts, data, captions, cache, device, free_memo
     return keys, clip_keys, missing_captions, missing_clips, vae, tiling, identities, problems
 
 
-def say_encoded_again(cache, data, keys, undated, missing):
+def say_encoded_again(cache, data, keys, without_decoder, missing):
     """Name the clips that have an entry from before entries were named with the decoder's version."""
-    pairs = zip(data.records, data.clips, keys, undated, strict=True)
+    pairs = zip(data.records, data.clips, keys, without_decoder, strict=True)
     again = [(r, clip) for r, clip, key, old in pairs if key in missing and old != key and entry_path(cache, "clips", old).exists()]
     if again:
         say(

@@ -3,20 +3,21 @@
 Without torch: the guarded reader processes import this module and must start fast.
 """
 
+import contextlib
 import functools
+import hashlib
 import io
-import os
+import itertools
 import struct
 import tempfile
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms
 
-from cogvideox.container import BadClip
+from cogvideox.container import HDR_TRANSFERS, BadClip
 
-# AVColorTransferCharacteristic and AVColorPrimaries, which are the code points of ITU-T H.273
-HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
-PRIMARIES = {  # x and y of red, green and blue; the white of all is D65
+PRIMARIES = {  # AVColorPrimaries, the code points of ITU-T H.273: x and y of red, green and blue; the white of all is D65
     1: ((0.640, 0.330), (0.300, 0.600), (0.150, 0.060)),  # BT.709
     9: ((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)),  # BT.2020
     12: ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)),  # Display P3
@@ -97,7 +98,7 @@ def peak_nits_of(frame):
         peak = numbers[18] / numbers[19] if numbers[21] and numbers[19] else 0.0
     if side := side_data(frame, "CONTENT_LIGHT_LEVEL"):
         peak = float(struct.unpack_from("I", side)[0]) or peak
-    return float(np.clip(peak or HDR_PEAK_NITS, DARKEST_PEAK_NITS, 10000))
+    return float(np.clip(round(peak or HDR_PEAK_NITS, -2), DARKEST_PEAK_NITS, 10000))  # in steps: each has a cube of its own
 
 
 # -----------------------------------------------------------------------------
@@ -150,26 +151,47 @@ def treatment_of(frame, interlaced):
     return treatment, words
 
 
-def treated(frames, time_base, treatment):
-    """Pass frames through FFmpeg's filters, one out for each one in."""
-    if not treatment.keys() & {"deinterlaced", "tone_mapped"}:
-        yield from frames
+def treated(frames, time_base, treatment, chosen):
+    """(number, frame) of the chosen frames after FFmpeg's filters. frames: from the first on, in order."""
+    numbered = enumerate(frames)
+    if "deinterlaced" in treatment:  # looks at a frame's neighbours
+        numbered = enumerate(filtered((frame for _, frame in numbered), time_base, deinterlacing))
+    numbered = ((number, frame) for number, frame in numbered if number in chosen)
+    if "tone_mapped" not in treatment:
+        yield from numbered
         return
+    # Only the chosen frames: it takes four times as long as decoding them.
+    numbers, frames = itertools.tee(numbered)
+    mapped = filtered((frame for _, frame in frames), time_base, functools.partial(tone_mapping, *treatment["tone_mapped"]))
+    yield from zip((number for number, _ in numbers), mapped, strict=True)
+
+
+def filtered(frames, time_base, filters_for):
+    """Pass frames through a filter graph, one out for each one in. Raises BadClip where FFmpeg cannot.
+
+    filters_for: a context manager of a frame that gives the filters as (name, options).
+    """
     import av
 
     graph = None
-    for frame in frames:
-        if graph is None:
-            graph = filter_graph(frame, time_base, treatment)
-        graph.push(frame)
-        yield from pulled(av, graph)
-    if graph is not None:
-        graph.push(None)
-        yield from pulled(av, graph)
+    try:
+        for frame in frames:
+            if graph is None:
+                with filters_for(frame) as filters:
+                    graph = filter_graph(frame, time_base, filters)
+            graph.push(frame)
+            yield from ready_frames(graph)
+        if graph is not None:
+            graph.push(None)
+            yield from ready_frames(graph)
+    except av.FFmpegError as error:
+        raise BadClip(f"its frames cannot be converted ({error.strerror})") from None
 
 
-def pulled(av, graph):
+def ready_frames(graph):
     """The frames that a filter graph has ready."""
+    import av
+
     while True:
         try:
             yield graph.pull()
@@ -177,20 +199,33 @@ def pulled(av, graph):
             return
 
 
-def filter_graph(frame, time_base, treatment):
-    """A configured av.filter.Graph for frames like `frame`."""
+@contextlib.contextmanager
+def deinterlacing(_):
+    """One frame for each pair of fields, of the frames that are marked as interlaced."""
+    yield [("bwdif", {"mode": "send_frame", "parity": "auto", "deint": "interlaced"})]
+
+
+@contextlib.contextmanager
+def tone_mapping(transfer, primaries, peak_nits, frame):
+    """`to_sdr` for frames like `frame`. The cube's file lives as long as the block: lut3d reads it once."""
+    alpha = "a" if has_alpha(frame) else ""
+    with tempfile.NamedTemporaryFile(suffix=".cube") as file:
+        file.write(tone_cube(transfer, primaries, peak_nits))
+        file.flush()
+        # 16 bits: PQ spends a quarter of its codes on what SDR shows as the lowest tenth
+        yield [
+            ("scale", {"flags": "bicubic+full_chroma_int+accurate_rnd"}),
+            ("format", {"pix_fmts": f"gbr{alpha}p16le"}),
+            ("lut3d", {"file": file.name, "interp": "tetrahedral"}),
+            ("format", {"pix_fmts": f"gbr{alpha}p"}),
+        ]
+
+
+def filter_graph(frame, time_base, filters):
+    """A configured av.filter.Graph for frames like `frame`. filters: (name, options) in order."""
     import av.filter
 
-    graph, filters, cube = av.filter.Graph(), [], None
-    if "deinterlaced" in treatment:
-        filters.append(("bwdif", {"mode": "send_frame", "parity": "auto", "deint": "interlaced"}))
-    if "tone_mapped" in treatment:
-        descriptor, cube = tempfile.mkstemp(suffix=".cube")
-        with open(descriptor, "wb") as file:
-            file.write(tone_cube(*treatment["tone_mapped"]))
-        # 16 bits: PQ spends a quarter of its codes on what SDR shows as the lowest tenth
-        filters += [("scale", {"flags": "bicubic+full_chroma_int+accurate_rnd"}), ("format", {"pix_fmts": "gbrp16le"})]
-        filters += [("lut3d", {"file": cube, "interp": "tetrahedral"}), ("format", {"pix_fmts": "gbrp"})]
+    graph = av.filter.Graph()
     source = graph.add(
         "buffer",
         f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base={time_base.numerator}/{time_base.denominator}"
@@ -200,11 +235,7 @@ def filter_graph(frame, time_base, treatment):
         following = graph.add(name, **options)
         source.link_to(following)
         source = following
-    try:
-        graph.configure()
-    finally:
-        if cube:
-            os.unlink(cube)  # lut3d has read it
+    graph.configure()
     return graph
 
 
@@ -243,36 +274,47 @@ def picture_times(picture):
     return times
 
 
-def rgb_of_picture(picture, background):
-    """(a Pillow picture as uint8 [H, W, 3] in sRGB, what was changed as words)."""
-    changes = []
-    if picture.mode.startswith("I"):  # 16-bit grey: Pillow would clip it at 255
-        picture = picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-    in_srgb, profile = as_srgb(picture), picture.info.get("icc_profile")
-    if in_srgb is not None:
-        picture = in_srgb
-        changes.append(f"{profile_name(profile)} to sRGB")
+def rgb_of_picture(picture, background, profile=None):
+    """(a Pillow picture as uint8 [H, W, 3], whether any of it was transparent). profile: see `colour_profile`."""
+    picture = simple_mode(picture)
+    if profile is not None:
+        picture = ImageCms.applyTransform(picture.convert(profile.transform.input_mode), profile.transform)
     if picture.mode == "RGBA" and picture.getextrema()[3][0] < 255:
-        return flatten(picture, background), [*changes, "transparent"]
-    return np.asarray(picture.convert("RGB")), changes
+        return flatten(picture, background), True
+    return np.asarray(picture.convert("RGB")), False
 
 
-def as_srgb(picture):
-    """A picture with a colour profile in sRGB, or None if it has none, or one that changes less than a grey level in the mean."""
-    profile = picture.info.get("icc_profile")
-    if not profile or picture.mode not in ("RGB", "RGBA", "L", "CMYK"):
+def simple_mode(picture):
+    """A picture in 8 bits, without a palette, with transparency as a channel."""
+    if picture.mode.startswith("I"):  # 16-bit grey: Pillow would clip it at 255
+        return picture.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        return picture.convert("RGBA")
+    return picture.convert("RGB") if picture.mode == "P" else picture
+
+
+class ColourProfile(NamedTuple):
+    """A transform to sRGB, the profile's name for the report, and a hash of the profile."""
+
+    transform: ImageCms.ImageCmsTransform
+    name: str
+    sha256: str
+
+
+def colour_profile(picture):
+    """The ColourProfile of a picture; None if it has none, a damaged one, which viewers ignore, or one that changes no colour of a
+    small copy by more than rounding."""
+    content, small = picture.info.get("icc_profile"), simple_mode(picture)
+    if not content or small.mode not in ("RGB", "RGBA", "L", "CMYK"):
         return None
-    mode = "RGBA" if picture.mode == "RGBA" else "RGB"
+    small, mode = small.resize((64, 64)), "RGBA" if small.mode == "RGBA" else "RGB"
     try:
-        converted = ImageCms.profileToProfile(picture, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode=mode)
-    except (ImageCms.PyCMSError, OSError, ValueError):  # a damaged profile: viewers ignore it
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), small.mode, mode)
+        converted, name = ImageCms.applyTransform(small, transform), ImageCms.getProfileDescription(profile)
+    except (ImageCms.PyCMSError, OSError, ValueError):
         return None
-    plain = np.asarray(picture.convert(mode)).astype(np.int16)
-    return converted if np.abs(np.asarray(converted) - plain).mean() >= 1 else None
-
-
-def profile_name(profile):
-    """The name that a colour profile gives itself."""
-    return ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile))).strip() or "its colour profile"
+    if np.abs(np.asarray(converted) - np.asarray(small.convert(mode)).astype(np.int16)).max() < 8:
+        return None
+    words = " ".join("".join(character for character in name if character.isprintable() or character == " ").split())[:60]
+    return ColourProfile(transform, words or "a colour profile", hashlib.sha256(content).hexdigest())

@@ -5,8 +5,6 @@ clips are checked once, not at every start.
 """
 
 import functools
-import importlib.metadata
-import importlib.util
 import json
 import platform
 from collections import Counter
@@ -16,6 +14,7 @@ from typing import NamedTuple
 
 from accelerate.utils import gather_object
 
+from cogvideox import versions
 from cogvideox.console import progress, say, warn
 from cogvideox.decode import IMAGE_SUFFIXES, SURVEY_VERSION, VIDEO_SUFFIXES, Framing, clip_framing
 from cogvideox.files import hash_file, key_of, read_json, write_bytes
@@ -197,7 +196,7 @@ def survey_key(content, framing):
 @functools.cache
 def decoders():
     """The installed releases of the decoders; a missing one is None."""
-    return [importlib.metadata.version(name) if importlib.util.find_spec(name) else None for name in ("decord", "av")]
+    return [versions.installed(name) for name in ("decord", "av", "imageio-ffmpeg")]
 
 
 def survey_clips(records, framing, seed, cache, readers, show_progress=True):
@@ -292,7 +291,7 @@ def table_lines(dataset):
             f"{clip['cropped_percent']:>4.0f}% {clip['width']:>4}x{clip['height']:<4} {tokens}"
         )
         for note in clip["notes"]:
-            yield f"{'':<28} {note}"
+            yield f"{'':<28} {printable(note)}"
 
 
 def report_text(dataset):

@@ -2,6 +2,7 @@
 whole clips with ffmpeg."""
 
 import subprocess
+import zlib
 from types import SimpleNamespace
 
 import imageio_ffmpeg
@@ -321,3 +322,71 @@ def test_the_check_names_what_is_changed_and_the_flag_chooses_the_background(tmp
         check_dataset.main([*flags, "--alpha_background", "see-through"])
     assert ended.value.code == 2
     assert "--alpha_background see-through: a colour without transparency" in capsys.readouterr().err
+
+
+PQ_TAGS = ["-color_primaries", "bt2020", "-color_trc", "smpte2084", "-colorspace", "bt2020nc"]
+
+
+def test_hdr_keeps_its_transparency(tmp_path):
+    tags = "setparams=color_primaries=bt2020:color_trc=smpte2084:colorspace=bt2020nc:range=tv"
+    options = ["-vf", f"format=rgba,geq={BALL},scale=out_color_matrix=bt2020,format=yuva444p10le,{tags}", "-c:v", "ffv1", *PQ_TAGS]
+    frames, facts = read_clip(ball(tmp_path / "a.mkv", *options), framing(background=GREEN))
+    assert facts["note"] == "PQ to SDR, transparent over #008000"
+    assert np.abs(frames[:, :8].astype(int) - GREEN).max() <= 1
+    assert frames[0, 32, 30, 0] > 200
+
+
+def test_colours_that_change_inside_a_clip_are_refused(tmp_path):
+    x265 = ["-c:v", "libx265", "-pix_fmt", "yuv420p10le", "-x265-params"]
+    make(tmp_path / "a.ts", *x265, "log-level=none", source="testsrc2=s=96x64:r=8:d=0.5")
+    make(tmp_path / "b.ts", *x265, "log-level=none:colorprim=bt2020:transfer=smpte2084:colormatrix=bt2020nc")
+    (tmp_path / "list.txt").write_text("file a.ts\nfile b.ts\n")
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        "-v",
+        "error",
+        "-f",
+        "concat",
+        "-i",
+        tmp_path / "list.txt",
+        "-c",
+        "copy",
+        tmp_path / "c.mkv",
+    ]
+    subprocess.run(command, check=True)
+    with pytest.raises(BadClip, match="its colours change at frame"):
+        read_clip(tmp_path / "c.mkv", framing())
+    assert read_clip(tmp_path / "b.ts", framing())[1]["note"].startswith("PQ to SDR")
+
+
+def test_an_hdr_still_is_converted_or_refused_by_name(tmp_path):
+    if not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    still = ["-frames:v", 1, "-pix_fmt", "yuv444p10le", "-c:v", "libaom-av1", "-still-picture", 1, "-crf", 10]
+    tags = "setparams=color_primaries=bt2020:color_trc=smpte2084:colorspace=bt2020nc:range=tv"
+    _, facts = read_clip(make(tmp_path / "hdr.avif", "-vf", f"format=yuv444p10le,{tags}", *still, *PQ_TAGS), framing())
+    assert facts["note"].startswith("PQ to SDR")
+    assert read_clip(make(tmp_path / "sdr.avif", *still), framing())[1]["note"] == ""
+    make(tmp_path / "plain.png", "-frames:v", 1)
+    content = (tmp_path / "plain.png").read_bytes()
+    chunk = b"cICP" + bytes([9, 16, 0, 1])
+    (tmp_path / "hdr.png").write_bytes(content[:33] + (4).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4) + content[33:])
+    with pytest.raises(BadClip, match="an HDR picture"):
+        read_clip(tmp_path / "hdr.png", framing())
+    assert read_clip(tmp_path / "plain.png", framing())[1]["note"] == ""
+
+
+def test_a_program_that_cannot_tell_the_cropping_is_named(tmp_path, monkeypatch):
+    clip = make(tmp_path / "a.mp4")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/bin/false")
+    with pytest.raises(BadClip, match="IMAGEIO_FFMPEG_EXE"):
+        read_clip(clip, framing())
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P"])
+def test_a_small_part_of_a_picture_is_enough_to_apply_its_profile(mode, tmp_path):
+    photo = Image.new("RGB", (96, 64), "white")
+    photo.paste((200, 60, 60), (0, 0, 16, 16))
+    profile = swapped_primaries(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    (photo if mode == "RGB" else photo.quantize(8)).save(tmp_path / "a.png", icc_profile=profile)
+    assert read_clip(tmp_path / "a.png", framing())[0][0, 4, 4].tolist() == pytest.approx([60, 200, 60], abs=3)
