@@ -204,15 +204,15 @@ def check_flags(args):
         problems.append("--validation_prompt: contains no prompt")
     if args.push_to_hub and (problem := hub.unfit_name(args)):
         problems.append(problem)
-    for flag, reason in flags.idle_flags(args, flags.REFUSED_IDLE):
-        problems.append(f"{flag}: would do nothing, because {reason}; leave it out, or choose that")
+    if not args.resume_from_checkpoint:  # a run of an earlier version may have them, and is resumed with the same flags
+        problems += [f"{flag}: would do nothing, because {reason}; leave it out" for flag, reason in flags.idle_flags(args, flags.REFUSED_IDLE)]
     return problems
 
 
 def notes_on_flags(args):
     """What the user should know about checked flags, as sentences: the run is as the flags say, but maybe not as meant."""
     notes = []
-    if idle := flags.idle_flags(args, flags.IDLE):
+    if idle := flags.idle_flags(args, flags.IDLE + flags.REFUSED_IDLE):
         notes.append("flags that do nothing here: " + ", ".join(f"{flag} ({reason})" for flag, reason in idle))
     if args.optimizer == "prodigy" and not 0.1 <= args.learning_rate <= 10:
         notes.append(
@@ -283,7 +283,7 @@ from cogvideox.model import blocks_to_recompute, checkpoint_blocks, compile_bloc
 from cogvideox.offload import offload_blocks
 from cogvideox.optimizer import make_optimizer, make_schedule, step_size
 from cogvideox.order import Plan, positions_of, seeded_generator
-from cogvideox.owned import CARD, remove_files_of_runs
+from cogvideox.owned import card_name, remove_files_of_runs
 from cogvideox.preview import Preview
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.survey import check_data
@@ -438,7 +438,7 @@ def main(args):
             data = check_data(args, facts, tokenizer, readers, accelerator, barrier)
         if problems or data.problems:
             fail(BAD_FLAGS if problems else BAD_DATA, problems + data.problems)
-        if is_main and args.overwrite_output_dir:
+        if is_main and args.overwrite_output_dir and not args.dry_run:
             remove_earlier_run(output_dir)  # only after every check has passed
         if is_main and args.dry_run:
             memory.say_predicted(args, folder, accelerator, velocity_loss)
@@ -620,7 +620,7 @@ def publish(args, output_dir, kind, run, verdict, push):
     """Write run.json, the card and the plot, print the verdict, and upload the result if `push`. Returns the problem, or None."""
     if problem := report.write_run_facts(output_dir, run):
         warn(problem)
-    card = output_dir / CARD
+    card = output_dir / card_name(output_dir)
     try:
         card = hub.write_model_card(output_dir, run)
         metrics.plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")

@@ -112,8 +112,10 @@ def write_checkpoint(output_dir, step, snapshot, facts, result_facts):
             final.unlink()
         remove_checkpoint(final)
         for path in [path for path in final.rglob("*") if path.is_symlink() or path.is_file()]:  # what no run wrote
-            (moved := partial / path.relative_to(final)).parent.mkdir(parents=True, exist_ok=True)
-            path.rename(moved)
+            moved = partial / path.relative_to(final)
+            if not moved.exists():  # a link in the place of a folder
+                moved.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(moved)
         shutil.rmtree(final, ignore_errors=True)  # only empty folders are left
         os.replace(partial, final)
         sync_folder(final.parent)

@@ -50,32 +50,39 @@ def read_json_lines(path):
     return values
 
 
-own = {"folder": None, "names": set()}  # the folder whose files this process lists, and those that it has named
+listing = {"folder": None, "names": set()}  # the folder whose files this process lists, and those that it has named
+
+
+def list_of_rank(folder):
+    """The list of this process. Each rank has its own: network file systems have no append that keeps two writers apart."""
+    rank = int(os.environ.get("RANK", "0"))
+    return Path(folder) / (FILE_LIST if rank == 0 else FILE_LIST.replace(".jsonl", f".{rank}.jsonl"))
 
 
 def list_files_in(folder):
-    """From now on, name each file that this process writes below a folder in the FILE_LIST there."""
-    known = {entry.get("file") for entry in read_json_lines(Path(folder) / FILE_LIST) if isinstance(entry, dict)}
-    own.update(folder=Path(folder).absolute(), names=known)
+    """From now on, name each file that this process writes below a folder in its list there."""
+    known = {entry.get("file") for entry in read_json_lines(list_of_rank(folder)) if isinstance(entry, dict)}
+    listing.update(folder=Path(folder).resolve(), names=known)
 
 
 def note_file(path, content=None):
-    """Name a file in the FILE_LIST, before it is written: after a kill in between it must not pass for somebody else's.
+    """Name a file in the list, before it is written: after a kill in between it must not pass for somebody else's.
 
     content: bytes, of which the list keeps a hash.
     """
-    path = Path(path).absolute()
-    if own["folder"] is None or not path.is_relative_to(own["folder"]):
+    path = Path(path)
+    path = path.parent.resolve() / path.name  # the folder may be reached through a link, the file itself may be one
+    if listing["folder"] is None or not path.is_relative_to(listing["folder"]):
         return
-    name = path.relative_to(own["folder"])
-    if (name.as_posix() in own["names"] and content is None) or any(
+    name = path.relative_to(listing["folder"])
+    if (name.as_posix() in listing["names"] and content is None) or any(
         part.startswith(".") or part.endswith(".partial") for part in name.parts
     ):
         return
-    own["names"].add(name.as_posix())
     entry = {"file": name.as_posix()} | ({"sha256": hashlib.sha256(content).hexdigest()} if content else {})
-    with contextlib.suppress(OSError), (own["folder"] / FILE_LIST).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    with contextlib.suppress(OSError), list_of_rank(listing["folder"]).open("a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps(entry) + "\n")  # an empty line, because a kill may have left half of one before
+        listing["names"].add(name.as_posix())
 
 
 def write_bytes(path, content, durable=False):

@@ -217,24 +217,25 @@ def claim_output_dir(args, accelerator, problems):
                 folder = f"--{flag} {getattr(args, flag)}"
                 try_writing(Path(getattr(args, flag)))
             lock = lock_folder(output_dir)
+            problem = occupied(args, output_dir)
         except Timeout:
             problem = f"--output_dir {output_dir}: another run is writing there"
         except OSError as error:
             problem = f"{folder}: cannot be written to ({error.strerror})"
-        else:
-            problem = occupied(args, output_dir)
-    own = [problem for problem in broadcast_object_list([problem]) if problem]
+    problems_here = [problem for problem in broadcast_object_list([problem]) if problem]
     list_files_in(output_dir)
-    if not own and accelerator.num_processes > 1:
-        own = folders_not_shared(accelerator, [("--output_dir", output_dir), ("--encoding_cache_dir", args.encoding_cache_dir)])
-    if own:
-        fail(BAD_OUTPUT, own + problems)
+    if not problems_here and accelerator.num_processes > 1:
+        problems_here = folders_not_shared(accelerator, [("--output_dir", output_dir), ("--encoding_cache_dir", args.encoding_cache_dir)])
+    if problems_here:
+        fail(BAD_OUTPUT, problems_here + problems)
     return lock
 
 
 def holds_earlier_run(output_dir):
     """The name of a result or checkpoint of an earlier run in a folder, or None."""
-    names = [path.parent.name for path in sorted(output_dir.glob("checkpoint-*/manifest.json"))] + [LORA_FILE, "transformer/config.json"]
+    known = owned.listed(output_dir)
+    names = [path.parent.name for path in sorted(output_dir.glob("checkpoint-*/manifest.json"))]
+    names += [name for name in (LORA_FILE, "transformer/config.json") if name in known]
     return next((name for name in names if (output_dir / name).exists()), None)
 
 
@@ -247,7 +248,7 @@ def occupied(args, output_dir):
     list_files_in(output_dir)
     if owned.holds_files_of_runs(output_dir) and not (output_dir / FILE_LIST).exists():
         owned.adopt_earlier_version(output_dir, args.logging_dir)
-    foreign = owned.in_the_way(output_dir)
+    foreign = owned.in_the_way(output_dir, args.training_type)
     if foreign and not (args.resume_from_checkpoint and owned.holds_files_of_runs(output_dir)):
         names = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
         return f"--output_dir {output_dir}: holds files that no run wrote and this one would replace ({names}); choose another folder"

@@ -35,6 +35,8 @@ pass_signals_as() {
       # Seconds from the signal to SIGKILL. The default, 30, is shorter than a step of the 5B with accumulation.
       export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}"
       if command -v setsid >/dev/null; then  # Linux
+        # A SIGKILL to this script's group would not reach it there: it gets a SIGTERM when the script is gone.
+        command -v setpriv >/dev/null && set -- setpriv --pdeathsig TERM "$@"
         set -- setsid "$@"
       fi
     fi

@@ -24,7 +24,7 @@ CHECKPOINT_FILES = (
     "state.json",
     "manifest.json",
 )
-CHECKPOINT = re.compile(r"checkpoint-\d+(\.partial|\.abandoned)?")
+CHECKPOINT = re.compile(r"checkpoint-\d+(\.partial|(\.abandoned)*)")
 RESULT = "|".join(re.escape(name) for name in (LORA_FILE, *SFT_FILES))
 # All that a run replaces, below its folder; trackers add files and replace none.
 REPLACED = re.compile(
@@ -32,6 +32,7 @@ REPLACED = re.compile(
     rf"|{re.escape(OTHER_CARD)}|encoded/(\d\d\.mp4|contact_sheet\.png)"
     r"|validation/step-\d{6}/(\d+-.*-seed\d+\.mp4|contact_sheet\.png|videos\.json)"
 )
+FOLDERS = ("best", "encoded", "transformer", "validation")
 TRACKED = r"(.+/)?(events\.out\.tfevents\..+|hparams\.yml)"  # tensorboard's, below --logging_dir
 WRITTEN_BY_RUNS = {"run.json": "facts", "dataset.json": "layout", "status.json": "reason"}  # and a value that each of them has
 
@@ -39,7 +40,8 @@ WRITTEN_BY_RUNS = {"run.json": "facts", "dataset.json": "layout", "status.json":
 def listed(folder):
     """The files that runs have named in a folder: relative name -> the content's SHA-256 when it was last written, or None."""
     found = {}
-    for entry in read_json_lines(Path(folder) / FILE_LIST):
+    lists = sorted(Path(folder).glob(FILE_LIST.replace(".jsonl", "*.jsonl")))  # one a rank
+    for entry in (entry for path in lists for entry in read_json_lines(path)):
         with contextlib.suppress(TypeError, KeyError):
             if not Path(entry["file"]).is_absolute() and ".." not in Path(entry["file"]).parts:
                 found[entry["file"]] = entry.get("sha256")
@@ -50,7 +52,7 @@ def present(folder, pattern):
     """The relative names of the files below a folder that match a pattern; links are not followed. Looks only where runs write."""
     folder = Path(folder)
     names = [path.name for path in folder.iterdir() if path.is_file() or path.is_symlink()]
-    for part in ("best", "encoded", "transformer", "validation"):
+    for part in FOLDERS:
         if (folder / part).is_dir() and not (folder / part).is_symlink():
             names += [path.relative_to(folder).as_posix() for path in (folder / part).rglob("*") if path.is_file()]
     return sorted(name for name in names if pattern.fullmatch(name))
@@ -75,19 +77,19 @@ def adopt_earlier_version(folder, logging_dir):
     names += [path.relative_to(folder).as_posix() for path in (folder / logging_dir).rglob("*") if re.fullmatch(TRACKED, path.name)]
     with contextlib.suppress(OSError, UnicodeDecodeError):
         card = (folder / CARD).read_text(encoding="utf-8")
-        names += (
-            [CARD]
-            if re.search(r"\n# .*\n\n(A LoRA for|The fully fine-tuned transformer of) `.*`, trained for \d+ optimizer steps of ", card)
-            else []
-        )
+        if re.search(r"\n# .*\n\n(A LoRA for|The fully fine-tuned transformer of) `.*`, trained for \d+ optimizer steps of ", card):
+            names.append(CARD)
     for name in names:
         note_file(folder / name)
 
 
-def in_the_way(folder):
+def in_the_way(folder, training_type):
     """The files that a run would replace and that no run wrote, by relative name. Empty files hold nothing to lose."""
-    own, folder = listed(folder), Path(folder)
-    return [name for name in present(folder, REPLACED) if name not in own and (folder / name).lstat().st_size]
+    known, folder = listed(folder), Path(folder)
+    names = [name for name in present(folder, REPLACED) if name not in known and (folder / name).lstat().st_size]
+    names = [name for name in names if training_type == "sft" or name not in SFT_FILES]
+    # A linked folder leads to files that no list has.
+    return names + [part for part in FOLDERS if (folder / part).is_symlink() and (part != "transformer" or training_type == "sft")]
 
 
 def card_name(folder):
@@ -111,7 +113,7 @@ def remove_files_of_runs(folder, parts=None, keep=()):
         inside = parts is None or Path(name).parts[0] in parts
         if not inside or name in keep or (name == CARD != card) or any(parent.is_symlink() for parent in parents):
             continue
-        if path.is_symlink() or path.is_file():
+        with contextlib.suppress(OSError):  # FileNotFoundError, or a folder that this user may not write
             path.unlink()
         remove_empty(parents)
 
@@ -131,7 +133,8 @@ def remove_checkpoint(folder):
         return
     for name in CHECKPOINT_FILES:
         if not (folder / name).parent.is_symlink():
-            (folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
     remove_empty([folder / "transformer", folder])
 
 
@@ -142,3 +145,5 @@ def forget_missing_files(folder):
     if len(there) < len(own):
         entries = [{"file": name} | ({"sha256": digest} if digest else {}) for name, digest in there.items()]
         write_bytes(folder / FILE_LIST, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+        for path in folder.glob(FILE_LIST.replace(".jsonl", ".*.jsonl")):
+            path.unlink()

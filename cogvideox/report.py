@@ -365,7 +365,7 @@ def page(output_dir):
 def write_report(output_dir):
     """Write `report.html` from the files of a run's output folder. Returns the problem as a sentence, or None; never raises."""
     try:
-        output_dir = Path(output_dir).resolve()
+        output_dir = Path(output_dir).absolute()
         for leftover in output_dir.glob(f".{NAME}.*.partial"):  # left by a run that was killed while writing
             if time.time() - leftover.stat().st_mtime > 600:
                 leftover.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
+MODULES = {"pillow": "PIL", "imageio-ffmpeg": "imageio_ffmpeg", "protobuf": "google.protobuf"}  # where pip's name is another
 DISPENSABLE = ("decord", "tensorboard")  # PyAV reads what decord would, and --report_to asks for tensorboard itself
 
 
@@ -33,7 +34,10 @@ def installed(name):
             return version
     except metadata.PackageNotFoundError:
         pass
-    spec = importlib.util.find_spec(name)
+    try:
+        spec = importlib.util.find_spec(MODULES.get(name, name))
+    except (ModuleNotFoundError, ValueError):
+        return None
     return "unknown" if spec and spec.origin else None  # a folder of that name has no origin
 
 

@@ -248,6 +248,14 @@ IDLE = [  # flags that do nothing, what makes them so, and what lets them do som
 ]
 
 
+def test_a_flag_that_an_earlier_version_took_is_told_when_its_run_is_resumed():
+    given = words("m", "d", "o", "c", lr_scheduler="cosine", lr_num_cycles=2)
+    with pytest.raises(SystemExit):
+        script.parse_args(given)
+    args = script.parse_args([*given, "--resume_from_checkpoint", "latest"])
+    assert any("--lr_num_cycles 2 (only --lr_scheduler cosine_with_restarts has cycles)" in note for note in script.notes_on_flags(args))
+
+
 @pytest.mark.parametrize(("idle", "beside", "otherwise"), IDLE, ids=[" ".join(case[0]) for case in IDLE])
 def test_flags_that_do_nothing_are_told_in_one_line_and_only_where_they_do_nothing(idle, beside, otherwise, monkeypatch):
     monkeypatch.setattr(script, "cpu_is_wanted", lambda wanted: wanted)

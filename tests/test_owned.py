@@ -139,10 +139,36 @@ IN_THE_WAY += ["validation/step-000000/videos.json", "encoded/00.mp4", "model_ca
 def test_a_file_that_no_run_wrote_and_a_run_would_replace_is_refused(train, tmp_path, capsys, name, flags):
     folder = tmp_path / "folder"
     put(folder, [name, "notes.txt"])
-    told = refused(train, capsys, output=folder, **flags)
+    kind = {"training_type": "sft"} if name.startswith("transformer/") else {}
+    told = refused(train, capsys, output=folder, **flags, **kind)
     assert f"holds files that no run wrote and this one would replace ({name})" in told
     assert untouched(folder, [name, "notes.txt"])
     assert files_of(folder) == {name, "notes.txt"}
+
+
+@pytest.mark.parametrize("part", ["best", "validation", "encoded"])
+def test_a_linked_folder_that_no_run_made_is_refused(train, tmp_path, capsys, part):
+    put(tmp_path / "mine", [LORA_FILE])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / part).symlink_to(tmp_path / "mine")
+    assert f"this one would replace ({part})" in refused(train, capsys, output=tmp_path / "run", overwrite_output_dir=True)
+    assert untouched(tmp_path / "mine", [LORA_FILE])
+
+
+@pytest.mark.slow
+def test_two_runs_one_after_the_other_through_a_link_and_beside_ones_own_transformer(train, tmp_path):
+    put(tmp_path / "real", ["transformer/config.json"])
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    train(output=tmp_path / "link", max_train_steps=1)
+    with (tmp_path / "real" / FILE_LIST).open("a") as file:
+        file.write('{"file": "half of a li')  # as a kill leaves it
+    first = lora_of(tmp_path / "real")
+    train(output=tmp_path / "link", max_train_steps=1, dry_run=True, overwrite_output_dir=True)
+    assert same(first, lora_of(tmp_path / "real"))  # a rehearsal removes nothing
+    train(output=tmp_path / "link", max_train_steps=1, overwrite_output_dir=True, seed=1)
+    train(output=tmp_path / "real", max_train_steps=1, overwrite_output_dir=True, seed=1)
+    assert not same(first, lora_of(tmp_path / "real"))
+    assert untouched(tmp_path / "real", ["transformer/config.json"])
 
 
 @pytest.mark.slow

@@ -193,3 +193,14 @@ def test_ci_tries_the_oldest_releases_where_the_ranges_are_not_those_that_passed
     assert targets() == ["check", "test"]
     (tmp_path / "requirements.txt").write_text((ROOT / "requirements.txt").read_text().replace("av>=17", "av>=16"))
     assert targets() == ["check", "test", "test-oldest"]
+
+
+@pytest.mark.parametrize("name", ["pillow", "imageio-ffmpeg", "protobuf"])
+def test_a_module_that_another_distribution_brings_counts_as_installed(name, monkeypatch):
+    def absent(name):
+        raise versions.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(versions.metadata, "version", absent)
+    assert versions.installed(name) == "unknown"  # such as pillow-simd's PIL
+    monkeypatch.setattr(versions, "MODULES", {name: "no.such.module"})
+    assert versions.installed(name) is None
