@@ -205,7 +205,8 @@ def check_flags(args):
     if args.push_to_hub and (problem := hub.unfit_name(args)):
         problems.append(problem)
     if not args.resume_from_checkpoint:  # a run of an earlier version may have them, and is resumed with the same flags
-        problems += [f"{flag}: would do nothing, because {reason}; leave it out" for flag, reason in flags.idle_flags(args, flags.REFUSED_IDLE)]
+        idle = flags.idle_flags(args, flags.REFUSED_IDLE)
+        problems += [f"{flag}: would do nothing, because {reason}; leave it out" for flag, reason in idle]
     return problems
 
 
