@@ -108,14 +108,19 @@ for name, beginning in NOT_FOR_THE_USER.items():
     )
 
 
+def in_utf8(text):
+    """The text with escapes for what UTF-8 cannot write, such as a byte of a file's name: trackers read the log as UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def say(text, on_every_rank=False):
     """Print a message, on rank 0 or on every rank."""
-    log.info("%s", text, extra={"on_every_rank": on_every_rank})
+    log.info("%s", in_utf8(text), extra={"on_every_rank": on_every_rank})
 
 
 def warn(text):
     """Print a warning: the run continues."""
-    log.warning("%s", text)
+    log.warning("%s", in_utf8(text))
 
 
 @contextlib.contextmanager
@@ -129,7 +134,7 @@ def timed(name):
 def fail(code, problems):
     """End the run with exit code `code` and one sentence per problem. Every rank calls it; rank 0 prints."""
     problems = [problems] if isinstance(problems, str) else problems
-    log.error("%s", "".join(f"\nERROR[{code}]: {problem}" for problem in problems))
+    log.error("%s", in_utf8("".join(f"\nERROR[{code}]: {problem}" for problem in problems)))
     if rank() != 0:
         time.sleep(3)  # the launcher kills all ranks when the first one exits: let rank 0 print before
     raise SystemExit(code)

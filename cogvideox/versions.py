@@ -68,6 +68,8 @@ def misfit(requirement):
 def problem():
     """A sentence with every package that is missing or outside its range, and the command that mends it, or None."""
     file, pip = ROOT / "requirements.txt", f"{shlex.quote(sys.executable)} -m pip install"
+    if not file.is_file():  # a copy of the script alone
+        return None
     if sys.version_info < OLDEST_PYTHON:
         return f"Python {platform.python_version()} ({sys.executable}) is too old: {'.'.join(map(str, OLDEST_PYTHON))} or newer is needed"
     try:

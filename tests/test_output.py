@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_cogvideox_lora as script
 from cogvideox import checkpoint, hub, validation
+from cogvideox.files import FILE_LIST
 from cogvideox.video import read_video
 from tests.conftest import lora_of, same, words
 from tests.stand_ins import TrackerPackage
@@ -146,6 +147,8 @@ def test_a_tracker_is_not_opened_before_the_folder_is_claimed_and_cleared(train,
     gc.collect()  # the traceback held the run's lock of its folder
     (folder / "logs").mkdir()
     (folder / "logs/old").write_text("of the earlier run")
+    with (folder / FILE_LIST).open("a") as file:
+        file.write('{"file": "logs/old"}\n')
     train(output=folder, report_to="tensorboard", overwrite_output_dir=True)
     assert [path.name for path in (folder / "logs").iterdir()] == ["cogvideox-lora"]
     assert list((folder / "logs").rglob("events.out.*"))
