@@ -62,7 +62,7 @@ def list_of_rank(folder):
 def list_files_in(folder):
     """From now on, name each file that this process writes below a folder in its list there."""
     known = {entry.get("file") for entry in read_json_lines(list_of_rank(folder)) if isinstance(entry, dict)}
-    listing.update(folder=Path(folder).resolve(), names=known)
+    listing.update(folder=Path(folder).absolute(), names=known)
 
 
 def note_file(path, content=None):
@@ -70,11 +70,12 @@ def note_file(path, content=None):
 
     content: bytes, of which the list keeps a hash.
     """
-    path = Path(path)
-    path = path.parent.resolve() / path.name  # the folder may be reached through a link, the file itself may be one
-    if listing["folder"] is None or not path.is_relative_to(listing["folder"]):
+    path, folder = Path(path).absolute(), listing["folder"]
+    if folder is not None and not path.is_relative_to(folder):  # reached through a link, as the folder may be
+        path, folder = path.parent.resolve() / path.name, folder.resolve()
+    if folder is None or not path.is_relative_to(folder):
         return
-    name = path.relative_to(listing["folder"])
+    name = path.relative_to(folder)
     if (name.as_posix() in listing["names"] and content is None) or any(
         part.startswith(".") or part.endswith(".partial") for part in name.parts
     ):

@@ -48,12 +48,15 @@ def listed(folder):
     return found
 
 
-def present(folder, pattern):
-    """The relative names of the files below a folder that match a pattern; links are not followed. Looks only where runs write."""
+def present(folder, pattern, through_links=False):
+    """The relative names of the files below a folder that match a pattern. Looks only where runs write.
+
+    through_links: also in linked folders, where a run replaces files too but never removes any.
+    """
     folder = Path(folder)
     names = [path.name for path in folder.iterdir() if path.is_file() or path.is_symlink()]
     for part in FOLDERS:
-        if (folder / part).is_dir() and not (folder / part).is_symlink():
+        if (folder / part).is_dir() and (through_links or not (folder / part).is_symlink()):
             names += [path.relative_to(folder).as_posix() for path in (folder / part).rglob("*") if path.is_file()]
     return sorted(name for name in names if pattern.fullmatch(name))
 
@@ -86,10 +89,9 @@ def adopt_earlier_version(folder, logging_dir):
 def in_the_way(folder, training_type):
     """The files that a run would replace and that no run wrote, by relative name. Empty files hold nothing to lose."""
     known, folder = listed(folder), Path(folder)
-    names = [name for name in present(folder, REPLACED) if name not in known and (folder / name).lstat().st_size]
-    names = [name for name in names if training_type == "sft" or name not in SFT_FILES]
-    # A linked folder leads to files that no list has.
-    return names + [part for part in FOLDERS if (folder / part).is_symlink() and (part != "transformer" or training_type == "sft")]
+    names = present(folder, REPLACED, through_links=True)
+    names = [name for name in names if name not in known and (folder / name).lstat().st_size]
+    return [name for name in names if training_type == "sft" or name not in SFT_FILES]
 
 
 def card_name(folder):

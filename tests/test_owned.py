@@ -146,13 +146,25 @@ def test_a_file_that_no_run_wrote_and_a_run_would_replace_is_refused(train, tmp_
     assert files_of(folder) == {name, "notes.txt"}
 
 
-@pytest.mark.parametrize("part", ["best", "validation", "encoded"])
-def test_a_linked_folder_that_no_run_made_is_refused(train, tmp_path, capsys, part):
-    put(tmp_path / "mine", [LORA_FILE])
+@pytest.mark.parametrize("name", ["best/" + LORA_FILE, "encoded/00.mp4", "validation/step-000000/videos.json"])
+def test_a_file_behind_a_linked_folder_is_not_replaced(train, tmp_path, capsys, name):
+    part, _, inner = name.partition("/")
+    put(tmp_path / "mine", [inner])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / part).symlink_to(tmp_path / "mine")
-    assert f"this one would replace ({part})" in refused(train, capsys, output=tmp_path / "run", overwrite_output_dir=True)
-    assert untouched(tmp_path / "mine", [LORA_FILE])
+    assert f"this one would replace ({name})" in refused(train, capsys, output=tmp_path / "run", overwrite_output_dir=True)
+    assert untouched(tmp_path / "mine", [inner])
+
+
+@pytest.mark.slow
+def test_a_linked_folder_of_ones_own_choice_serves_every_run(train, tmp_path):
+    put(tmp_path / "scratch", ["notes.txt"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/best").symlink_to(tmp_path / "scratch")
+    for seed in (1, 2):
+        train(output=tmp_path / "run", max_train_steps=1, overwrite_output_dir=True, eval_share=0.2, eval_clips=1, seed=seed)
+        assert (tmp_path / "scratch" / LORA_FILE).is_file()
+    assert untouched(tmp_path / "scratch", ["notes.txt"])
 
 
 @pytest.mark.slow
