@@ -36,6 +36,7 @@ def times(cache):
     return {str(p.relative_to(cache)): p.stat().st_mtime_ns for p in Path(cache).rglob("*/??/*.safetensors")}
 
 
+@pytest.mark.slow
 def test_a_full_cache_needs_neither_t5_nor_the_vae(train, tiny_model, tmp_path, monkeypatch):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     first = train(model=model, cache=tmp_path / "cache")

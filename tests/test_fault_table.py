@@ -522,6 +522,7 @@ def test_a_real_full_disk_costs_no_checkpoint_and_ends_with_exit_code_4(train, s
     assert checkpoint.read_manifest(small_disk / "out/checkpoint-1")["step"] == 1
 
 
+@pytest.mark.slow
 def test_a_disk_that_has_room_again_gets_the_next_checkpoint(train, plain_run, small_disk, capsys, monkeypatch):
     straight = plain_run(max_train_steps=4)
     at_step(monkeypatch, 2, lambda: fill(small_disk))
@@ -547,6 +548,7 @@ def test_an_output_folder_that_vanishes_is_made_again(train, plain_run, tmp_path
     assert same(lora_of(folder), lora_of(straight))
 
 
+@pytest.mark.slow
 def test_a_stale_handle_costs_one_checkpoint_and_no_older_one(train, plain_run, capsys, monkeypatch):
     replace, failed = os.replace, []
 
@@ -756,6 +758,7 @@ if rank == 1:
     assert list(output.glob(".shared-*")) == []
 
 
+@pytest.mark.slow
 def test_a_failing_validation_changes_no_bit_of_training(train, plain_run, monkeypatch, capsys):
     plain, other = plain_run(max_train_steps=3, lora_dropout=0.2), plain_run(max_train_steps=3, lora_dropout=0.2, seed=1)
 

@@ -45,6 +45,7 @@ def test_two_forked_processes_write_the_bits_of_two_that_accelerate_started(fork
     assert made == left
 
 
+@pytest.mark.slow
 def test_a_forked_process_has_the_exit_code_and_the_messages_of_a_real_one(forked, tiny_model, six_clips, tmp_path):
     line = words(tiny_model, six_clips, tmp_path / "out", tmp_path / "cache", rank=0)
     real = really_run(sys.executable, "train_cogvideox_lora.py", *line, timeout=60)

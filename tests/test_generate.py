@@ -62,6 +62,7 @@ def stock_video(model, lora=None, scale=1.0, seed=1, prompt="a rabbit"):
     return np.round(video * 255).astype(np.uint8)[-SMALL["num_frames"] :]
 
 
+@pytest.mark.slow
 def test_a_sweep_beside_the_base_leaves_videos_grids_and_the_settings(tiny_model, lora, tmp_path, monkeypatch):
     encoded, encode = [], lora_file.model.encode_captions
     monkeypatch.setattr(lora_file.model, "encode_captions", lambda *args: encoded.append(args[2]) or encode(*args))

@@ -340,6 +340,7 @@ class Card(SimpleNamespace):
             monkeypatch.setattr(torch.cuda, name, answer)
 
 
+@pytest.mark.slow
 def test_smaller_cards_are_a_share_of_the_card_and_larger_ones_are_not_run(monkeypatch, tmp_path):
     card, measured = Card(monkeypatch), []
 
@@ -398,6 +399,7 @@ def test_two_gpus_run_every_engine_and_a_wrong_loss_fails(monkeypatch, tmp_path)
     assert reduced["verdict"] == "fails"
 
 
+@pytest.mark.slow
 def test_the_baseline_without_memory_is_compared_at_a_smaller_shape(monkeypatch, tmp_path):
     Card(monkeypatch)
     tried = []

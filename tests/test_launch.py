@@ -370,6 +370,7 @@ def test_processes_on_two_machines_meet_on_the_network_between_them(forked, tiny
         assert all(listens in found for found in told), told
 
 
+@pytest.mark.slow
 def test_a_bad_folder_prints_sentences_and_no_traceback(forked, clips, tiny_model, tmp_path):
     (clips / "videos/05.mp4").write_bytes(b"")
     codes, output = forked.run(words(tiny_model, clips, tmp_path / "out", tmp_path / "cache"))

@@ -240,6 +240,7 @@ def test_the_vae_takes_what_is_predicted_beside_its_convolutions(tiny_model, til
     assert agree(decode, peak_above(lambda: model.decode_latents(vae, latents)), within=0.1)
 
 
+@pytest.mark.slow
 def test_encoding_is_predicted_whole_where_it_fits_and_in_tiles_elsewhere():
     configs = memory.PRESETS["2b"]
     args = SimpleNamespace(enable_slicing=True, enable_tiling=True, height=480, width=720, max_num_frames=49)

@@ -99,8 +99,15 @@ def step_flops(configs, args, compute_loss, shape):
 
 def peak_above(call):
     """The highest sum of allocations above the start, in bytes, that the CPU's allocator reports to the profiler during `call()`."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
+    gc.collect()  # what is collected during the call would count as freed by it
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
+    finally:
+        if was_enabled:
+            gc.enable()
     found, waiting = [], list(profiler.profiler.kineto_results.experimental_event_tree())
     while waiting:
         event = waiting.pop()
