@@ -263,9 +263,9 @@ def read_video(path, framing, reader):
 
 def pyav_version():
     """The release of FFmpeg in PyAV, on which colours depend."""
-    import av
+    from av import library_versions
 
-    return " ".join(f"{name} {'.'.join(map(str, av.library_versions[name][:2]))}" for name in ("libavcodec", "libavfilter", "libswscale"))
+    return " ".join("{} {}.{}".format(name, *library_versions[name]) for name in ("libavcodec", "libavfilter", "libswscale"))
 
 
 def seconds(stamps, unit):
@@ -274,6 +274,7 @@ def seconds(stamps, unit):
 
 
 NO_TURN = (False, 1, 1)
+TURNS = {0: NO_TURN, 90: (True, -1, 1), -90: (True, 1, -1), 180: (False, -1, -1), -180: (False, -1, -1)}  # by counterclockwise degrees
 
 
 def picture_turn(frame):
@@ -281,16 +282,15 @@ def picture_turn(frame):
 
     Raises BadClip for anything but quarter turns and mirrors.
     """
-    side = side_data(frame, "DISPLAYMATRIX")
-    known = {0: NO_TURN, 90: (True, -1, 1), -90: (True, 1, -1), 180: (False, -1, -1), -180: (False, -1, -1)}
-    if not side and frame.rotation in known:
-        return known[frame.rotation]
-    # A pixel at (x, y) is shown at x' = a x + c y, y' = b x + d y.
-    a, b, _, c, d = np.frombuffer(side, np.int32)[:5].tolist() if side else (1, 1, 0, 1, 1)
-    if (a and d) and not (b or c):
-        return False, int(np.sign(d)), int(np.sign(a))
-    if (b and c) and not (a or d):
-        return True, int(np.sign(b)), int(np.sign(c))
+    if side := side_data(frame, "DISPLAYMATRIX"):
+        # A pixel at (x, y) is shown at x' = a x + c y, y' = b x + d y.
+        a, b, _, c, d = np.frombuffer(side, np.int32)[:5].tolist()
+        if (a and d) and not (b or c):
+            return False, int(np.sign(d)), int(np.sign(a))
+        if (b and c) and not (a or d):
+            return True, int(np.sign(b)), int(np.sign(c))
+    elif frame.rotation in TURNS:  # no matrix, or one beside data that PyAV cannot list
+        return TURNS[frame.rotation]
     raise BadClip("its picture is rotated by an angle that is not a multiple of 90 degrees")
 
 

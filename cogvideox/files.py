@@ -14,7 +14,7 @@ import uuid
 from concurrent.futures import Future
 from pathlib import Path
 
-from cogvideox.console import say
+from cogvideox.console import rank, say
 
 SECONDS_UNTIL_VISIBLE = 90
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that every loader expects
@@ -55,8 +55,12 @@ listing = {"folder": None, "names": set()}  # the folder whose files this proces
 
 def list_of_rank(folder):
     """The list of this process. Each rank has its own: network file systems have no append that keeps two writers apart."""
-    rank = int(os.environ.get("RANK", "0"))
-    return Path(folder) / (FILE_LIST if rank == 0 else FILE_LIST.replace(".jsonl", f".{rank}.jsonl"))
+    return Path(folder) / (FILE_LIST if rank() == 0 else FILE_LIST.replace(".jsonl", f".{rank()}.jsonl"))
+
+
+def lists_of_ranks(folder):
+    """The lists of all processes of all runs in a folder, that of rank 0 first."""
+    return sorted(Path(folder).glob(FILE_LIST.replace(".jsonl", "*.jsonl")), key=lambda path: len(path.name))
 
 
 def list_files_in(folder):

@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from cogvideox.files import FILE_LIST, LORA_FILE, note_file, read_json, read_json_lines, write_bytes
+from cogvideox.files import FILE_LIST, LORA_FILE, lists_of_ranks, note_file, read_json, read_json_lines, write_bytes
 
 CARD, OTHER_CARD = "README.md", "model_card.md"
 # Files of a checkpoint: a LoRA's, those of all weights, and both kinds'.
@@ -40,8 +40,7 @@ WRITTEN_BY_RUNS = {"run.json": "facts", "dataset.json": "layout", "status.json":
 def listed(folder):
     """The files that runs have named in a folder: relative name -> the content's SHA-256 when it was last written, or None."""
     found = {}
-    lists = sorted(Path(folder).glob(FILE_LIST.replace(".jsonl", "*.jsonl")))  # one a rank
-    for entry in (entry for path in lists for entry in read_json_lines(path)):
+    for entry in (entry for path in lists_of_ranks(folder) for entry in read_json_lines(path)):
         with contextlib.suppress(TypeError, KeyError):
             if not Path(entry["file"]).is_absolute() and ".." not in Path(entry["file"]).parts:
                 found[entry["file"]] = entry.get("sha256")
@@ -147,5 +146,6 @@ def forget_missing_files(folder):
     if len(there) < len(own):
         entries = [{"file": name} | ({"sha256": digest} if digest else {}) for name, digest in there.items()]
         write_bytes(folder / FILE_LIST, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
-        for path in folder.glob(FILE_LIST.replace(".jsonl", ".*.jsonl")):
-            path.unlink()
+        for path in lists_of_ranks(folder):
+            if path.name != FILE_LIST:
+                path.unlink()

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import struct
 import tempfile
 from typing import NamedTuple
@@ -153,17 +152,12 @@ def treatment_of(frame, interlaced):
 
 def treated(frames, time_base, treatment, chosen):
     """(number, frame) of the chosen frames after FFmpeg's filters. frames: from the first on, in order."""
-    numbered = enumerate(frames)
     if "deinterlaced" in treatment:  # looks at a frame's neighbours
-        numbered = enumerate(filtered((frame for _, frame in numbered), time_base, deinterlacing))
-    numbered = ((number, frame) for number, frame in numbered if number in chosen)
-    if "tone_mapped" not in treatment:
-        yield from numbered
-        return
-    # Only the chosen frames: it takes four times as long as decoding them.
-    numbers, frames = itertools.tee(numbered)
-    mapped = filtered((frame for _, frame in frames), time_base, functools.partial(tone_mapping, *treatment["tone_mapped"]))
-    yield from zip((number for number, _ in numbers), mapped, strict=True)
+        frames = filtered(frames, time_base, deinterlacing)
+    frames = (frame for number, frame in enumerate(frames) if number in chosen)
+    if "tone_mapped" in treatment:  # takes four times as long as decoding
+        frames = filtered(frames, time_base, functools.partial(tone_mapping, *treatment["tone_mapped"]))
+    yield from zip(sorted(chosen), frames, strict=True)
 
 
 def filtered(frames, time_base, filters_for):
@@ -262,7 +256,7 @@ def picture_times(picture):
 
     Only of animations: the second picture in a JPEG is a thumbnail or another eye's view, in a TIFF another page.
     """
-    if picture.format not in ("GIF", "PNG", "WEBP", "AVIF") or getattr(picture, "n_frames", 1) == 1:
+    if picture.format not in ("GIF", "WEBP", "AVIF") or getattr(picture, "n_frames", 1) == 1:
         return [0.0]
     times, now = [], 0.0
     for number in range(picture.n_frames):
@@ -304,10 +298,12 @@ class ColourProfile(NamedTuple):
 def colour_profile(picture):
     """The ColourProfile of a picture; None if it has none, a damaged one, which viewers ignore, or one that changes no colour of a
     small copy by more than rounding."""
-    content, small = picture.info.get("icc_profile"), simple_mode(picture)
-    if not content or small.mode not in ("RGB", "RGBA", "L", "CMYK"):
+    if not (content := picture.info.get("icc_profile")):
         return None
-    small, mode = small.resize((64, 64)), "RGBA" if small.mode == "RGBA" else "RGB"
+    small = simple_mode(picture).resize((64, 64))
+    if small.mode not in ("RGB", "RGBA", "L", "CMYK"):
+        return None
+    mode = "RGBA" if small.mode == "RGBA" else "RGB"
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
         transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), small.mode, mode)
@@ -316,5 +312,4 @@ def colour_profile(picture):
         return None
     if np.abs(np.asarray(converted) - np.asarray(small.convert(mode)).astype(np.int16)).max() < 8:
         return None
-    words = " ".join("".join(character for character in name if character.isprintable() or character == " ").split())[:60]
-    return ColourProfile(transform, words or "a colour profile", hashlib.sha256(content).hexdigest())
+    return ColourProfile(transform, " ".join(name.split())[:60] or "a colour profile", hashlib.sha256(content).hexdigest())
