@@ -379,21 +379,23 @@ def remarks(clips, usable, totals, limit, framing):
 
 def content_remarks(clips, facts):
     """Sentences about clips of different lines with the same frames of the same content. clips, facts: as in `describe`."""
+    lines = Counter(content for content, _ in {(clip["sha256"], clip["line"]) for clip in clips if not clip["problem"]})
     spans = [
         (clip, {(fact["sha256"], index) for index in range(fact["indices"][0], fact["indices"][-1] + 1)})
         for clip, fact in zip(clips, facts, strict=True)
-        if not clip["problem"]
+        if not clip["problem"] and lines[clip["sha256"]] > 1
     ]
     of_line = {}
     for clip, span in spans:
         of_line.setdefault(clip["line"], set()).update(span)
-    lines = Counter(frame for frames in of_line.values() for frame in frames)
-    if copies := [clip for clip, span in spans if any(lines[frame] > 1 for frame in span)]:
-        yield f"{len(copies)} clips have the same content as another: {some(copies)}"
+    uses = Counter(frame for frames in of_line.values() for frame in frames)
+    alike = "overlap" if any("window" in clip for clip, _ in spans) else "have the same content as"
+    if copies := [clip for clip, span in spans if any(uses[frame] > 1 for frame in span)]:
+        yield f"{len(copies)} clips {alike} another{' of the same file' * (alike == 'overlap')}: {some(copies)}"
     trained = {frame for clip, span in spans if clip["split"] == "trained" for frame in span}
     if copies := [clip for clip, span in spans if clip["split"] == "held out" and not trained.isdisjoint(span)]:
         score = "their score does not detect memorising"
-        yield f"{len(copies)} of the held-out clips have the same content as a training clip: {score}: {some(copies)}"
+        yield f"{len(copies)} of the held-out clips {alike} a training clip: {score}: {some(copies)}"
 
 
 def caption_remarks(usable, alike, mute, limit):
