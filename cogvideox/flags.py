@@ -160,9 +160,8 @@ def check_data_flags(args):
     if args.eval_share and args.eval_data_root:
         problems.append("--eval_share and --eval_data_root: both hold clips out; give only one")
     if args.windows != "one" and (args.skip_frames_start or args.skip_frames_end):
-        problems.append(
-            f"--windows {args.windows}: --skip_frames_* would skip in each window; name a clip's part in the list, FILE | START-END"
-        )
+        rule = "would skip in each window; name the part of a clip in the list (FILE | START-END)"
+        problems.append(f"--windows {args.windows}: --skip_frames_start and --skip_frames_end {rule}")
     args.bucket_sizes, args.bucket_lengths = [], []
     for word in args.bucket:
         if match := re.fullmatch(r"(\d+)x(\d+)", word):
