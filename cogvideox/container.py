@@ -242,7 +242,7 @@ def shown_frames(path, place=START, end=None, crop_exactly=True):
 
 
 def decoded(container, stream, place=START):
-    """The frames of a stream from a key frame at or before `place` on. FFmpeg's own VP8 and VP9 decoders drop transparency, libvpx keeps it.
+    """The frames of a stream from a key frame at or before `place` on. FFmpeg's VP8 and VP9 decoders drop transparency, libvpx keeps it.
 
     Raises BadClip where no such key frame is found.
     """
