@@ -121,7 +121,7 @@ def add_data_flags(parser):
     flag(
         "--windows",
         "one",
-        "parts of a clip that are trained: its first --max_num_frames; slide: one after the other; spread: to its end, overlapping",
+        "what of a clip is trained: one: its start; slide: windows one after the other; spread: to its end, overlapping",
         choices=("one", "slide", "spread"),
         free=True,
     )
