@@ -23,6 +23,8 @@ FLAGS = {
     "logging_steps": 1,
     "max_skipped_steps": 3,
     "prompts": [],
+    "plain_prompt": None,
+    "id_token": None,
     "negative_prompt": "",
     "validation_scheduler": "stored",
     "validation_prompts_at_once": 0,
