@@ -205,9 +205,8 @@ def check_flags(args):
         problems.append("--validation_prompt: contains no prompt")
     plain = [(number, text) for number, prompt in enumerate(args.prompts) if (text := flags.without_token(prompt, args.id_token))]
     args.prompts_have_trigger = bool(plain)
-    args.plain_prompt = (
-        plain[0] if plain and args.validation_without_trigger else None
-    )  # (number of the prompt, its text without the token)
+    # (the number of a prompt, its text without the token)
+    args.plain_prompt = plain[0] if plain and args.validation_without_trigger else None
     if args.push_to_hub and (problem := hub.unfit_name(args)):
         problems.append(problem)
     if not args.resume_from_checkpoint:  # a run of an earlier version may have them, and is resumed with the same flags

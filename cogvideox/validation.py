@@ -341,9 +341,8 @@ class Validator:
             base = frames if step == 0 else read_video(first / job["name"]) if (first / job["name"]).exists() else None
             videos.append({"name": job["name"]} | motion.compare(frames, base, self.args.fps))
         if videos:
-            line = motion.line_of(
-                step, videos, self.pair, self.data_motion() if step else None
-            )  # the first step does not wait for the data's
+            of_data = self.data_motion() if step else None  # the first step does not wait for it
+            line = motion.line_of(step, videos, self.pair, of_data)
             self.meter.log(line)
             for sentence in motion.sentences_of(line) if step else ():
                 say(f"step {step}: {sentence}")
