@@ -122,7 +122,7 @@ class Noise:
 
     vae = ("vae",)
     clip_keys, prompt_keys = [f"clip {number}" for number in range(9)], [f"caption {number}" for number in range(9)]
-    caption_keys = {text: f"key of {text}" for text in ("", "a rabbit", "a bird", "a fox")}
+    caption_keys = {text: f"key of {text}" for text in ("", "a rabbit", "a bird", "a fox", "OLDFILM a rabbit")}
 
     def moments(self, clip, flipped=False):
         return torch.zeros(4, 1, 2, 2)

@@ -227,7 +227,8 @@ def test_one_more_video_is_made_without_the_trigger_beside_its_partner_and_only_
     assert asked.base_key(extra) not in [asked.base_key(job) for job in plain.jobs]
     assert (extra["without"], extra["partner"], extra["seed"]) == ("OLDFILM", plain.jobs[0]["name"], 42)
     for validator in (asked, plain):
-        validator.offer(1)
+        for step in (0, 1):
+            validator.offer(step)
         folder = validator.folder_of(1)
         assert (folder / "without_trigger").exists() is (validator is asked)
         assert len(list(folder.rglob("*.mp4"))) == len(validator.jobs) == (5 if validator is asked else 4)
@@ -257,7 +258,7 @@ def test_the_motion_of_videos_is_logged_beside_that_of_step_0_and_of_the_data(tm
     with_trigger = [job["name"] for job in validator.jobs[:2]]
     changed = {validator.folder_of(2) / name: still for name in with_trigger}
     monkeypatch.setattr(validation, "read_video", lambda path: changed.get(path, moving))
-    for step in (1, 2):
+    for step in (0, 1, 2):
         validator.offer(step)
     first, same_as_first, other = validator.meter.lines
     assert first["step"] == 0
@@ -288,7 +289,8 @@ def test_motion_that_cannot_be_measured_costs_the_numbers_and_not_the_run(tmp_pa
 def test_a_video_that_failed_is_left_out_of_the_motion_and_a_partner_that_failed_of_the_leak(tmp_path, pipeline):
     validator = watcher(tmp_path, **OLD_FILM, validation_steps=1)
     names = [job["name"] for job in validator.jobs]
-    validator.offer(1)
+    for step in (0, 1):
+        validator.offer(step)
     (validator.folder_of(1) / names[0]).unlink()
     (validator.folder_of(0) / names[1]).unlink()
     validator.measure(1, validator.jobs)
