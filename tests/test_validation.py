@@ -11,7 +11,8 @@ from accelerate.utils import DistributedType
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 from cogvideox import launch, report, validation
-from cogvideox.files import write_bytes
+from cogvideox.files import read_json_lines, write_bytes
+from tests.conftest import STEADY_ADAM, words
 from tests.stand_ins import Noise, OneProcess, TwoWeights, flags_of, make_trained, plan_of, train_one_step
 
 PROMPTS = ["a rabbit", "a bird"]
@@ -328,6 +329,57 @@ def test_the_dpm_sampler_makes_other_videos_of_the_same_model(train):
         return next((folder / "validation/step-000000").glob("*.mp4")).read_bytes()
 
     assert videos("ddim") == videos("stored") != videos("dpm")
+
+
+VIDEOS = {"validation_prompt": "OLDFILM a rabbit:::a bird", "id_token": "OLDFILM", "validation_frames": 5, "validation_steps": 2}
+
+
+def motion_lines(folder):
+    return [line for line in read_json_lines(folder / "metrics.jsonl") if "motion" in line]
+
+
+@pytest.mark.slow
+def test_a_run_with_a_trigger_makes_and_measures_the_video_without_it_and_goes_on_after_a_resume(train, capsys):
+    folder = train(**VIDEOS, max_train_steps=2, eval_clips=1)
+    first, last = motion_lines(folder)
+    assert (first["step"], last["step"]) == (0, 2)
+    for step in (0, 2):
+        place = folder / f"validation/step-{step:06d}"
+        assert [path.name[:11] for path in (place / "without_trigger").glob("*.mp4")] == ["00-a-rabbit"]
+        assert len(list(place.rglob("*.mp4"))) == 3
+    assert last["moved_with_trigger"] > 0
+    assert last["moved_without_trigger"] > 0
+    assert last["moved_with_trigger"] != last["moved_without_trigger"]
+    assert last["motion_data"] > 0
+    assert [video["base"] for video in last["videos"]] == [video["motion"] for video in first["videos"]]
+    resumed = train(**VIDEOS, max_train_steps=4, eval_clips=1, output=folder, resume_from_checkpoint="latest")
+    assert [line["step"] for line in motion_lines(resumed)] == [0, 2, 4]
+    assert motion_lines(resumed)[:2] == [first, last]
+    sentences = json.loads((folder / "status.json").read_text())["verdict_sentences"]
+    assert any("without the trigger" in sentence.lower() for sentence in sentences) is (
+        motion_lines(folder)[-1]["trigger_leak"] is not None
+    )
+    page = (folder / report.NAME).read_text()
+    assert "without OLDFILM: a rabbit" in page
+    assert "Motion of the videos" in page
+    off = train(**VIDEOS, max_train_steps=2, validation_without_trigger=False)
+    assert not list(off.rglob("without_trigger"))
+    assert "trigger_leak" not in motion_lines(off)[-1]
+    assert [video["name"] for video in motion_lines(off)[-1]["videos"]] == [video["name"] for video in last["videos"][:2]]
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(train, forked, tiny_model, six_clips, encodings, tmp_path):
+    steady = VIDEOS | STEADY_ADAM | {"max_train_steps": 2}
+    alone = train(**steady, train_batch_size=2)
+    codes, output = forked.run(words(tiny_model, six_clips, tmp_path / "two", encodings, **steady), processes=2)
+    assert codes == [0, 0], output
+    [one, both] = [motion_lines(folder)[-1] for folder in (alone, tmp_path / "two")]
+    assert one.keys() == both.keys()
+    for name in ("motion", "motion_base", "motion_data", "moved_with_trigger", "moved_without_trigger"):
+        assert both[name] == pytest.approx(one[name], rel=0.02, abs=0.05), name
+    assert abs(one["moved_with_trigger"] - one["moved_without_trigger"]) > 0.05  # what is compared differs by more
+    assert len(both["videos"]) == 3
 
 
 def test_a_video_on_a_gpu_saves_the_generators_of_that_gpu_alone(monkeypatch):
