@@ -127,6 +127,7 @@ def add_data_flags(parser):
     )
     flag("--eval_share", 0.0, "share of the clips held out of training and scored, such as 0.1", at_least=0, below=1, free=True)
     flag("--eval_data_root", None, "a second data folder like --instance_data_root, all of it held out and scored", free=True)
+    flag("--prior_data_root", None, "another one, trained beside the clips with its captions as they are, without --id_token", free=True)
     flag("--caption_column", None, "file of captions, one per line, or a table's column (default: prompts.txt, or text)", free=True)
     flag("--video_column", None, "file of video paths, one per line, or a table's column (default: videos.txt, or video)", free=True)
     flag("--bucket", [], "sizes (480x720) and lengths (49); each clip gets the nearest of each (default: one size)", nargs="+")
@@ -182,9 +183,15 @@ def check_data_flags(args):
         problems.append("--instance_data_root and --dataset_name: give only one")
     if args.dataset_name and (fault := versions.misfit("datasets>=3.1")):
         problems.append(f"--dataset_name: {fault}; run pip install 'datasets>=3.1'")
-    expand_home(args, "instance_data_root", "eval_data_root", "dataset_name", "cache_dir", "encoding_cache_dir")
+    expand_home(args, "instance_data_root", "eval_data_root", "prior_data_root", "dataset_name", "cache_dir", "encoding_cache_dir")
     args.encoding_cache_dir = args.encoding_cache_dir or os.path.join(args.cache_dir or at_home("~/.cache"), "cogvideox-encodings")
     return problems
+
+
+def without_token(text, token):
+    """The text without the id token where it stands as a word of its own; "" if it does not, or if nothing else is left."""
+    rest, count = re.subn(rf"(?<!\w){re.escape(token)}(?!\w)", " ", text) if token else ("", 0)
+    return " ".join(rest.split()).lstrip(",.;: ") if count else ""
 
 
 # -----------------------------------------------------------------------------
@@ -192,7 +199,7 @@ def check_data_flags(args):
 
 VIDEO_FLAGS = ("validation_prompt_separator", "validation_epochs", "validation_steps", "num_validation_videos")
 VIDEO_FLAGS += ("validation_prompts_at_once", "num_inference_steps", "validation_scheduler", "guidance_scale", "use_dynamic_cfg")
-VIDEO_FLAGS += ("negative_prompt", "validation_height", "validation_width", "validation_frames")
+VIDEO_FLAGS += ("validation_without_trigger", "negative_prompt", "validation_height", "validation_width", "validation_frames")
 SCRIPT_FLAGS = {"validation_epochs": 2}  # values of both shell scripts that are not defaults: whoever runs one did not give them
 IDLE = [  # flags, when nothing reads them, why
     (("num_train_epochs",), lambda args: args.max_train_steps, "--max_train_steps decides"),
@@ -204,6 +211,7 @@ IDLE = [  # flags, when nothing reads them, why
     (("rank", "lora_alpha", "target_modules"), lambda args: args.training_type == "sft", "--training_type sft has no LoRA"),
     (VIDEO_FLAGS, lambda args: not args.prompts, "there is no --validation_prompt"),
     (("validation_epochs",), lambda args: args.prompts and args.validation_steps, "--validation_steps decides"),
+    (("validation_without_trigger",), lambda args: args.prompts and not args.prompts_have_trigger, "no prompt has an --id_token"),
     (("negative_prompt", "use_dynamic_cfg"), lambda args: args.prompts and args.guidance_scale <= 1, "--guidance_scale is off"),
     (("eval_steps",), lambda args: not args.eval_clips, "--eval_clips 0 scores nothing"),
     (("eval_share", "eval_data_root"), lambda args: not args.eval_clips, "its clips are held out, but --eval_clips 0 scores nothing"),

@@ -22,15 +22,16 @@ from cogvideox.folder import UNKNOWN_NOTED, UNKNOWN_REFUSED, text_notes, token_i
 from cogvideox.order import choose_held_out
 from cogvideox.stopping import exit_if_requested
 from cogvideox.windows import listed_window, place_windows, seconds_trained
-from dataset import MOST_LEFT_OUT, files_left_out, list_clips, list_eval_clips
+from dataset import MOST_LEFT_OUT, files_left_out, list_clips, list_eval_clips, list_prior_clips
 
 
 @dataclass
 class Data:
     """The checked clips: parallel lists of records and facts; and the problems as sentences.
 
-    held_out: the numbers of the clips that are scored and never trained on; trained: the others. split: the facts of clips whose
-    windows are in `clips` in their place.
+    held_out: the numbers of the clips that are scored and never trained on; trained: the others, those of --prior_data_root last.
+    prior: the numbers of these; own: of the other trained clips, which the scores and the size of the videos follow. split: the facts of
+    clips whose windows are in `clips` in their place.
     """
 
     records: list
@@ -38,6 +39,7 @@ class Data:
     problems: list
     framing: Framing
     held_out: list = field(default_factory=list)
+    prior: list = field(default_factory=list)
     split: list = field(default_factory=list)
 
     @functools.cached_property
@@ -45,9 +47,13 @@ class Data:
         held_out = set(self.held_out)
         return [number for number in range(len(self.records)) if number not in held_out]
 
+    @functools.cached_property
+    def own(self):
+        return self.trained[: len(self.trained) - len(self.prior)]
+
     def most_common_shape(self):
-        """(frames, height, width) of most training clips."""
-        shapes = Counter((clip["frames"], clip["height"], clip["width"]) for clip in (self.clips[i] for i in self.trained))
+        """(frames, height, width) of most of the own training clips."""
+        shapes = Counter((clip["frames"], clip["height"], clip["width"]) for clip in (self.clips[i] for i in self.own))
         return shapes.most_common(1)[0][0]
 
 
@@ -55,7 +61,10 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     """List and decode every clip, print the report, and return the Data. Writes dataset.json and dataset_report.txt."""
     records, problems, layout = list_clips(args)
     others, more_problems, eval_layout = list_eval_clips(args)
-    listed, problems = records + others, problems + more_problems
+    priors, prior_problems, prior_layout = list_prior_clips(args)
+    of_data, before_prior = len(records), len(records) + len(others)
+    # The prior clips come last: those of the other folders keep their numbers, on which the noise of their scores depends.
+    listed, problems = records + others + priors, problems + more_problems + prior_problems
     framing, cache = framing_of(args, facts), Path(args.encoding_cache_dir)
     rank, world_size = accelerator.process_index, accelerator.num_processes
 
@@ -65,7 +74,6 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
         numbered = gather_object(list(zip(range(rank, len(records), world_size), mine, strict=True)))
         return [clip for _, clip in sorted(numbered, key=lambda pair: pair[0])]
 
-    of_data = len(records)
     records, clips, parts_of, split = survey_windows(args.windows, listed, framing, survey)
     readings = read_captions(args.id_token, tokenizer, records)
     limit, clips = facts.max_text_seq_length, without_unreadable(clips, readings)
@@ -80,7 +88,7 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     usable = [i for i, clip in enumerate(clips) if "reason" not in clip]
     own = sorted({parts_of[i] for i in usable if parts_of[i] < of_data})  # all windows of a clip are on one side
     chosen = {own[i] for i in choose_held_out(len(own), args.eval_share, args.seed)}
-    drawn = {i for i in usable if parts_of[i] in chosen or parts_of[i] >= of_data}
+    drawn = {i for i in usable if parts_of[i] in chosen or of_data <= parts_of[i] < before_prior}
     held_out = [number for number, i in enumerate(usable) if i in drawn]
     if own and chosen.issuperset(own):
         problems.append(f"--eval_share {args.eval_share:g}: leaves none of {len(own)} clips for training; give a smaller share, or 0")
@@ -92,9 +100,10 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     left_out = []
     if accelerator.is_main_process:
         left_out += files_left_out(args, args.instance_data_root, listed[:of_data], layout)
-        more = files_left_out(args, args.eval_data_root, listed[of_data:], eval_layout)
-        left_out += [str(Path(args.eval_data_root, name)) for name in more]
-    dataset = describe(records, clips, readings, limit, framing, drawn, left_out, args.windows)
+        for root, found, kind in ((args.eval_data_root, others, eval_layout), (args.prior_data_root, priors, prior_layout)):
+            left_out += [str(Path(root, name)) for name in files_left_out(args, root, found, kind)]
+    prior = {i for i, part in enumerate(parts_of) if part >= before_prior}
+    dataset = describe(records, clips, readings, limit, framing, drawn, left_out, args.windows, prior)
     dataset = {"source": args.dataset_name or args.instance_data_root, "layout": layout} | dataset | {"problems": problems}
     if accelerator.is_main_process:
         write_bytes(Path(args.output_dir) / "dataset.json", json.dumps(dataset, indent=1).encode())
@@ -112,7 +121,8 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     prompts = [(f"validation prompt {number}", prompt) for number, prompt in enumerate(args.prompts, 1)]
     for note in text_notes(tokenizer, [*prompts, ("--negative_prompt", args.negative_prompt)], limit) if tokenizer and prompts else ():
         warn(note)  # only the videos suffer, so this ends no run
-    return Data([records[i] for i in usable], [clips[i] for i in usable], problems, framing, held_out, split)
+    prior = [number for number, i in enumerate(usable) if i in prior]
+    return Data([records[i] for i in usable], [clips[i] for i in usable], problems, framing, held_out, prior, split)
 
 
 class Reading(NamedTuple):
@@ -284,11 +294,12 @@ def remember_survey(facts, cache):
 INNER_FACTS = {"indices", "box", "stored_width", "stored_height", "treatment", "decoder", "note", "survey", "path"}
 
 
-def describe(records, facts, readings, limit, framing, held_out=(), left_out=(), windows="one"):
+def describe(records, facts, readings, limit, framing, held_out=(), left_out=(), windows="one", prior=()):
     """The content of dataset.json, the source of the text report and the page: {clips, totals, remarks, left_out}, JSON-ready.
 
     facts: one dict per record, from `survey_clips`. readings: of each caption, which is truncated at `limit` tokens. held_out: the
-    numbers of the records that are scored and never trained on. left_out: from `files_left_out`. windows: the value of --windows.
+    numbers of the records that are scored and never trained on; prior: of those of --prior_data_root. left_out: from
+    `files_left_out`. windows: the value of --windows.
     """
     clips = []
     for number, (record, clip, reading) in enumerate(zip(records, facts, readings, strict=True)):
@@ -296,7 +307,7 @@ def describe(records, facts, readings, limit, framing, held_out=(), left_out=(),
         described |= {
             "unknown_percent": round(100 * reading.unknown, 1),
             "is_caption_cut": len(reading.ids) > limit,
-            "split": "held out" if number in held_out else "trained",
+            "split": "held out" if number in held_out else "prior" if number in prior else "trained",
             "problem": None,
             "notes": [],
         }
@@ -308,6 +319,7 @@ def describe(records, facts, readings, limit, framing, held_out=(), left_out=(),
         clips.append(described | {"notes": [clip["note"]] if clip["note"] else []})
     usable = [clip for clip in clips if not clip["problem"]]
     totals = {"clips": len(clips), "usable": len(usable), "held_out": sum(clip["split"] == "held out" for clip in usable)}
+    totals |= {"prior": sum(clip["split"] == "prior" for clip in usable)}
     totals |= {"seconds": sum(clip["seconds"] for clip in usable), "source_seconds": sum(clip["source_seconds"] for clip in usable)}
     totals |= {"buckets": dict(Counter(clip["bucket"] for clip in usable).most_common())}
     alike = alike_to_the_model([clip["caption"] for clip in clips], readings, limit)
@@ -373,6 +385,8 @@ def remarks(clips, usable, totals, limit, framing):
     captions = Counter(caption for caption, _ in {(clip["caption"], clip["line"]) for clip in usable})  # windows of one line share theirs
     if alike := [clip for clip in usable if captions[clip["caption"]] > 1]:
         yield f"{len(alike)} clips share their caption with another: {some(alike)}"
+    if prior := [clip for clip in usable if clip["split"] == "prior"]:
+        yield f"{len(prior)} clips are of --prior_data_root: trained with their captions as they are: {some(prior)}"
     if held_out := [clip for clip in usable if clip["split"] == "held out"]:
         yield f"{len(held_out)} clips are held out: scored, and never trained on: {some(held_out, most=len(held_out))}"
 
@@ -392,7 +406,7 @@ def content_remarks(clips, facts):
     alike = "overlap" if any("window" in clip for clip, _ in spans) else "have the same content as"
     if copies := [clip for clip, span in spans if any(uses[frame] > 1 for frame in span)]:
         yield f"{len(copies)} clips {alike} another{' of the same file' * (alike == 'overlap')}: {some(copies)}"
-    trained = {frame for clip, span in spans if clip["split"] == "trained" for frame in span}
+    trained = {frame for clip, span in spans if clip["split"] != "held out" for frame in span}
     if copies := [clip for clip, span in spans if clip["split"] == "held out" and not trained.isdisjoint(span)]:
         score = "their score does not detect memorising"
         yield f"{len(copies)} of the held-out clips {alike} a training clip: {score}: {some(copies)}"

@@ -12,6 +12,7 @@ from cogvideox import flags
 from cogvideox.console import BAD_DATA, fail
 from cogvideox.decode import clip_framing
 from cogvideox.folder import COGVIDEOX_2B, load_tokenizer
+from cogvideox.motion import STATIC, motion
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.survey import (
     caption_problems,
@@ -26,11 +27,11 @@ from cogvideox.survey import (
     without_unreadable,
 )
 from cogvideox.video import contact_sheet, film_strip
-from dataset import files_left_out, list_clips
+from dataset import files_left_out, list_clips, list_prior_clips
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 MOST_ON_SHEET = 100
-STATIC, ALIKE = 1.0, 4.0  # mean grey levels of 255: between frames of a clip, and between thumbnails of two clips
+ALIKE = 4.0  # mean difference between thumbnails of two clips, in grey levels of 255
 
 
 def thumbnail(frames):
@@ -41,11 +42,6 @@ def thumbnail(frames):
     return np.stack([np.stack(row, axis=1) for row in columns], axis=1)
 
 
-def motion(frames):
-    """The mean change from one frame to the next, in grey levels; 255 for a single picture, which is not a static clip."""
-    return float(np.abs(np.diff(frames.astype(np.int16), axis=0)).mean()) if len(frames) > 1 else 255.0
-
-
 def look(records, clips, framing, seed, readers):
     """Decode the clips that can be used. Returns (rows of the contact sheet, names of static clips, pairs of near-duplicates)."""
     good = [record for record, clip in zip(records, clips, strict=True) if "reason" not in clip]
@@ -53,7 +49,8 @@ def look(records, clips, framing, seed, readers):
     for record, (_, frames, reason) in zip(good, readers.read_all([(r.path, clip_framing(r, framing, seed)) for r in good]), strict=True):
         if reason:
             continue
-        static += [printable(record.listed)] if motion(frames) < STATIC else []
+        moves = motion(frames, framing.fps)
+        static += [printable(record.listed)] if moves is not None and moves < STATIC else []
         small.append((printable(record.listed), thumbnail(frames)))
         if len(rows) < MOST_ON_SHEET:
             rows.append((f"{record.listed}: {record.caption}", film_strip(frames, widest=160)[None]))
@@ -96,21 +93,25 @@ def main(words=None):
         flags.refuse(parser, problems)
 
     records, problems, layout = list_clips(args)
+    priors, prior_problems, _ = list_prior_clips(args)
+    left_out, before_prior = files_left_out(args, args.instance_data_root, records, layout), len(records)
+    records, problems = records + priors, problems + prior_problems
     framing, cache = framing_of(args, COGVIDEOX_2B), Path(args.encoding_cache_dir)
     tokenizer, limit = load_tokenizer(Path(args.tokenizer)), COGVIDEOX_2B.max_text_seq_length
-    left_out = files_left_out(args, args.instance_data_root, records, layout)
     with Readers(decode_workers(), args.clip_timeout_seconds) as readers:
-        records, clips, _, _ = survey_windows(
+        records, clips, parts_of, _ = survey_windows(
             args.windows, records, framing, lambda listed: survey_clips(listed, framing, args.seed, cache, readers)
         )
         readings = read_captions(args.id_token, tokenizer, records)
         problems += caption_problems(args.id_token, tokenizer, records, readings, limit)
         clips = without_unreadable(clips, readings)
         rows, static, pairs = look(records, clips, framing, args.seed, readers)
+    prior = {i for i, part in enumerate(parts_of) if part >= before_prior}
     good = [clip for clip in clips if "reason" not in clip]
-    dataset = describe(records, clips, readings, limit, framing, left_out=left_out, windows=args.windows)
+    own = [clip for i, clip in enumerate(clips) if "reason" not in clip and i not in prior]
+    dataset = describe(records, clips, readings, limit, framing, left_out=left_out, windows=args.windows, prior=prior)
     print(f"{layout} of {args.dataset_name or args.instance_data_root}\n")
-    print("\n".join([*table_lines(dataset), "", *dataset["remarks"], *advice(good, static, pairs)]))
+    print("\n".join([*table_lines(dataset), "", *dataset["remarks"], *advice(own, static, pairs)]))
     problems += unusable(records, clips)
     if rows:
         contact_sheet(args.sheet, rows, f"{len(rows)} of {len(good)} clips as the model will see them")
