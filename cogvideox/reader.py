@@ -159,6 +159,7 @@ def read_request(request):
     framing = request["framing"]
     framing["sizes"] = tuple(map(tuple, framing["sizes"]))
     framing["lengths"], framing["background"] = tuple(framing["lengths"]), tuple(framing["background"])
+    framing["window"] = framing["window"] and tuple(framing["window"])
     return read_clip(request["path"], Framing(**framing), request["reader"])
 
 

@@ -5,20 +5,19 @@ a long film uses all cores and a stopped run loses at most the pieces in work. W
 cut, so that other thresholds or windows cost no second pass.
 """
 
-import json
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from cogvideox.console import progress
 from cogvideox.container import BadClip, decoded, frame_times, list_packets, open_video
 from cogvideox.decode import picture_turn
-from cogvideox.console import progress
 from cogvideox.files import key_of, write_bytes
 from cogvideox.reader import Readers, serve
 
@@ -57,11 +56,8 @@ def index_film(path):
     packets = list_packets(path)
     if not packets.stamps:
         return {"stamps": frame_times(path, packets.kind).stamps, "unit": str(packets.unit), "keys": []}
-    keys = []
-    if not packets.doubt:  # another container, an edit list or an open group: its key frames are no entries
-        with open_video(path) as (container, stream):
-            keys = sorted(p.pts for p in container.demux(stream) if p.size and p.is_keyframe and not p.is_discard)
-    return {"stamps": packets.stamps, "unit": str(packets.unit), "keys": keys}
+    # Of another container, an edit list or an open group the key frames are no entries.
+    return {"stamps": packets.stamps, "unit": str(packets.unit), "keys": [] if packets.doubt else list(packets.keys)}
 
 
 def examine(path, piece):
@@ -77,9 +73,7 @@ def examine(path, piece):
     with open_video(path) as (container, stream), av.open(f"{name}.mkv.partial", "w", format="matroska") as preview:
         unit, out = stream.time_base, None
         stream.codec_context.thread_count = 0 if piece.start is None else 1
-        if piece.start is not None:
-            container.seek(piece.start, stream=stream)
-        for frame in decoded(container, stream):
+        for frame in decoded(container, stream, piece.start):
             if frame.pts is None:
                 raise BadClip("its frames have no timestamps")
             seconds = float((frame.pts - piece.first) * unit)
@@ -226,9 +220,9 @@ def pieces_of(index, fps, folder):
         if key - starts[-1] >= PIECE_SECONDS / unit and stamps[-1] - key >= PIECE_SECONDS / 2 / unit:
             starts.append(key)
     parts = [float((end - start) * unit) for start, end in pairwise([*starts, stamps[-1]])]
-    ends = [*starts[1:], None]
-    starts = starts if len(starts) > 1 else [None]  # a whole film needs no seeking
-    return {Piece(*ends, stamps[0], fps, str(folder), n): part for n, (ends, part) in enumerate(zip(zip(starts, ends), parts))}
+    pieces = [Piece(start, end, stamps[0], fps, str(folder), n) for n, (start, end) in enumerate(pairwise([*starts, None]))]
+    pieces = pieces if len(pieces) > 1 else [replace(pieces[0], start=None)]  # a whole film needs no seeking
+    return dict(zip(pieces, parts, strict=True))
 
 
 def join(index, pieces, target):
