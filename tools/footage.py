@@ -168,12 +168,14 @@ def blur(picture):
     values = []
     for lines, softer in ((picture, cv2.blur(picture, (1, 11))), (picture.T, cv2.blur(picture, (11, 1)).T)):
         sharp, left = cv2.absdiff(lines[1:], lines[:-1]), cv2.absdiff(softer[1:], softer[:-1])
-        values.append(1 - cv2.sumElems(cv2.subtract(sharp, left))[0] / max(1.0, cv2.sumElems(sharp)[0]))
+        differences = cv2.sumElems(sharp)[0]
+        flat = differences < 0.1 * sharp.size  # an even colour is not blurred
+        values.append(0.0 if flat else 1 - cv2.sumElems(cv2.subtract(sharp, left))[0] / differences)
     return max(values)
 
 
 def black_bars(picture):
-    """Shares of the picture that are black at its left, top, right and bottom; all 0 for a picture that is dark everywhere.
+    """Shares of the picture that are black at its left, top, right and bottom; all 1 for a picture that is dark everywhere.
 
     A row or column is black if 19 of 20 of its pixels are: subtitles in a bar do not hide it.
     """
@@ -181,7 +183,7 @@ def black_bars(picture):
     for lines in (picture.T, picture):
         dark = (lines > BLACK).mean(axis=1) <= 0.05
         if dark.all():
-            return [0.0] * 4
+            return [1.0] * 4
         bars.append((int(np.argmin(dark)) / len(dark), int(np.argmin(dark[::-1])) / len(dark)))
     (left, right), (top, bottom) = bars
     return [left, top, right, bottom]
@@ -268,6 +270,8 @@ def examine_films(paths, fps, folder, timeout_seconds, workers):
     """
     targets = {path: folder / film_key(path, fps) for path in paths}
     todo, reasons = [path for path in paths if not targets[path].with_suffix(".npz").exists()], {}
+    if not todo:
+        return {}
     with Readers(workers, timeout_seconds, [sys.executable, "-m", "tools.footage"]) as readers:
 
         def read(path, piece, times_timeout):

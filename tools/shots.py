@@ -1,6 +1,7 @@
 """From what is kept of a film (tools/footage.py) to windows: where its cuts are, where windows fit, and what speaks against each."""
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class Window:
 
 def seconds_of(film, name):
     """Times of a film's `stamps`, `sample_stamps` or `fine_stamps`, in seconds after its first frame."""
-    return (film[name] - film["stamps"][0]) * float(film["unit"])
+    return (film[name] - film["stamps"][0]) * float(Fraction(str(film["unit"])))
 
 
 def cuts_of(film, detector, threshold=None):
@@ -139,7 +140,7 @@ def bars_of(bars, aspect, trained_aspect):
         return None
     sides = [f"{100 * across:.1f} % at the left and right"] * (across >= SMALLEST_BAR)
     sides += [f"{100 * along:.1f} % at the top and bottom"] * (along >= SMALLEST_BAR)
-    keep = [f"i{side}" if share < SMALLEST_BAR else f"i{side}*{1 - 2 * share:.3f}" for side, share in (("w", across), ("h", along))]
+    keep = [f"i{side}" if share < SMALLEST_BAR else f"i{side}*{0.99 - 2 * share:.2f}" for side, share in (("w", across), ("h", along))]
     return f"{' and '.join(sides)}; ffmpeg -vf crop={keep[0]}:{keep[1]} writes a file without them"
 
 
