@@ -32,7 +32,7 @@ def boundaries():
 
 
 def score(cuts, known, described, tolerance):
-    """(precision, recall, F1) of cuts, all frame numbers. Cuts outside of what is described (titles, credits) are neither right nor wrong."""
+    """(precision, recall, F1) of cuts, all frame numbers. Cuts in titles and credits are neither right nor wrong."""
     hits = sum(any(abs(cut - frame) <= tolerance for cut in cuts) for frame in known)
     wrong = sum(
         any(start + tolerance < cut < end - tolerance for start, end in described)
