@@ -74,7 +74,9 @@ def test_cuts_are_found_at_their_frames_and_times_also_at_a_variable_rate(tmp_pa
         assert shots.cuts_of(film, "adaptive") == [20, 51]
         assert shots.cuts_of(film, "content") == [20, 51]
         found = shots.shots_of(film, [20, 51], 0.1)
-    assert found[0] == pytest.approx((0.0, 0.7)) and found[1] == pytest.approx((0.9, 2.49)) and found[2][0] == pytest.approx(2.69)
+    assert found[0] == pytest.approx((0.0, 0.7))
+    assert found[1] == pytest.approx((0.9, 2.49))
+    assert found[2][0] == pytest.approx(2.69)
 
 
 def test_the_detectors_find_what_scenedetect_finds_by_itself(tmp_path):
@@ -115,7 +117,8 @@ def test_cuts_are_scored_against_the_known_ones():
     assert len(known) == 99
     assert cut_score.score(known, known, described, 0) == (1.0, 1.0, 1.0)
     late = [frame + 2 for frame in known]
-    assert cut_score.score(late, known, described, 1)[2] == 0 and cut_score.score(late, known, described, 2)[2] == 1
+    assert cut_score.score(late, known, described, 1)[2] == 0
+    assert cut_score.score(late, known, described, 2)[2] == 1
     assert cut_score.score(known + [100, 14000], known, described, 0)[0] == 99 / 100  # one in a shot, one in the credits
 
 
@@ -163,9 +166,11 @@ def test_a_logo_that_stays_across_shots_is_found_and_a_film_without_one_has_none
 
 def test_windows_within_shots_and_shots_that_are_too_short():
     windows, short = shots.windows_of("a", [(0.0, 10.0), (10.2, 12.0)], "one", 8.0, 49, 49)
-    assert [(w.start, w.end) for w in windows] == [(1.938, 8.063)] and short == [(10.2, 12.0)]
+    assert [(w.start, w.end) for w in windows] == [(1.938, 8.063)]
+    assert short == [(10.2, 12.0)]
     windows, short = shots.windows_of("a", [(0.0, 13.0), (13.2, 15.5)], "slide", 8.0, 49, 17)
-    assert [w.frames for w in windows] == [49, 49, 17] and short == []
+    assert [w.frames for w in windows] == [49, 49, 17]
+    assert short == []
 
 
 # -----------------------------------------------------------------------------
@@ -179,7 +184,9 @@ def test_captions_that_somebody_wrote_are_never_lost():
     assert lists == [("b", "other"), ("c", "film"), ("own | 1.000-2.000", "my window")]
     assert state["captions"] == {"a": "a rabbit"}
     lists, state, told = prepare.merge(["a", "b"], {"a": "film", "b": "film"}, lists, state)
-    assert lists[:2] == [("a", "a rabbit"), ("b", "film")] and lists[2][1] == "my window" and not state["captions"]
+    assert lists[:2] == [("a", "a rabbit"), ("b", "film")]
+    assert lists[2][1] == "my window"
+    assert not state["captions"]
     assert told[0] == "1 captions kept"
 
 
@@ -195,9 +202,12 @@ def test_a_kill_between_the_lists_parts_no_caption_from_its_clip(tmp_path, monke
     monkeypatch.setattr(prepare, "write_bytes", killed)
     with pytest.raises(KeyboardInterrupt):
         prepare.write_lists(tmp_path, [("b", "two"), ("c", "three")], {"placeholders": {}, "captions": {"a": "one"}})
-    assert (tmp_path / "videos.txt").read_text() == "a\nb\n" and (tmp_path / "prompts.txt").read_text() == "two\nthree\n"
+    assert (tmp_path / "videos.txt").read_text() == "a\nb\n"
+    assert (tmp_path / "prompts.txt").read_text() == "two\nthree\n"
     pairs, state, problem = prepare.read_lists(tmp_path)
-    assert pairs == [("b", "two"), ("c", "three")] and state["captions"] == {"a": "one"} and problem is None
+    assert pairs == [("b", "two"), ("c", "three")]
+    assert state["captions"] == {"a": "one"}
+    assert problem is None
 
 
 def test_films_are_linked_not_copied_and_two_of_one_name_stay_apart(tmp_path):
@@ -216,7 +226,7 @@ def test_names_become_words():
 
 
 @pytest.mark.parametrize(
-    "words, code, message",
+    ("words", "code", "message"),
     [
         (["nowhere.mp4"], 2, "nowhere.mp4: no such file or folder"),
         (["."], 3, "no video in it"),
@@ -236,7 +246,8 @@ def test_a_mistake_is_one_sentence(tmp_path, monkeypatch, capfd, words, code, me
     (tmp_path / "other/prompts.txt").write_text("x\n")
     with pytest.raises(SystemExit) as ended:
         prepare.main([*words, *([] if "--output_dir" in words else ["--output_dir", "data"])])
-    assert ended.value.code == code and message in capfd.readouterr().err
+    assert ended.value.code == code
+    assert message in capfd.readouterr().err
 
 
 def test_the_page_runs_only_its_own_script_and_shows_names_as_text(tmp_path):
@@ -245,8 +256,11 @@ def test_the_page_runs_only_its_own_script_and_shows_names_as_text(tmp_path):
     write_page(tmp_path / "review.html", "t", "s", [window], ["a shot"], {"dark": ("too dark", 1)}, "python -m x")
     page = (tmp_path / "review.html").read_text()
     script = re.search(r"<script>(.*)</script>", page, re.DOTALL)[1]
-    assert page.count("<script>") == 1 and base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in page
-    assert "&lt;b&gt;.mp4" in page and "&lt;script&gt;x" in page and "http" not in page.replace("http-equiv", "")
+    assert page.count("<script>") == 1
+    assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in page
+    assert "&lt;b&gt;.mp4" in page
+    assert "&lt;script&gt;x" in page
+    assert "http" not in page.replace("http-equiv", "")
 
 
 # -----------------------------------------------------------------------------
@@ -270,9 +284,12 @@ def test_footage_becomes_a_folder_that_the_trainer_reads_and_a_review_decides(fi
     data = tmp_path / "data"
     prepare.main([str(films), "--output_dir", str(data), *WORDS])
     told = capfd.readouterr().err
-    assert "broken.mp4: left out: " in told and "1 left out: duplicate" in told
+    assert "broken.mp4: left out: " in told
+    assert "1 left out: duplicate" in told
     records, problems, _ = read_records(data)
-    assert not problems and [record.reason for record in records] == [None] * 3 and {record.caption for record in records} == {"one"}
+    assert not problems
+    assert [record.reason for record in records] == [None] * 3
+    assert {record.caption for record in records} == {"one"}
     assert all(record.window[1] - record.window[0] == pytest.approx(1.125) for record in records)
     assert [film.stat().st_nlink for film in sorted(films.glob("[ot]*.mp4"))] == [2, 2]
 
@@ -295,7 +312,8 @@ def test_footage_becomes_a_folder_that_the_trainer_reads_and_a_review_decides(fi
 def test_nothing_left_ends_with_the_reasons(films, tmp_path, capfd):
     with pytest.raises(SystemExit) as ended:
         prepare.main([str(films / "broken.mp4"), "--output_dir", str(tmp_path), *WORDS])
-    assert ended.value.code == 3 and "nothing is left to train on" in capfd.readouterr().err
+    assert ended.value.code == 3
+    assert "nothing is left to train on" in capfd.readouterr().err
 
 
 @pytest.mark.slow
@@ -316,4 +334,5 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
         prepare.main(list(map(str, command[3:])))
     finally:
         footage.join = save
-    assert seen == [done] and len((tmp_path / "data/videos.txt").read_text().splitlines()) == 10
+    assert seen == [done]
+    assert len((tmp_path / "data/videos.txt").read_text().splitlines()) == 10

@@ -10,13 +10,12 @@ import re
 import shlex
 import sys
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from cogvideox import flags
+from cogvideox import flags, versions
 from cogvideox.console import BAD_DATA, BAD_OUTPUT, fail, progress, say, warn
 from cogvideox.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, longest_legal_length
 from cogvideox.files import at_home, is_unicode, read_json, why_unwritable, write_bytes
@@ -82,8 +81,9 @@ def check_flags(args):
     flags.expand_home(args, "output_dir", "review")
     args.output_dir = Path(args.output_dir).absolute()
     problems = flags.undecodable(args, "caption")
-    if not find_spec("scenedetect") or not find_spec("cv2"):
-        problems.append("scenedetect is not installed: pip install 'scenedetect-headless>=0.7,<0.8'")
+    faults = [versions.misfit(f"{name}>=0.7,<0.8") for name in ("scenedetect-headless", "scenedetect")]
+    if all(faults):
+        problems.append(f"finding cuts: {faults[0]}; run pip install 'scenedetect-headless>=0.7,<0.8'")
     problems += [f"{name}: no such file or folder" for name in args.footage if not os.path.exists(at_home(name))]
     if args.caption is not None and not args.caption.strip():
         problems.append("--caption: is empty; every window needs a caption")
@@ -265,7 +265,7 @@ def clock(seconds):
 def summarise(args, films, shots, windows, trained, short, counts):
     """What was found, as sentences."""
     seconds = args.frames / args.fps
-    told = [f"{len(films)} videos, {shots} shots, {len(windows)} windows of {args.frames} frames ({seconds:.2f} s)"]
+    told = [f"{len(films)} video{'s' * (len(films) != 1)}, {shots} shots, {len(windows)} windows of {args.frames} frames ({seconds:.2f} s)"]
     told[0] += f", {sum(trained)} trained"
     told += [f"{number} left out: {reason}, {REASONS[reason]}" for reason, number in counts.most_common()]
     if short:
