@@ -5,6 +5,9 @@ a long film uses all cores and a stopped run loses at most the pieces in work. W
 cut, so that other thresholds or windows cost no second pass.
 """
 
+import errno
+import hashlib
+import io
 import os
 import shutil
 import sys
@@ -23,11 +26,12 @@ from cogvideox.reader import Readers, serve
 
 VERSION = 1  # raise it when the same film gives other numbers
 SMALL = 256  # pixels of the longer side of what cuts are found on: scenedetect's own choice
-FINE_HEIGHT = 480  # pixels of what blur and bars are measured on: the trained height
+FINE_HEIGHT = 480  # pixels at most of what blur and bars are measured on: the trained height
 FINE_PER_SECOND = 2
 THUMBNAIL = (8, 12)  # rows, columns
 BLACK = 28  # grey level of 255; video's black is 16
 PIECE_SECONDS = 20.0
+BYTES_PER_SECOND = 30_000  # of film, for what is kept and for strips: 14,000 in Big Buck Bunny
 TIMES_TO_LIST = 10  # the timeout of a piece, for reading all packets of a film
 
 
@@ -131,8 +135,9 @@ def small_picture(frame, aspect):
 
 
 def fine_size(frame):
-    """(width, height) for blur and bars."""
-    return max(16, round(frame.width * FINE_HEIGHT / frame.height / 2) * 2), FINE_HEIGHT
+    """(width, height) for blur and bars, never larger than the frame: enlarging blurs."""
+    height = min(FINE_HEIGHT, frame.height)
+    return max(16, round(frame.width * height / frame.height / 2) * 2), height
 
 
 def upright(picture, frame):
@@ -191,8 +196,6 @@ def black_bars(picture):
 
 def save_arrays(path, arrays):
     """Write an .npz file atomically."""
-    import io
-
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     write_bytes(path, buffer.getvalue())
@@ -209,9 +212,11 @@ def answer(request):
 
 
 def film_key(path, fps):
-    """The name of what is kept of a film: another file at this path, or another rate, has another."""
+    """The name of what is kept of a film: the same for a link to it or a copy that keeps its time, another for another rate."""
     status = os.stat(path)
-    return key_of(VERSION, os.path.realpath(path), status.st_size, status.st_mtime_ns, fps)[:16]
+    with open(path, "rb") as file:
+        start = hashlib.sha256(file.read(1 << 16)).hexdigest()
+    return key_of(VERSION, start, status.st_size, status.st_mtime_ns, fps)[:16]
 
 
 def pieces_of(index, fps, folder):
@@ -266,7 +271,7 @@ def examine_films(paths, fps, folder, timeout_seconds, workers):
     """Read each film once, or take what `folder` keeps of it. Returns {path: why it cannot be used}.
 
     FOLDER/KEY.npz then has what was found of a film, FOLDER/KEY.mp4 its preview (`film_key`). timeout_seconds: of PIECE_SECONDS of
-    film; a file that hangs or crashes the decoder costs itself only.
+    film; a file that hangs or crashes the decoder costs itself only. Raises OSError if the disk has no room.
     """
     targets = {path: folder / film_key(path, fps) for path in paths}
     todo, reasons = [path for path in paths if not targets[path].with_suffix(".npz").exists()], {}
@@ -289,8 +294,12 @@ def examine_films(paths, fps, folder, timeout_seconds, workers):
         listing = [readers.threads.submit(read, path, Piece(None, None, 0, fps, "", 0), TIMES_TO_LIST) for path in todo]
         indexes = {path: future.result() for path, future in zip(todo, progress(listing, "listing frames", unit="file"), strict=True)}
         plans = {path: pieces_of(index, fps, targets[path]) for path, index in indexes.items() if index}
+        seconds = sum(sum(plan.values()) for plan in plans.values())
+        folder.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(folder).free) < (needed := seconds * BYTES_PER_SECOND):
+            raise OSError(errno.ENOSPC, f"{needed / 2**20:.0f} MiB are needed for previews, {free / 2**20:.0f} are free")
         work = {path: submit(path, pieces) for path, pieces in plans.items()}
-        with progress(total=round(sum(sum(plan.values()) for plan in plans.values())), desc="reading footage", unit="s") as bar:
+        with progress(total=round(seconds), desc="reading footage", unit="s") as bar:
             for path, futures in work.items():
                 for future, part in zip(futures, plans[path].values(), strict=True):
                     future.result()

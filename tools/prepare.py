@@ -38,7 +38,6 @@ from tools.shots import (
 
 STATE = "prepare.json"
 OTHER_LISTS = ("prompts.txt", "videos.txt", "labels", *(f"metadata{kind}" for kind in (".csv", ".tsv", ".jsonl", ".parquet", ".json")))
-BYTES_PER_SECOND = 40_000  # of film, at most, for previews and strips: 12,000 measured on Big Buck Bunny
 
 
 # -----------------------------------------------------------------------------
@@ -144,7 +143,7 @@ def name_films(films, folder):
     """
     names = {}
     for film in films:
-        if film.is_relative_to(folder):
+        if film.is_relative_to(folder) and Path(os.path.realpath(film)).is_relative_to(os.path.realpath(folder)):
             names[film] = film.relative_to(folder).as_posix()
             continue
         source, number = Path(os.path.realpath(film)), 1

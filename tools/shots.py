@@ -13,8 +13,8 @@ SAME_SIDES = 0.02  # bars are alike on both sides, dark edges of a picture are n
 SMALLEST_BAR = 0.01
 FADED = 0.25  # of a window's median level
 WHITE, NOT_WHITE = 235.0, 190.0
-OVERLAY_SHOTS = (6, 60)  # fewer shots that differ prove nothing, and more cost time
-OVERLAY_EDGE, OVERLAY_STEADY, OVERLAY_PIXELS = 8.0, 0.85, 24
+OVERLAY_SHOTS = (8, 60)  # fewer shots that differ prove nothing, and more cost time
+OVERLAY_EDGE, OVERLAY_STEADY, OVERLAY_PIXELS = 6.0, 0.85, 24  # grey levels a pixel, share of the shots, and how many such pixels
 
 # Reason -> what it means, for --help and the page.
 REASONS = {
@@ -160,8 +160,11 @@ def overlay_of(pictures):
     if len(pictures) < OVERLAY_SHOTS[0]:
         return None
     each = np.stack([gradients(picture) for picture in pictures])
-    mean, strength = each.mean(axis=0), np.hypot(each[:, 0], each[:, 1]).mean(axis=0)
-    mask = (strength > OVERLAY_EDGE) & (np.hypot(*mean) > OVERLAY_STEADY * strength)
+    mean = each.mean(axis=0)
+    strength = np.hypot(*mean)
+    # One strong edge in one shot also has a mean: most shots must have this edge, at half the strength or more.
+    steady = ((each * mean).sum(axis=1) > 0.5 * strength**2).mean(axis=0)
+    mask = (strength > OVERLAY_EDGE) & (steady >= OVERLAY_STEADY)
     mask &= (mask.mean(axis=1, keepdims=True) < 0.8) & (mask.mean(axis=0, keepdims=True) < 0.8)
     return (mask, mean) if mask.sum() >= OVERLAY_PIXELS else None
 
