@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cogvideox.files import read_json
 from cogvideox.reader import Readers
 from dataset import read_records
 
@@ -277,7 +278,7 @@ def films(tmp_path_factory):
     """A folder with a film of three shots, the first of them again in another file, and a file that is no video."""
     folder = tmp_path_factory.mktemp("films")
     write_film(folder / "one.mp4", np.concatenate([scene(n, 40) for n in range(3)]))
-    write_film(folder / "two.mp4", scene(0, 40))
+    write_film(folder / "two.mp4", np.concatenate([scene(0, 40), scene(7, 40)]))
     (folder / "broken.mp4").write_bytes(b"no video" * 100)
     return folder
 
@@ -291,24 +292,21 @@ def test_footage_becomes_a_folder_that_the_trainer_reads_and_a_review_decides(fi
     assert "1 left out: duplicate" in told
     records, problems, _ = read_records(data)
     assert not problems
-    assert [record.reason for record in records] == [None] * 3
-    assert {record.caption for record in records} == {"one"}
+    assert [(record.reason, record.caption) for record in records] == [(None, "one")] * 3 + [(None, "two")]
     assert all(record.window[1] - record.window[0] == pytest.approx(1.125) for record in records)
-    assert [film.stat().st_nlink for film in sorted(films.glob("[ot]*.mp4"))] == [2, 2]
+    assert [(films / name).stat().st_nlink for name in ("one.mp4", "two.mp4", "broken.mp4")] == [2, 2, 1]
 
     lines = (data / "videos.txt").read_text().splitlines()
-    (data / "prompts.txt").write_text("first\none\nthird\n")
-    review = "".join(f"{'leave' if line == lines[0] else 'keep'} {line}\n" for line in [*lines, "videos/two.mp4 | 0.271-1.396"])
+    (duplicate,) = read_json(data / "prepare.json")["placeholders"].keys() - set(lines)
+    (data / "prompts.txt").write_text("first\none\nthird\ntwo\n")
+    review = f"leave {lines[0]}\n" + "".join(f"keep  {line}\n" for line in [*lines[1:3], duplicate])
     (tmp_path / "review.txt").write_text(review)
     monkeypatch.setattr(Readers, "start", lambda self: pytest.fail("a second run reads the footage again"))
-    monkeypatch.setattr(footage, "examine_films", footage.examine_films)
-    (films / "broken.mp4").rename(tmp_path / "broken.mp4")
-    try:
-        prepare.main([str(films), "--output_dir", str(data), *WORDS, "--review", str(tmp_path / "review.txt")])
-    finally:
-        (tmp_path / "broken.mp4").rename(films / "broken.mp4")
-    assert (data / "videos.txt").read_text().splitlines() == [*lines[1:], "videos/two.mp4 | 0.271-1.396"]
-    assert (data / "prompts.txt").read_text().splitlines() == ["one", "third", "two"]
+    footage_again = [str(films / name) for name in ("one.mp4", "two.mp4")]
+    prepare.main([*footage_again, "--output_dir", str(data), *WORDS, "--review", str(tmp_path / "review.txt")])
+    assert (data / "videos.txt").read_text().splitlines() == [*lines[1:3], duplicate, lines[3]]
+    assert (data / "prompts.txt").read_text().splitlines() == ["one", "third", "two", "two"]
+    assert read_json(data / "prepare.json")["captions"] == {lines[0]: "first"}
 
 
 @pytest.mark.slow

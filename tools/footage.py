@@ -73,8 +73,9 @@ def examine(path, piece):
     cv2.setNumThreads(1)  # the other cores have pieces of their own
     detector, found = ContentDetector(), {name: [] for name in ARRAYS}
     name = Path(piece.folder, f"{piece.number:05d}")
+    partial = f"{name}.{os.getpid()}.partial"  # a process of a killed run may still be at this piece
     last_slot, last_fine, before, next_score = None, None, None, np.nan
-    with open_video(path) as (container, stream), av.open(f"{name}.mkv.partial", "w", format="matroska") as preview:
+    with open_video(path) as (container, stream), av.open(partial, "w", format="matroska") as preview:
         unit, out = stream.time_base, None
         stream.codec_context.thread_count = 0 if piece.start is None else 1
         for frame in decoded(container, stream, piece.start):
@@ -114,7 +115,7 @@ def examine(path, piece):
             preview.mux(out.encode(None))
     if not found["stamps"]:
         raise BadClip("no frame can be decoded")
-    os.replace(f"{name}.mkv.partial", f"{name}.mkv")
+    os.replace(partial, f"{name}.mkv")
     save_arrays(Path(f"{name}.npz"), {n: np.asarray(found[n], dtype) for n, dtype in ARRAYS.items()} | {"next_score": next_score})
     return {}
 
