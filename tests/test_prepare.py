@@ -4,10 +4,6 @@ import base64
 import hashlib
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -318,22 +314,26 @@ def test_nothing_left_ends_with_the_reasons(films, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
-    write_film(tmp_path / "film.mp4", np.concatenate([scene(n, 240) for n in range(10)]), group=48)
-    command = [sys.executable, "-m", "tools.prepare", tmp_path / "film.mp4", "--output_dir", tmp_path / "data", *WORDS[:-1], "1"]
-    run = subprocess.Popen(list(map(str, command)), cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while not (pieces := list((tmp_path / "data").rglob("00000.npz"))) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    done = pieces[0].stat().st_mtime_ns
-    assert not list((tmp_path / "data").glob("*.txt"))
-    seen = []
-    save, footage.join = footage.join, lambda *given: seen.append(pieces[0].stat().st_mtime_ns) or save(*given)
-    try:
-        prepare.main(list(map(str, command[3:])))
-    finally:
-        footage.join = save
-    assert seen == [done]
-    assert len((tmp_path / "data/videos.txt").read_text().splitlines()) == 10
+def test_a_run_goes_on_from_the_pieces_that_a_killed_one_left(tmp_path, monkeypatch):
+    frames = np.concatenate([scene(n, 16) for n in range(8)])  # 4 frames a second: 32 s
+    path = write_film(tmp_path / "film.mp4", frames, np.arange(len(frames)) * 250, group=16)
+    monkeypatch.setattr(footage, "PIECE_SECONDS", 8.0)
+    target = tmp_path / "data/.prepare" / footage.film_key(path, 8.0)
+    target.mkdir(parents=True)
+    pieces = list(footage.pieces_of(footage.index_film(str(path)), 8.0, target))
+    footage.examine(str(path), pieces[1])
+    (target / "00002.mkv").write_bytes(b"half of a preview, and no numbers yet")
+    (target / "00003.1.partial").write_bytes(b"half")
+    seen, join = [], footage.join
+
+    def watched(index, given, joined):
+        seen.extend((target / f"{piece.number:05d}.npz").stat().st_mtime_ns for piece in given)
+        return join(index, given, joined)
+
+    kept = (target / "00001.npz").stat().st_mtime_ns
+    monkeypatch.setattr(footage, "join", watched)
+    prepare.main([str(path), "--output_dir", str(tmp_path / "data"), *WORDS])
+    assert len(seen) == len(pieces) == 4
+    assert seen[1] == kept < min(seen[:1] + seen[2:])
+    assert len((tmp_path / "data/videos.txt").read_text().splitlines()) == 8
+    assert not target.exists()
