@@ -4,6 +4,7 @@ import base64
 import hashlib
 import os
 import re
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -337,3 +338,22 @@ def test_a_run_goes_on_from_the_pieces_that_a_killed_one_left(tmp_path, monkeypa
     assert seen[1] == kept < min(seen[:1] + seen[2:])
     assert len((tmp_path / "data/videos.txt").read_text().splitlines()) == 8
     assert not target.exists()
+
+
+@pytest.mark.slow
+def test_a_film_whose_pieces_lack_frames_is_read_whole_and_a_copy_only_once(tmp_path, monkeypatch):
+    path = write_film(tmp_path / "film.mp4", np.concatenate([scene(n, 24) for n in range(3)]))
+    copy = Path(shutil.copy2(path, tmp_path / "copy.mp4"))
+    monkeypatch.setattr(footage, "PIECE_SECONDS", 0.9)
+    join, joined = footage.join, []
+
+    def watched(index, pieces, target):
+        joined.append(len(pieces))
+        return len(pieces) == 1 and join(index, pieces, target)
+
+    monkeypatch.setattr(footage, "join", watched)
+    assert footage.examine_films([path, copy], 8.0, tmp_path / "kept", 60.0, 2) == {}
+    assert joined == [3, 1]
+    film = dict(np.load(tmp_path / "kept" / f"{footage.film_key(copy, 8.0)}.npz"))
+    assert len(film["stamps"]) == 72
+    assert [place.name for place in (tmp_path / "kept").iterdir() if place.is_dir()] == []

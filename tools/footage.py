@@ -246,7 +246,7 @@ def join(index, pieces, target):
     arrays["unit"] = index["unit"]
     join_previews([Path(piece.folder, f"{piece.number:05d}.mkv") for piece in pieces], target.with_suffix(".mp4"))
     save_arrays(target.with_suffix(".npz"), arrays)
-    shutil.rmtree(pieces[0].folder, ignore_errors=True)
+    shutil.rmtree(target, ignore_errors=True)
     return True
 
 
@@ -275,7 +275,8 @@ def examine_films(paths, fps, folder, timeout_seconds, workers):
     film; a file that hangs or crashes the decoder costs itself only. Raises OSError if the disk has no room.
     """
     targets = {path: folder / film_key(path, fps) for path in paths}
-    todo, reasons = [path for path in paths if not targets[path].with_suffix(".npz").exists()], {}
+    of_target = {target: path for path, target in targets.items()}  # a copy is read once
+    todo, reasons = [path for target, path in of_target.items() if not target.with_suffix(".npz").exists()], {}
     if not todo:
         return {}
     with Readers(workers, timeout_seconds, [sys.executable, "-m", "tools.footage"]) as readers:
@@ -306,11 +307,12 @@ def examine_films(paths, fps, folder, timeout_seconds, workers):
                     future.result()
                     bar.update(round(part))
                 if path not in reasons and not join(indexes[path], list(plans[path]), targets[path]):
-                    whole = pieces_of(indexes[path] | {"keys": []}, fps, targets[path])  # its packets do not list its frames
+                    # Its packets do not list its frames.
+                    whole = pieces_of(indexes[path] | {"keys": []}, fps, targets[path] / "whole")
                     submit(path, whole)[0].result()
                     if path not in reasons:
                         join(indexes[path], list(whole), targets[path])
-    return reasons
+    return {path: reasons[of_target[target]] for path, target in targets.items() if of_target[target] in reasons}
 
 
 if __name__ == "__main__":
