@@ -22,7 +22,6 @@ from demo import cut_score
 from tools import footage, prepare, shots
 from tools.review import write_page
 
-ROOT = Path(__file__).resolve().parent.parent
 RULES = {"fps": 8.0, "min_motion": 1.0, "max_blur": 0.6, "min_bright": 50.0, "aspect": 1.5, "trained_aspect": 1.5}
 
 
