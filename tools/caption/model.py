@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import os
+from unittest import mock
 
 import torch
 from PIL import Image
@@ -47,8 +48,11 @@ def message_of(pictures, prompt, show):
 # On this machine
 
 
-class NoVideos:
-    """Takes the place of a model's video processor, which needs torchvision: frames go in as pictures, so that nothing else calls it."""
+class NoVideos(dict):
+    """Takes the place of a model's video processor, which needs torchvision: frames go in as pictures, so that nothing else calls it.
+
+    A dict, because transformers copies the parts of a processor and writes them as JSON.
+    """
 
     num_frames = fps = valid_kwargs = None
     model_input_names = ()
@@ -67,18 +71,15 @@ def without_torchvision():
     if is_torchvision_available():
         yield
         return
-    mixin = processing_utils.ProcessorMixin
-    find, of_auto = mixin.get_possibly_dynamic_module, getattr(processing_utils, "MODALITY_TO_AUTOPROCESSOR_MAPPING", None)
-    mixin.get_possibly_dynamic_module = staticmethod(lambda name: NoVideos if "VideoProcessor" in name else find(name))
-    look_up = type(of_auto).__getitem__
-    if of_auto is not None:  # transformers 5 asks this mapping, 4 the function above
-        type(of_auto).__getitem__ = lambda self, key: NoVideos if key == "video_processor" else look_up(self, key)
-    try:
+    mixin, of_auto = processing_utils.ProcessorMixin, getattr(processing_utils, "MODALITY_TO_AUTOPROCESSOR_MAPPING", None)
+    with contextlib.ExitStack() as patches:
+        find = mixin.get_possibly_dynamic_module
+        patches.enter_context(mock.patch.object(mixin, "get_possibly_dynamic_module", lambda n: NoVideos if "VideoProcessor" in n else find(n)))
+        if of_auto is not None:  # transformers 5 asks this mapping, 4 the function above
+            look_up = of_auto.__getitem__
+            patched = lambda self, key: NoVideos if key == "video_processor" else look_up(key)  # noqa: E731
+            patches.enter_context(mock.patch.object(type(of_auto), "__getitem__", patched))
         yield
-    finally:
-        mixin.get_possibly_dynamic_module = staticmethod(find)
-        if of_auto is not None:
-            type(of_auto).__getitem__ = look_up
 
 
 def local_writer(name, seed):
