@@ -26,12 +26,14 @@ from cogvideox.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from cogvideox.files import at_home, is_unicode, write_bytes
 from cogvideox.model import sample_latents
 from cogvideox.order import sampled_timestep, seeded_generator
+from cogvideox.windows import listed_window, split_line, window_of
 
 LINE_FILES, TEXT_FILES = "line files", "videos with a text file each"  # names of layouts; a table's is its file name
 
 # The columns of a table, if no flag names them: ours, then those of other trainers (VideoX-Fun, finetrainers, musubi-tuner, ...).
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 VIDEO_COLUMNS = ("video", "file_name", "file_path", "video_path", "path")
+WINDOW_COLUMNS = ("start", "end")
 TABLE_KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".json")
 MISSING = ("nan", "none", "null", "<na>")  # what other programs write into a cell without a value
 
@@ -40,14 +42,16 @@ MOST_LEFT_OUT = 1000  # names of files that are not trained on: a data folder ma
 
 @dataclass(frozen=True)
 class Record:
-    """One clip of the data: its place in the lists (for messages), the file as listed, the file on disk (an absolute path), its
-    caption, and why it cannot be used (None: it can)."""
+    """One clip of the data: its place in the lists (for messages), the file as listed, with its window, the file on disk (an absolute
+    path), its caption, why it cannot be used (None: it can), and its window as (start, end) in seconds after the file's first frame
+    (None: the whole file)."""
 
     where: str
     listed: str
     path: str
     caption: str
     reason: str | None = None
+    window: tuple[float, float] | None = None
 
 
 # -----------------------------------------------------------------------------
@@ -115,11 +119,10 @@ def read_hub_dataset(args):
             if not path.exists():
                 write_bytes(path, video["bytes"])
             video = {"path": str(path)}
-        listed, caption, faults = cells_of(row | {columns[1]: video.get("path") if isinstance(video, dict) else video}, columns)
+        listed, caption, window, faults = cells_of(row | {columns[1]: video.get("path") if isinstance(video, dict) else video}, columns)
         problems += [f"{where}: {fault}" for fault in faults]
         if not faults:
-            path, reason = locate(Path.cwd(), listed, allow_external_paths=True)
-            records.append(Record(where, name or listed, str(path), caption, reason))
+            records.append(record_of(Path.cwd(), where, listed, caption, window, allow_external_paths=True, name=name))
     return records, problems, "datasets"
 
 
@@ -153,16 +156,32 @@ def read_records(root, caption_column=None, video_column=None, allow_external_pa
         rows, problems = read_line_files(root, caption_file, video_column or "videos.txt")
         layout = LINE_FILES
     records = []
-    for where, listed, caption in rows:
-        path, reason = locate(root, listed, allow_external_paths)
-        records.append(Record(where, listed, str(path), caption, reason))
+    for where, listed, caption, window in rows:
+        try:
+            records.append(record_of(root, where, listed, caption, window, allow_external_paths))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
     if not rows and not problems:
         problems.append(f"{root}: no clips listed")
     return records, problems, layout
 
 
+def record_of(root, where, listed, caption, window, allow_external_paths, name=None):
+    """The Record of one entry of a list. window: from the columns of a table, or None. name: shown instead of the file.
+
+    `FILE | START-END` is a window, unless a file has that name. Raises ValueError for a wrong window.
+    """
+    path, reason = locate(root, listed, allow_external_paths)
+    if window:
+        return Record(where, listed_window(name or listed, window), str(path), caption, reason, window)
+    if "|" in listed and not os.path.lexists(path):
+        file, window = split_line(listed)
+        path, reason = locate(root, file, allow_external_paths)
+    return Record(where, name or listed, str(path), caption, reason, window)
+
+
 def read_line_files(root, caption_file, video_file):
-    """Pair two text files line by line. Returns ([(where, listed file, caption)], problems)."""
+    """Pair two text files line by line. Returns ([(where, listed file, caption, None)], problems)."""
     problems, lines = [], {}
     for name in (caption_file, video_file):
         lines[name] = read_lines(root, name, problems)
@@ -181,7 +200,7 @@ def read_line_files(root, caption_file, video_file):
             f"{long}:{first} ({lines[long][first - 1][:60]!r}) has no partner in {short}"
         )
     pairs = zip(captions, videos, strict=False)
-    return [(f"{video_file}:{n}", v, c) for n, (c, v) in enumerate(pairs, 1) if c and v], problems
+    return [(f"{video_file}:{n}", v, c, None) for n, (c, v) in enumerate(pairs, 1) if c and v], problems
 
 
 def read_lines(root, name, problems):
@@ -227,7 +246,7 @@ def find_table(root, kinds):
 
 
 def read_table(path, caption_column=None, video_column=None):
-    """Rows of a CSV, JSONL, Parquet or JSON file. Returns ([(where, listed file, caption)], problems)."""
+    """Rows of a CSV, JSONL, Parquet or JSON file. Returns ([(where, listed file, caption, window or None)], problems)."""
     problems = []
     try:
         names, rows = table_rows(path, problems)
@@ -240,10 +259,10 @@ def read_table(path, caption_column=None, video_column=None):
         return [], [f"{path}: {problem}", *problems]
     pairs = []
     for number, row in rows:
-        listed, caption, faults = cells_of(row, columns)
+        listed, caption, window, faults = cells_of(row, columns)
         problems += [f"{path.name}:{number}: {fault}" for fault in faults]
         if not faults:
-            pairs.append((f"{path.name}:{number}", listed, caption))
+            pairs.append((f"{path.name}:{number}", listed, caption, window))
     return pairs, problems
 
 
@@ -262,7 +281,7 @@ def choose_columns(names, caption_column=None, video_column=None):
 
 
 def cells_of(row, columns):
-    """(file, caption, faults) of a table's row: what is not a text, or empty, as sentences."""
+    """(file, caption, window or None, faults) of a table's row: what is not a text, or empty, or no window, as sentences."""
     texts, faults = [], []
     for column in columns:
         value = row.get(column)
@@ -278,7 +297,21 @@ def cells_of(row, columns):
         elif column == columns[0] and text.lower() in MISSING:
             faults.append(f"{column} is {text!r}, which stands for a missing value")
         texts.append(text)
-    return texts[1], " ".join(texts[0].split()), faults
+    window = None
+    try:
+        window = window_cells(row)
+    except ValueError as error:
+        faults.append(str(error))
+    return texts[1], " ".join(texts[0].split()), window, faults
+
+
+def window_cells(row):
+    """The window in the columns `start` and `end` of a table's row; None if it has none. Raises ValueError, a sentence."""
+    cells = {name: value for name in WINDOW_COLUMNS if str(value := row.get(name, "")).strip().lower() not in ("", *MISSING)}
+    if len(cells) == 1:
+        (given,), (lacking,) = cells, set(WINDOW_COLUMNS) - set(cells)
+        raise ValueError(f"{given} is {cells[given]!r} without {lacking}; give both or neither")
+    return window_of(*cells.values()) if cells else None
 
 
 def table_rows(path, problems):
@@ -380,7 +413,7 @@ def caption_file(root, path):
 
 
 def read_label_files(root):
-    """`videos/NAME.mp4` with `labels/NAME.txt`, or with `NAME.txt` beside it."""
+    """`videos/NAME.mp4` with `labels/NAME.txt`, or with `NAME.txt` beside it. Returns as `read_line_files`."""
     pairs, problems = [], []
     for path in media_files(root):
         text = caption_file(root, path)
@@ -392,7 +425,7 @@ def read_label_files(root):
             problems.append(f"{listed}: the caption {text.relative_to(root)} cannot be read ({reason})")
             continue
         if caption:
-            pairs.append((listed, listed, caption))
+            pairs.append((listed, listed, caption, None))
         else:
             problems.append(f"{listed}: the caption {text.relative_to(root)} is empty")
     return pairs, problems

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from cogvideox.container import HDR_TRANSFERS, BadClip, frame_times, list_packets, moves_by_alignment, shown_frames
 from cogvideox.picture import colour_profile, has_alpha, picture_times, rgb_of, rgb_of_picture, side_data, treated, treatment_of
+from cogvideox.windows import TOLERANCE_SECONDS
 
 # Raise it when this module, container.py, picture.py or encodings.py compute other numbers from the same input.
 ENCODING_VERSION = 1
@@ -32,7 +33,8 @@ class Framing:
     `skip_frames_*` count frames of the source. `frames_per_latent` and `latents_per_patch` are the model's: the VAE maps
     4k + 1 frames to k + 1 latents, CogVideoX 1.5 patches two latents in time. `crop_x` and `crop_y` place the crop (0: left or
     top, 1: right or bottom). `sizes`: the allowed (height, width), of which a clip gets the nearest aspect ratio. `lengths`: the
-    allowed frame counts (empty: any legal one). `background`: the RGB colour behind transparent pixels.
+    allowed frame counts (empty: any legal one). `background`: the RGB colour behind transparent pixels. `window`: the part of the
+    file that is used, (start, end) in seconds after its first frame; everything else then applies inside it.
     """
 
     fps: float
@@ -47,6 +49,7 @@ class Framing:
     frames_per_latent: int = 4
     latents_per_patch: int = 1
     background: tuple[int, int, int] = (255, 255, 255)
+    window: tuple[float, float] | None = None
 
 
 # -----------------------------------------------------------------------------
@@ -63,16 +66,37 @@ def longest_legal_length(num_frames, frames_per_latent=4, latents_per_patch=1):
     return (latents - 1) * frames_per_latent + 1 if latents > 0 else 0
 
 
+def frames_within(times, window):
+    """The frames of a window as (first, end) of `times`, in seconds after the file's first frame; all of them for None.
+
+    Raises BadClip for a window without frames.
+    """
+    if window is None:
+        return 0, len(times)
+    first, end = np.searchsorted(times, np.asarray(window) - TOLERANCE_SECONDS).tolist()
+    if first == len(times):
+        raise BadClip(f"its window starts after its end (the file has {file_seconds(times):.1f} seconds)")
+    if first == end:
+        raise BadClip(f"no frame between {window[0]:.3f} and {window[1]:.3f} seconds")
+    return first, end
+
+
+def file_seconds(times):
+    """How long frames at these times are shown: the last one as long as most."""
+    return float(times[-1] - times[0]) + (float(np.median(np.diff(times))) if len(times) > 1 else 0.0)
+
+
 def choose_frames(times, framing):
-    """Pick source frames so that the clip plays at `framing.fps`, by presentation time.
+    """Pick source frames so that the clip plays at `framing.fps`, by presentation time, within `framing.window`.
 
     times: seconds, one per source frame, increasing. Target k is k / fps after the first frame that is not skipped; the
     source frame nearest in time is taken, so a variable frame rate keeps its speed, but a frame that is held for long is taken
     until the next one comes. A target may be at most half a source frame after the last frame. Returns a list of indices of
     legal length. Raises BadClip if no frames are left.
     """
-    total = len(times)
-    first, end = framing.skip_frames_start, total - framing.skip_frames_end
+    start, stop = frames_within(times, framing.window)
+    total = stop - start
+    first, end = start + framing.skip_frames_start, stop - framing.skip_frames_end
     if first >= end:
         raise BadClip(
             f"{total} frames, of which --skip_frames_start {framing.skip_frames_start} and "
@@ -150,6 +174,8 @@ def read_picture(path, framing):
             times = picture_times(picture)
             if len(times) == 1 and framing.latents_per_patch > 1:
                 raise BadClip("an image is one frame; this model needs at least 5")
+            if len(times) == 1 and framing.window:
+                raise BadClip("a picture has no windows")
             indices = choose_frames(times, framing) if len(times) > 1 else [0]
             frames, profile, is_transparent, facts = {}, colour_profile(picture), False, None
             for index in sorted(set(indices)):
@@ -344,18 +370,22 @@ def first_line(error):
 def clip_facts(times, indices, stored, framing, aspect=(1, 1)):
     """A clip's facts for the report and the cache; JSON-ready.
 
+    times: of all frames of the file, in seconds. The source's frames and seconds are those of the window.
     stored: (width, height) of the stored picture. aspect: how wide and how high a stored pixel is shown. The source's size is that of
     the picture as it is shown, the box counts stored pixels.
     """
     width, height = stored[0] * float(aspect[0]), stored[1] * float(aspect[1])
     target_height, target_width = choose_size(width, height, framing.sizes)
     box = source_box(width, height, target_width, target_height, framing)
+    first, end = frames_within(times, framing.window)
+    file_end, times = file_seconds(times), times[first:end]
     spacing = float(np.median(np.diff(times))) if len(times) > 1 else 1 / framing.fps
     seconds = float(times[-1] - times[0]) + spacing
     used = min(seconds, len(indices) / framing.fps)
     kept_area = (box[2] - box[0]) * (box[3] - box[1]) / (width * height)
     stretch = (target_width / target_height) / ((box[2] - box[0]) / (box[3] - box[1]))
-    return {
+    window = {"window": [framing.window[0], round(min(framing.window[1], file_end), 3)]} if framing.window else {}
+    return window | {
         "reader": "",
         "source_frames": len(times),
         "source_fps": round((len(times) - 1) / float(times[-1] - times[0]), 3) if len(times) > 1 else 0.0,
@@ -407,5 +437,6 @@ def random_crop(framing, seed, name):
 
 
 def clip_framing(record, framing, seed):
-    """The framing of one clip: a random crop has its own position."""
+    """The framing of one clip: it has its own window, and a random crop its own position."""
+    framing = replace(framing, window=record.window) if record.window else framing
     return random_crop(framing, seed, record.listed) if framing.reshape_mode == "random" else framing

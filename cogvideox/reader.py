@@ -160,6 +160,7 @@ def serve():
         framing = request["framing"]
         framing["sizes"] = tuple(map(tuple, framing["sizes"]))
         framing["lengths"], framing["background"] = tuple(framing["lengths"]), tuple(framing["background"])
+        framing["window"] = framing["window"] and tuple(framing["window"])
         frames = None
         try:
             frames, facts = read_clip(request["path"], Framing(**framing), request["reader"])

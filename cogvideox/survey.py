@@ -190,7 +190,8 @@ def framing_of(args, facts):
 
 def survey_key(content, framing):
     """The cache key of a file's decoding result: from its content, the framing, and the decoders."""
-    return key_of(SURVEY_VERSION, content, asdict(framing), decoders())
+    settings = {name: value for name, value in asdict(framing).items() if name != "window" or value}
+    return key_of(SURVEY_VERSION, content, settings, decoders())
 
 
 @functools.cache
