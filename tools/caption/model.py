@@ -74,7 +74,8 @@ def without_torchvision():
     mixin, of_auto = processing_utils.ProcessorMixin, getattr(processing_utils, "MODALITY_TO_AUTOPROCESSOR_MAPPING", None)
     with contextlib.ExitStack() as patches:
         find = mixin.get_possibly_dynamic_module
-        patches.enter_context(mock.patch.object(mixin, "get_possibly_dynamic_module", lambda n: NoVideos if "VideoProcessor" in n else find(n)))
+        found = staticmethod(lambda name: NoVideos if "VideoProcessor" in name else find(name))
+        patches.enter_context(mock.patch.object(mixin, "get_possibly_dynamic_module", found))
         if of_auto is not None:  # transformers 5 asks this mapping, 4 the function above
             look_up = of_auto.__getitem__
             patched = lambda self, key: NoVideos if key == "video_processor" else look_up(key)  # noqa: E731
