@@ -4,6 +4,7 @@ Needs no model. Prints a table of the clips and a verdict in plain words, writes
 will see of each clip, and ends with exit code 3 if any clip cannot be used.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from cogvideox.decode import clip_framing
 from cogvideox.folder import COGVIDEOX_2B, load_tokenizer
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.survey import (
+    caption_audit,
     caption_problems,
     describe,
     framing_of,
@@ -29,6 +31,7 @@ from dataset import files_left_out, list_clips
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 MOST_ON_SHEET = 100
+ALIKE_WORDS, MOST_COMPARED = 0.8, 2000  # share of the different words of two captions; captions that are compared in pairs
 STATIC, ALIKE = 1.0, 4.0  # mean grey levels of 255: between frames of a clip, and between thumbnails of two clips
 
 
@@ -62,6 +65,26 @@ def look(records, clips, framing, seed, readers):
         distance = np.abs(pictures[i + 1 :] - pictures[i]).mean(axis=1)
         pairs += [(names[i], names[i + 1 + int(j)]) for j in np.nonzero(distance < ALIKE)[0]]
     return rows, static, pairs
+
+
+def alike_captions(records):
+    """A sentence about captions of which most words are those of another: of a pair's different words both have ALIKE_WORDS or more.
+
+    Compares the first MOST_COMPARED captions, a second for a thousand. Equal captions are told elsewhere.
+    """
+    texts = {}
+    for record in records[:MOST_COMPARED]:
+        texts.setdefault(record.caption, record.listed)
+    words, names = [set(re.findall(r"\w+", text.lower())) for text in texts], list(texts.values())
+    pairs = [
+        (names[i], names[j])
+        for i in range(len(words))
+        for j in range(i + 1, len(words))
+        if len(words[i] & words[j]) >= ALIKE_WORDS * len(words[i] | words[j])
+    ]
+    if pairs:
+        named = ", ".join(f"{printable(a)} and {printable(b)}" for a, b in pairs[:5])
+        yield f"{len(pairs)} pairs of captions have {100 * ALIKE_WORDS:.0f} % of their words in common: {named}"
 
 
 def advice(clips, static, pairs):
@@ -105,6 +128,8 @@ def main(words=None):
     good = [clip for clip in clips if "reason" not in clip]
     left_out = files_left_out(args, args.instance_data_root, records, layout)
     dataset = describe(records, clips, readings, limit, framing, left_out=left_out)
+    usable = [record for record, clip in zip(records, clips, strict=True) if "reason" not in clip]
+    dataset["remarks"] += [*caption_audit(usable, args.id_token, args.instance_data_root), *alike_captions(usable)]
     print(f"{layout} of {args.dataset_name or args.instance_data_root}\n")
     print("\n".join([*table_lines(dataset), "", *dataset["remarks"], *advice(good, static, pairs)]))
     problems += unusable(records, clips)

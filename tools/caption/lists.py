@@ -12,32 +12,19 @@ import os
 import re
 from pathlib import Path
 
-from cogvideox.files import at_home, read_json, read_json_lines, write_durably
-from dataset import LINE_FILES, TEXT_FILES, caption_file, choose_columns, read_records, table_rows
-
-JOURNAL, PREPARED = "captions.jsonl", "prepare.json"
+from cogvideox.files import at_home, read_json_lines, write_durably
+from dataset import JOURNAL, LINE_FILES, TEXT_FILES, caption_file, choose_columns, read_records, table_rows
 
 
 def list_all(args):
     """(records, problems, layout) of --instance_data_root, clips without a caption among them."""
-    return read_records(
-        args.instance_data_root, args.caption_column, args.video_column, args.allow_external_paths, may_lack_captions=True
-    )
+    return read_records(args.instance_data_root, args.caption_column, args.video_column, args.allow_external_paths, may_lack_captions=True)
 
 
 def folder_of(args):
     """The data folder; of a table, the one that it lies in."""
     root = Path(at_home(args.instance_data_root)).absolute()
     return root.parent if root.is_file() else root
-
-
-def read_placeholders(folder):
-    """Clip as listed -> the text that tools.prepare wrote in place of its caption; {} without its file."""
-    try:
-        found = read_json(folder / PREPARED)["placeholders"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 class Journal:
