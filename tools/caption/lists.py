@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from cogvideox.files import at_home, read_json_lines, write_durably
-from dataset import JOURNAL, LINE_FILES, TEXT_FILES, caption_file, choose_columns, read_records, table_rows
+from dataset import LINE_FILES, TEXT_FILES, caption_file, choose_columns, read_records, table_rows
 
 
 def list_all(args):
