@@ -7,6 +7,7 @@ The model sees the frames that are trained on, so give the data flags of the run
 that a person wrote is never replaced. A stopped command goes on where it stopped.
 """
 
+import contextlib
 import os
 import statistics
 import sys
@@ -240,32 +241,42 @@ def caption_all(captions, records):
     say(captions.summary())
 
 
+@contextlib.contextmanager
+def alone_in(folder):
+    """Lock a data folder against a second tools.caption, whose captions this one would write over."""
+    lock = FileLock(folder / ".captions.lock", timeout=0, fallback_to_soft=False)
+    try:
+        if folder.is_dir():
+            lock.acquire()
+    except Timeout:
+        fail(BAD_DATA, f"{folder}: another tools.caption is at work there; wait for it")
+    except OSError:  # read-only, or a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def main(words=None):
     """The command line."""
     args = parse(words)
     tokenizer = load_tokenizer(Path(args.tokenizer))
-    folder = folder_of(args)
-    lock = FileLock(folder / ".captions.lock", timeout=0, fallback_to_soft=False)  # kept until the program ends
-    try:
-        lock.acquire()
-    except Timeout:
-        fail(BAD_DATA, f"{folder}: another tools.caption is at work there; wait for it")
-    except OSError:  # no such folder, read-only, or a file system without locks: what follows tells
-        pass
-    records, unusable, layout, journal = list_open(args, tokenizer)
-    try:
-        if records:
-            name = args.model if args.endpoint else args.model or MODEL
-            write, name = served_writer(args.endpoint, name, args.seed) if args.endpoint else (local_writer(name, args.seed), name)
-            with Readers(min(2, decode_workers()), args.clip_timeout_seconds) as readers:
-                captions = Captions(args, layout, journal, write, name, tokenizer, readers)
-                caption_all(captions, records)
-            unusable += captions.failures
-    except NoCaptions as error:
-        fail(BAD_FLAGS, f"{error}; captions so far are kept, and the same command goes on")
-    except KeyboardInterrupt:
-        say("stopped: captions so far are kept, and the same command goes on")
-        raise SystemExit(130) from None
+    with alone_in(folder_of(args)):
+        records, unusable, layout, journal = list_open(args, tokenizer)
+        try:
+            if records:
+                name = args.model if args.endpoint else args.model or MODEL
+                write, name = served_writer(args.endpoint, name, args.seed) if args.endpoint else (local_writer(name, args.seed), name)
+                with Readers(min(2, decode_workers()), args.clip_timeout_seconds) as readers:
+                    captions = Captions(args, layout, journal, write, name, tokenizer, readers)
+                    caption_all(captions, records)
+                unusable += captions.failures
+        except NoCaptions as error:
+            fail(BAD_FLAGS, f"{error}; captions so far are kept, and the same command goes on")
+        except KeyboardInterrupt:
+            say("stopped: captions so far are kept, and the same command goes on")
+            raise SystemExit(130) from None
     if unusable:
         fail(BAD_DATA, unusable)
 
