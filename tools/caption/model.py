@@ -117,7 +117,8 @@ def local_writer(name, seed):
         ).to(device, dtype=dtype)
         drawn = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} if attempt == 0 else {}
         drawn = drawn or {"do_sample": True, "temperature": TEMPERATURE}
-        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{attempt}/{prompt}".encode()).digest()[:7]))
+        content = f"{seed}/{attempt}/{prompt}".encode() + pictures[0][1].tobytes()
+        torch.manual_seed(int.from_bytes(hashlib.sha256(content).digest()[:7]))
         tokens = model.generate(**inputs, max_new_tokens=MOST_NEW_TOKENS, **drawn)
         return processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
