@@ -37,7 +37,8 @@ WINDOW_COLUMNS = ("start", "end")
 TABLE_KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".json")
 MISSING = ("nan", "none", "null", "<na>")  # what other programs write into a cell without a value
 
-JOURNAL, PREPARED = "captions.jsonl", "prepare.json"  # what tools.caption and tools.prepare keep in a data folder
+JOURNAL = "captions.jsonl"  # what tools.caption keeps in a data folder
+PREPARED = ["prepare.json", "review.html", "review.txt"]  # what tools.prepare writes beside the lists
 MOST_LEFT_OUT = 1000  # names of files that are not trained on: a data folder may lie in a home folder
 
 
@@ -449,7 +450,7 @@ def files_left_out(args, root, records, layout):
     seen -= {os.path.realpath(root)}
     root = Path(root).absolute()
     lists = [args.caption_column or "prompts.txt", args.video_column or "videos.txt"] if layout == LINE_FILES else [layout]
-    lists += [JOURNAL, PREPARED]
+    lists += [JOURNAL, *PREPARED]
     folder = root if root.is_dir() else root.parent
     paths = [folder / record.listed for record in records]
     read = {file_identity(path) for path in [*(record.path for record in records), *(folder / name for name in lists)]}

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from cogvideox.container import HDR_TRANSFERS, BadClip, frame_times, list_packets, moves_by_alignment, shown_frames
+from cogvideox.container import HDR_TRANSFERS, START, BadClip, Place, frame_times, list_packets, moves_by_alignment, places, shown_frames
 from cogvideox.picture import colour_profile, has_alpha, picture_times, rgb_of, rgb_of_picture, side_data, treated, treatment_of
 from cogvideox.windows import TOLERANCE_SECONDS
 
@@ -196,7 +196,7 @@ def read_picture(path, framing):
 def first_transfer(path):
     """The transfer characteristic of a picture as PyAV reads it, or None if it does not."""
     try:
-        return int(next(frame for frame, _ in shown_frames(path, 1)).color_trc)
+        return int(next(frame for frame, _ in shown_frames(path)).color_trc)
     except BadClip:
         return None
 
@@ -236,15 +236,11 @@ def read_video(path, framing, reader):
 
     The packets give each frame's presentation time. PyAV then decodes up to the last chosen frame, which reveals damaged and
     missing frames: decord would return a neighbour instead. If the packets are wrong, the times come from decoding the whole file.
+    Of a window nothing is decoded but its frames and those since the key frame before it, where the container can be sought.
     """
     packets = list_packets(path)
-    stamps, unit, doubt = packets.stamps, packets.unit, packets.doubt
-    indices = choose_frames(seconds(stamps, unit), framing) if stamps else []
-    shown = frame_times(path, packets.kind, indices[-1] + 1 if indices else None)
-    if not indices or shown.stamps != stamps[: len(shown.stamps)]:
-        doubt = doubt or "its packets do not match its frames"
-        shown = frame_times(path, packets.kind)
-        stamps, indices = shown.stamps, choose_frames(seconds(shown.stamps, unit), framing)
+    stamps, indices, place, shown, doubt = verified_frames(path, packets, framing)
+    unit, end = packets.unit, frames_within(seconds(stamps, packets.unit), framing.window)[1]
     turn = picture_turn(shown.first)
     if turn != NO_TURN:
         doubt = doubt or "its picture is rotated or mirrored when it is shown"
@@ -256,7 +252,7 @@ def read_video(path, framing, reader):
         doubt = doubt or AS_STORED
     if has_alpha(shown.first):
         doubt = doubt or CAN_BE_TRANSPARENT
-    if shown.is_cropped and moves_by_alignment(path, shown.first):
+    if shown.is_cropped and moves_by_alignment(path, place, shown.first):
         doubt = doubt or "decord crops the left edge of its frames at another pixel"
     left, top, right, bottom = packets.crop
     stored, aspect = (shown.first.width - left - right, shown.first.height - top - bottom), (packets.aspect, 1)
@@ -280,11 +276,43 @@ def read_video(path, framing, reader):
             if reader == "decord":
                 raise
             doubt = str(reason)
-    frames, is_transparent = read_with_pyav(path, unit, turn, facts, framing.background)
+    frames, is_transparent = read_with_pyav(path, place, end, unit, turn, facts, framing.background)
     changes += ["transparent"] if is_transparent else []
     obvious = reader == "pyav" or (changes and doubt in (AS_STORED, CAN_BE_TRANSPARENT))
     tell_changes(facts, changes, framing.background, "" if obvious else doubt)
     return frames, facts | {"reader": "pyav", "decoder": pyav_version()}
+
+
+def verified_frames(path, packets, framing):
+    """(stamps of all frames, indices of the chosen ones, Place to decode from, Decoded, why decord must not read the file or "").
+
+    Raises BadClip for a damaged frame in the window.
+    """
+    stamps, doubt = packets.stamps, packets.doubt
+    if stamps:
+        times = seconds(stamps, packets.unit)
+        indices, first = choose_frames(times, framing), frames_within(times, framing.window)[0]
+        tried = places(packets, first)
+        for place in tried:
+            try:
+                shown = frame_times(path, packets.kind, place, indices[-1] + 1)
+            except BadClip:  # perhaps only from this key frame on
+                if place is tried[-1]:
+                    raise
+                shown = None
+            wanted = stamps[first : indices[-1] + 1]
+            if shown and shown.stamps == (wanted if place.number else wanted[: len(shown.stamps)]):
+                return stamps, indices, place, shown, doubt
+            doubt = doubt or "its frames cannot be decoded from the key frame before its window"
+    doubt = packets.doubt or "its packets do not match its frames"
+    shown, place = frame_times(path, packets.kind), START
+    stamps = shown.stamps
+    times = seconds(stamps, packets.unit)
+    indices, first = choose_frames(times, framing), frames_within(times, framing.window)[0]
+    if framing.window:
+        place = Place(first)
+        shown = frame_times(path, packets.kind, place, indices[-1] + 1)
+    return stamps, indices, place, shown, doubt
 
 
 def pyav_version():
@@ -347,13 +375,17 @@ def read_with_decord(path, times, facts):
     raise Untrusted(reason)
 
 
-def read_with_pyav(path, unit, turn, facts, background):
-    """The frames at facts["indices"], treated and turned upright; and whether anything in them is transparent."""
+def read_with_pyav(path, place, end, unit, turn, facts, background):
+    """The frames at facts["indices"], treated and turned upright; and whether anything in them is transparent.
+
+    place: where to decode from. end: the number after the last frame of the file or window, which a deinterlacer must not look at.
+    """
     chosen, frames, is_transparent = set(facts["indices"]), {}, False
     swap, rows, columns = turn
-    count = max(chosen) + (2 if "deinterlaced" in facts["treatment"] else 1)  # a deinterlacer also looks at the next frame
+    end = min(max(chosen) + (2 if "deinterlaced" in facts["treatment"] else 1), end)  # a deinterlacer also looks at the next frame
     left, top, right, bottom = facts["treatment"].get("crop", (0, 0, 0, 0))
-    for number, frame in treated((frame for frame, _ in shown_frames(path, count)), unit, facts["treatment"], chosen):
+    shown = (frame for frame, _ in shown_frames(path, place, end))
+    for number, frame in treated(shown, place.number, unit, facts["treatment"], chosen):
         picture, had_alpha = rgb_of(frame, background)
         picture = picture[top : frame.height - bottom, left : frame.width - right]
         picture = (picture.swapaxes(0, 1) if swap else picture)[::rows, ::columns]

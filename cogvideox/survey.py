@@ -22,7 +22,7 @@ from cogvideox.files import at_home, hash_file, key_of, read_json, write_bytes
 from cogvideox.folder import UNKNOWN_NOTED, UNKNOWN_REFUSED, text_notes, token_ids, unknown_shares
 from cogvideox.order import choose_held_out
 from cogvideox.stopping import exit_if_requested
-from dataset import MOST_LEFT_OUT, PREPARED, files_left_out, list_clips, list_eval_clips
+from dataset import MOST_LEFT_OUT, files_left_out, list_clips, list_eval_clips
 
 FEW_WORDS, SAME_WORDS = 20, 10  # of a caption: too few for this model; at the start of two captions that say the same
 
@@ -393,7 +393,7 @@ def read_placeholders(root):
     """Clip as listed -> the text that tools.prepare wrote in place of its caption; {} without its file."""
     try:
         place = Path(at_home(root or ""))
-        found = read_json((place.parent if place.is_file() else place) / PREPARED)["placeholders"]
+        found = read_json((place.parent if place.is_file() else place) / "prepare.json")["placeholders"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return found if isinstance(found, dict) else {}
