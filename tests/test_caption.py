@@ -4,9 +4,10 @@ can read, of the frames that are trained on, none is lost, and none that a perso
 import base64
 import io
 import json
+import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ from cogvideox.decode import clip_framing
 from cogvideox.files import read_json_lines
 from cogvideox.reader import Readers
 from dataset import files_left_out, read_records
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT
 from tools import check_dataset
 from tools.caption import __main__ as program
 from tools.caption import lists, model, rules
@@ -548,6 +549,21 @@ def test_a_real_class_reads_the_frames_without_torchvision_and_repeats_its_answe
     assert write(others, "Describe the rabbit.", 1) != answers[1]
 
 
+LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT
+
+
+def run_and_exit(words):
+    """Run the program in this forked process, and end it with the exit code."""
+    code = 1
+    try:
+        program.main([str(word) for word in words])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        os._exit(code)
+
+
 @pytest.mark.slow
 def test_a_run_of_the_real_class_is_killed_and_resumed_and_writes_what_one_run_would_have(clips, vlm, tokenizer, encodings, tmp_path):
     """Its words are random and never end, so that every answer is too long and is asked for again, or shortened."""
@@ -556,19 +572,21 @@ def test_a_run_of_the_real_class_is_killed_and_resumed_and_writes_what_one_run_w
     program.main([str(word) for word in [other, *line]])
     expected = captions_in(other)
     assert len(set(expected)) == 6
-    for runs in range(4):
-        command = [str(word) for word in [sys.executable, "-m", "tools.caption", clips, *line]]
-        run = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
-        before = len(read_json_lines(clips / "captions.jsonl"))
-        while runs < 3 and run.poll() is None and len(read_json_lines(clips / "captions.jsonl")) == before:
+    kills, status = 0, None
+    while status is None or os.WIFSIGNALED(status):
+        before, child = len(read_json_lines(clips / "captions.jsonl")), os.fork()
+        if child == 0:
+            run_and_exit([clips, *line])
+        while kills < 3 and len(read_json_lines(clips / "captions.jsonl")) == before and not os.waitid(os.P_PID, child, LOOK):
             time.sleep(0.005)
-        if runs < 3:
-            assert run.poll() is None
-            run.kill()
-        said = run.communicate(timeout=300)[1]
+        if kills < 3:
+            os.kill(child, signal.SIGKILL)
+            kills += 1
+        status = os.waitpid(child, 0)[1]
         open_lines = [record.caption for record in read_records(clips, may_lack_captions=True)[0]]
         assert all(line in ("", caption) for line, caption in zip(open_lines, expected, strict=True))
-    assert run.returncode == 0, said
+    assert status == 0
+    assert kills == 3
     assert captions_in(clips) == expected
     assert expected[:1] == kept
     assert all(rules.faults_of(caption, tokenizer, None, LIMIT) == [] for caption in expected[1:])
