@@ -38,6 +38,7 @@ WINDOW_COLUMNS = ("start", "end")
 TABLE_KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".json")
 MISSING = ("nan", "none", "null", "<na>")  # what other programs write into a cell without a value
 
+JOURNAL = "captions.jsonl"  # what tools.caption keeps in a data folder
 PREPARED = ["prepare.json", "review.html", "review.txt"]  # what tools.prepare writes beside the lists
 MOST_LEFT_OUT = 1000  # names of files that are not trained on: a data folder may lie in a home folder
 
@@ -139,8 +140,8 @@ def read_hub_dataset(args):
     return records, problems, "datasets"
 
 
-def read_records(root, caption_column=None, video_column=None, allow_external_paths=False):
-    """Read the (file, caption) pairs of a data folder or table.
+def read_records(root, caption_column=None, video_column=None, allow_external_paths=False, may_lack_captions=False):
+    """Read the (file, caption) pairs of a data folder or table. may_lack_captions: a missing caption is "", and not a problem.
 
     Four layouts are detected: `prompts.txt` + `videos.txt` (or the names given), a table (`metadata.csv|jsonl|parquet|json`, or
     such a file as `root`) with one column each, `videos/` + `labels/NAME.txt` (the layout of the SAT trainer), and clips with a
@@ -154,19 +155,19 @@ def read_records(root, caption_column=None, video_column=None, allow_external_pa
         return [], [f"--instance_data_root {root}: permission denied"], "nothing"
     if not root.exists():
         return [], [f"--instance_data_root {root}: no such folder"], "nothing"
-    caption_file = caption_column or "prompts.txt"
+    caption_file, video_file = caption_column or "prompts.txt", video_column or "videos.txt"
     table = root if root.is_file() else None
     if table is None and not (root / caption_file).exists():
         # metadata.json comes last: a folder of another layout may hold one that is about something else.
         table = find_table(root, TABLE_KINDS[:-1]) or (None if has_labels(root) else find_table(root, TABLE_KINDS[-1:]))
     if table is not None:
-        rows, problems = read_table(table, caption_column, video_column)
+        rows, problems = read_table(table, caption_column, video_column, may_lack_captions)
         root, layout = table.parent, table.name
-    elif not (root / caption_file).exists() and has_labels(root):
-        rows, problems = read_label_files(root)
+    elif not (root / caption_file).exists() and (has_labels(root) or (may_lack_captions and not (root / video_file).exists())):
+        rows, problems = read_label_files(root, may_lack_captions)
         layout = TEXT_FILES
     else:
-        rows, problems = read_line_files(root, caption_file, video_column or "videos.txt")
+        rows, problems = read_line_files(root, caption_file, video_file, may_lack_captions)
         layout = LINE_FILES
     records = []
     for where, listed, caption, window in rows:
@@ -193,15 +194,17 @@ def record_of(root, where, listed, caption, window, allow_external_paths, name=N
     return Record(where, name or listed, str(path), caption, reason, window)
 
 
-def read_line_files(root, caption_file, video_file):
+def read_line_files(root, caption_file, video_file, may_lack_captions=False):
     """Pair two text files line by line. Returns ([(where, listed file, caption, None)], problems)."""
-    problems, lines = [], {}
-    for name in (caption_file, video_file):
+    problems, lines = [], {caption_file: []}
+    is_blank = may_lack_captions and (not os.path.lexists(root / caption_file) or not (root / caption_file).read_bytes().strip())
+    for name in (caption_file, video_file)[is_blank:]:
         lines[name] = read_lines(root, name, problems)
     if problems:
         return [], problems
     captions, videos = lines[caption_file], lines[video_file]
-    for name, other in ((caption_file, videos), (video_file, captions)):
+    captions += [""] * (len(videos) - len(captions)) if may_lack_captions else []
+    for name, other in ((caption_file, videos), (video_file, captions))[may_lack_captions:]:
         for number, line in enumerate(lines[name], 1):
             if not line and number <= len(other):
                 problems.append(f"{name}:{number}: empty line; every clip needs a caption and every caption a clip")
@@ -213,7 +216,7 @@ def read_line_files(root, caption_file, video_file):
             f"{long}:{first} ({lines[long][first - 1][:60]!r}) has no partner in {short}"
         )
     pairs = zip(captions, videos, strict=False)
-    return [(f"{video_file}:{n}", v, c, None) for n, (c, v) in enumerate(pairs, 1) if c and v], problems
+    return [(f"{video_file}:{n}", v, c, None) for n, (c, v) in enumerate(pairs, 1) if v and (c or may_lack_captions)], problems
 
 
 def read_lines(root, name, problems):
@@ -258,7 +261,7 @@ def find_table(root, kinds):
     return next((root / f"metadata{kind}" for kind in kinds if (root / f"metadata{kind}").is_file()), None)
 
 
-def read_table(path, caption_column=None, video_column=None):
+def read_table(path, caption_column=None, video_column=None, may_lack_captions=False):
     """Rows of a CSV, JSONL, Parquet or JSON file. Returns ([(where, listed file, caption, window or None)], problems)."""
     problems = []
     try:
@@ -272,7 +275,7 @@ def read_table(path, caption_column=None, video_column=None):
         return [], [f"{path}: {problem}", *problems]
     pairs = []
     for number, row in rows:
-        listed, caption, window, faults = cells_of(row, columns)
+        listed, caption, window, faults = cells_of(row, columns, may_lack_captions)
         problems += [f"{path.name}:{number}: {fault}" for fault in faults]
         if not faults:
             pairs.append((f"{path.name}:{number}", listed, caption, window))
@@ -293,12 +296,15 @@ def choose_columns(names, caption_column=None, video_column=None):
     return columns, None
 
 
-def cells_of(row, columns):
+def cells_of(row, columns, may_lack_captions=False):
     """(file, caption, window or None, faults) of a table's row: what is not a text, or empty, or no window, as sentences."""
     texts, faults = [], []
     for column in columns:
         value = row.get(column)
         text = value.strip() if isinstance(value, str) else ""
+        if column == columns[0] and may_lack_captions and (value is None or (isinstance(value, str) and text.lower() in ("", *MISSING))):
+            texts.append("")
+            continue
         if value is not None and not isinstance(value, str):
             kinds = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
             kind = kinds.get(type(value), type(value).__name__)
@@ -425,19 +431,19 @@ def caption_file(root, path):
     return (root / "labels" / path.name if (root / "labels").is_dir() else path).with_suffix(".txt")
 
 
-def read_label_files(root):
+def read_label_files(root, may_lack_captions=False):
     """`videos/NAME.mp4` with `labels/NAME.txt`, or with `NAME.txt` beside it. Returns as `read_line_files`."""
     pairs, problems = [], []
     for path in media_files(root):
         text = caption_file(root, path)
         listed = str(path.relative_to(root))
         try:
-            caption = " ".join(read_text(text).split())
+            caption = "" if may_lack_captions and not os.path.lexists(text) else " ".join(read_text(text).split())
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             problems.append(f"{listed}: the caption {text.relative_to(root)} cannot be read ({reason})")
             continue
-        if caption:
+        if caption or may_lack_captions:
             pairs.append((listed, listed, caption, None))
         else:
             problems.append(f"{listed}: the caption {text.relative_to(root)} is empty")
@@ -457,7 +463,7 @@ def files_left_out(args, root, records, layout):
     seen -= {os.path.realpath(root)}
     root = Path(root).absolute()
     lists = [args.caption_column or "prompts.txt", args.video_column or "videos.txt"] if layout == LINE_FILES else [layout]
-    lists += PREPARED
+    lists += [JOURNAL, *PREPARED]
     folder = root if root.is_dir() else root.parent
     paths = [folder / record.listed for record in records]
     read = {file_identity(path) for path in [*(record.path for record in records), *(folder / name for name in lists)]}

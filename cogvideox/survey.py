@@ -7,6 +7,7 @@ clips are checked once, not at every start.
 import functools
 import json
 import platform
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,12 +18,14 @@ from accelerate.utils import gather_object
 from cogvideox import versions
 from cogvideox.console import progress, say, warn
 from cogvideox.decode import IMAGE_SUFFIXES, SURVEY_VERSION, VIDEO_SUFFIXES, Framing, clip_framing, longest_legal_length
-from cogvideox.files import hash_file, key_of, read_json, write_bytes
+from cogvideox.files import at_home, hash_file, key_of, read_json, write_bytes
 from cogvideox.folder import UNKNOWN_NOTED, UNKNOWN_REFUSED, text_notes, token_ids, unknown_shares
 from cogvideox.order import choose_held_out
 from cogvideox.stopping import exit_if_requested
 from cogvideox.windows import listed_window, place_windows, seconds_trained
 from dataset import MOST_LEFT_OUT, files_left_out, list_clips, list_eval_clips, list_prior_clips
+
+FEW_WORDS, SAME_WORDS = 20, 10  # of a caption: too few for this model; at the start of two captions that say the same
 
 
 @dataclass
@@ -104,6 +107,7 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
             left_out += [str(Path(root, name)) for name in files_left_out(args, root, found, kind)]
     prior = {i for i, part in enumerate(parts_of) if part >= before_prior}
     dataset = describe(records, clips, readings, limit, framing, drawn, left_out, args.windows, prior)
+    dataset["remarks"] += caption_audit([listed[i] for i in own], args.id_token, args.instance_data_root)
     dataset = {"source": args.dataset_name or args.instance_data_root, "layout": layout} | dataset | {"problems": problems}
     if accelerator.is_main_process:
         write_bytes(Path(args.output_dir) / "dataset.json", json.dumps(dataset, indent=1).encode())
@@ -423,6 +427,53 @@ def caption_remarks(usable, alike, mute, limit):
         yield f"{len(alike)} captions are the same to the model as another, unlike one ({reason}): {some(alike)}"
     if mute:
         yield f"{len(mute)} captions have no letter: {some(mute)}"
+
+
+def caption_audit(records, id_token=None, root=None):
+    """Sentences about captions that are words as T5 knows them, and yet not what should be trained on. Rules: docs/data.md.
+
+    records: whose captions begin with `id_token`, if there is one. root: the data folder, with what tools.prepare keeps there.
+    """
+    own = [record.caption.removeprefix(f"{id_token} ") if id_token else record.caption for record in records]
+    named = [{"path": record.listed} for record in records]
+    empty = read_placeholders(root)
+    if waiting := [clip for clip, text in zip(named, own, strict=True) if is_placeholder(clip["path"], text, empty)]:
+        yield f"{len(waiting)} captions are placeholders of tools.prepare (python -m tools.caption writes captions): {some(waiting)}"
+    short = [clip for clip, text in zip(named, own, strict=True) if len(text.split()) < FEW_WORDS and clip not in waiting]
+    if short:
+        yield f"{len(short)} captions have fewer than {FEW_WORDS} words; CogVideoX was trained on 90 to 100 (tools.caption): {some(short)}"
+    starts = [" ".join(text.lower().split()[:SAME_WORDS]) for text in own]
+    counts = Counter(start for start, _ in {(start, text) for start, text in zip(starts, own, strict=True)})  # equal ones are told above
+    if alike := [clip for clip, start in zip(named, starts, strict=True) if counts[start] > 1 and clip not in waiting]:
+        yield f"{len(alike)} captions begin with the same {SAME_WORDS} words as another that differs: {some(alike)}"
+    if twice := begin_with(records, id_token, own):
+        yield f"{len(twice)} captions already begin with {id_token}, which --id_token puts there once more: {some(twice)}"
+    is_fused = re.compile(rf"{re.escape(id_token)}[a-z]|\w{re.escape(id_token)}\b" if id_token else r"^[A-Z][A-Z0-9]{2,}[a-z]").search
+    if fused := [(clip, found[0]) for clip, text in zip(named, own, strict=True) if (found := is_fused(text))]:
+        clips = [clip for clip, _ in fused]
+        yield f"{len(fused)} captions have a trigger word without a space after it ({fused[0][1]}... in the first): {some(clips)}"
+
+
+def begin_with(records, id_token, captions=None):
+    """The clips, as `some` takes them, whose own captions already begin with the trigger word."""
+    captions = captions or [record.caption for record in records]
+    pairs = zip(records, captions, strict=True) if id_token else ()
+    return [{"path": record.listed} for record, text in pairs if re.match(rf"{re.escape(id_token)}(?!\w)", text)]
+
+
+def read_placeholders(root):
+    """Clip as listed -> the text that tools.prepare wrote in place of its caption; {} without its file."""
+    try:
+        place = Path(at_home(root or ""))
+        found = read_json((place.parent if place.is_file() else place) / "prepare.json")["placeholders"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_placeholder(listed, caption, placeholders):
+    """Whether a clip's caption is still the text of `read_placeholders`."""
+    return listed in placeholders and caption == " ".join(str(placeholders[listed]).split())
 
 
 def left_out_remarks(names):
