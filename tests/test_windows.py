@@ -11,9 +11,12 @@ import pytest
 
 from cogvideox import container, decode, survey
 from cogvideox.decode import BadClip, Framing, choose_frames, clip_framing, read_clip
+from cogvideox.files import read_json
 from cogvideox.windows import place_windows, seconds_of, seconds_trained, split_line
 from dataset import Record, list_clips, read_records
+from tests.conftest import lora_of, same, words
 from tests.test_decode import BT709, MPEG4, OPEN, TWO_RATES, blot, copy_streams, ffmpeg, make, x264
+from tools import check_dataset
 
 # -----------------------------------------------------------------------------
 # Lists that name windows
@@ -514,3 +517,80 @@ def test_windows_of_one_clip_are_counted_and_not_named_as_copies():
     remarks = described(records, facts, (), "spread")["remarks"]
     assert remarks[0] == "1 clips give 4 windows (--windows spread)"
     assert not any("another" in remark for remark in remarks)
+
+
+# -----------------------------------------------------------------------------
+# Runs
+
+
+def folder_of(path, lines):
+    """A data folder with these lines in videos.txt, and a caption for each."""
+    path.mkdir(exist_ok=True)
+    (path / "videos.txt").write_text("\n".join(map(str, lines)) + "\n")
+    (path / "prompts.txt").write_text("".join(f"the rabbit number {number}\n" for number in range(len(lines))))
+    return path
+
+
+@pytest.mark.slow
+def test_a_run_of_windows_trains_what_a_run_of_the_same_frames_in_files_trains(train, tmp_path):
+    film, starts = tmp_path / "film.mp4", (5, 25, 40)
+    make(film, *x264(), count=COUNT)
+    for start in starts:
+        cut_losslessly(film, tmp_path / f"{start}.mkv", start, start + 30)
+    lines = [f"{film} | {time_of('film.mp4', start)}-{time_of('film.mp4', start + 30)}" for start in starts]
+    windows = train(data=folder_of(tmp_path / "windows", lines), max_train_steps=3)
+    files = train(data=folder_of(tmp_path / "files", [tmp_path / f"{start}.mkv" for start in starts]), max_train_steps=3)
+    assert same(lora_of(windows), lora_of(files))
+    moved = lines[:2] + [f"{film} | {time_of('film.mp4', 41)}-{time_of('film.mp4', 71)}"]
+    assert not same(lora_of(windows), lora_of(train(data=folder_of(tmp_path / "moved", moved), max_train_steps=3)))
+    clips = read_json(windows / "dataset.json")["clips"]
+    assert [clip["path"] for clip in clips] == lines
+    assert [clip["source_frames"] for clip in clips] == [30] * 3
+    assert len({clip["sha256"] for clip in clips}) == 1
+
+
+@pytest.mark.slow
+def test_a_run_with_windows_trains_all_of_them_and_is_resumed_with_the_same_only(train, tmp_path, six_clips, capsys):
+    flags = {"windows": "slide", "max_num_frames": 5, "eval_share": 0.34, "max_train_steps": 2}
+    folder = train(**flags)
+    clips = read_json(folder / "dataset.json")["clips"]
+    assert len(clips) == 18  # 49 frames at 24 per second hold 5 frames at 8 three times
+    sides = {line: {clip["split"] for clip in clips if clip["line"] == line} for line in (clip["line"] for clip in clips)}
+    assert sorted(map(str, sides.values())) == ["{'held out'}"] * 2 + ["{'trained'}"] * 4
+    whole = read_json(train(**flags | {"windows": "one"}) / "dataset.json")["clips"]
+    assert [clip["line"] for clip in whole if clip["split"] == "held out"] == [line for line in sides if sides[line] == {"held out"}]
+    report = (folder / "dataset_report.txt").read_text()
+    assert "6 clips give 18 windows (--windows slide)" in report
+    assert "videos/01.mp4 | 0.625-1.250" in report
+    assert "12 clips; 1 per batch" in capsys.readouterr().err
+    train(output=folder, resume_from_checkpoint="latest", **flags | {"max_train_steps": 3})
+    with pytest.raises(SystemExit) as stop:
+        train(output=folder, resume_from_checkpoint="latest", **flags | {"max_train_steps": 4, "windows": "spread"})
+    assert stop.value.code == 4
+
+
+@pytest.mark.slow
+def test_two_processes_split_clips_in_the_same_windows_as_one(forked, train, tiny_model, six_clips, encodings, tmp_path):
+    flags = {"windows": "spread", "max_num_frames": 5, "eval_share": 0.34}
+    codes, output = forked.run(words(tiny_model, six_clips, tmp_path / "two", tmp_path / "fresh", **flags), processes=2)
+    assert codes == [0, 0], output[-2000:]
+    clips = [read_json(folder / "dataset.json")["clips"] for folder in (tmp_path / "two", train(**flags))]
+    assert len(clips[0]) == 24
+    assert clips[0] == clips[1]
+
+
+@pytest.mark.slow
+def test_the_check_of_a_folder_shows_the_windows(six_clips, encodings, tmp_path, capsys):
+    line = [str(six_clips), "--windows", "slide", "--max_num_frames", "5", "--height", "32", "--width", "48"]
+    check_dataset.main([*line, "--encoding_cache_dir", str(encodings), "--sheet", str(tmp_path / "sheet.png")])
+    told = capsys.readouterr().out
+    assert "6 clips give 18 windows (--windows slide)" in told
+    assert "01.mp4 | 0.625-1.250" in told
+
+
+@pytest.mark.parametrize("name", ["skip_frames_start", "skip_frames_end"])
+def test_frames_are_not_skipped_in_each_of_several_windows(name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        check_dataset.main([str(tmp_path), "--windows", "slide", f"--{name}", "3"])
+    assert stop.value.code == 2
+    assert "--windows slide: --skip_frames_start and --skip_frames_end would skip in each window" in capsys.readouterr().err
