@@ -561,7 +561,7 @@ def test_a_run_with_windows_trains_all_of_them_and_is_resumed_with_the_same_only
     assert [clip["line"] for clip in whole if clip["split"] == "held out"] == [line for line in sides if sides[line] == {"held out"}]
     report = (folder / "dataset_report.txt").read_text()
     assert "6 clips give 18 windows (--windows slide)" in report
-    assert "videos/01.mp4 | 0.625-1.250" in report
+    assert "videos/02.mp4 | 0.625-1.250" in report
     assert "12 clips; 1 per batch" in capsys.readouterr().err
     train(output=folder, resume_from_checkpoint="latest", **flags | {"max_train_steps": 3})
     with pytest.raises(SystemExit) as stop:
@@ -585,7 +585,7 @@ def test_the_check_of_a_folder_shows_the_windows(six_clips, encodings, tmp_path,
     check_dataset.main([*line, "--encoding_cache_dir", str(encodings), "--sheet", str(tmp_path / "sheet.png")])
     told = capsys.readouterr().out
     assert "6 clips give 18 windows (--windows slide)" in told
-    assert "01.mp4 | 0.625-1.250" in told
+    assert "02.mp4 | 0.625-1.250" in told
 
 
 @pytest.mark.parametrize("name", ["skip_frames_start", "skip_frames_end"])
