@@ -20,6 +20,7 @@ from cogvideox.survey import (
     printable,
     read_captions,
     survey_clips,
+    survey_windows,
     table_lines,
     unusable,
     without_unreadable,
@@ -97,14 +98,17 @@ def main(words=None):
     records, problems, layout = list_clips(args)
     framing, cache = framing_of(args, COGVIDEOX_2B), Path(args.encoding_cache_dir)
     tokenizer, limit = load_tokenizer(Path(args.tokenizer)), COGVIDEOX_2B.max_text_seq_length
-    readings = read_captions(args.id_token, tokenizer, records)
-    problems += caption_problems(args.id_token, tokenizer, records, readings, limit)
+    left_out = files_left_out(args, args.instance_data_root, records, layout)
     with Readers(decode_workers(), args.clip_timeout_seconds) as readers:
-        clips = without_unreadable(survey_clips(records, framing, args.seed, cache, readers), readings)
+        records, clips, _, _ = survey_windows(
+            args.windows, records, framing, lambda listed: survey_clips(listed, framing, args.seed, cache, readers)
+        )
+        readings = read_captions(args.id_token, tokenizer, records)
+        problems += caption_problems(args.id_token, tokenizer, records, readings, limit)
+        clips = without_unreadable(clips, readings)
         rows, static, pairs = look(records, clips, framing, args.seed, readers)
     good = [clip for clip in clips if "reason" not in clip]
-    left_out = files_left_out(args, args.instance_data_root, records, layout)
-    dataset = describe(records, clips, readings, limit, framing, left_out=left_out)
+    dataset = describe(records, clips, readings, limit, framing, left_out=left_out, windows=args.windows)
     print(f"{layout} of {args.dataset_name or args.instance_data_root}\n")
     print("\n".join([*table_lines(dataset), "", *dataset["remarks"], *advice(good, static, pairs)]))
     problems += unusable(records, clips)
