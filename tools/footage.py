@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from cogvideox.console import progress
-from cogvideox.container import BadClip, decoded, frame_times, list_packets, open_video
+from cogvideox.container import BadClip, Place, decoded, frame_times, list_packets, open_video
 from cogvideox.decode import picture_turn
 from cogvideox.files import key_of, write_bytes
 from cogvideox.reader import Readers, serve
@@ -78,7 +78,7 @@ def examine(path, piece):
     with open_video(path) as (container, stream), av.open(partial, "w", format="matroska") as preview:
         unit, out = stream.time_base, None
         stream.codec_context.thread_count = 0 if piece.start is None else 1
-        for frame in decoded(container, stream, piece.start):
+        for frame in decoded(container, stream, Place(key=piece.start, stamp=piece.start)):
             if frame.pts is None:
                 raise BadClip("its frames have no timestamps")
             seconds = float((frame.pts - piece.first) * unit)
