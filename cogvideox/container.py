@@ -133,12 +133,13 @@ def packets_of(path, *_):
 
 
 def places(packets, number):
-    """The Places to try, of a file with stamps, so that its frame `number` is the first: the key frame before it, then the file's start."""
+    """The Places to try, of a file with stamps, so that its frame `number` is the first: two key frames before it, as some containers are
+    sought inexactly, then the file's start."""
     if number == 0:
         return [START]
     stamp = packets.stamps[number]
     before = bisect_right(packets.keys, stamp) - 1
-    return [Place(number, packets.keys[before], stamp)] * (before > 0) + [Place(number)]
+    return [Place(number, packets.keys[key], stamp) for key in (before, before - 1) if key > 0] + [Place(number)]
 
 
 def is_attached_picture(stream):
@@ -215,7 +216,7 @@ def shown_frames(path, place=START, end=None, crop_exactly=True):
     number, size, colours = 0 if place.key is None else place.number, None, None
     with open_video(path, crop_exactly) as (container, stream):
         try:
-            for frame in decoded(container, stream, place.key):
+            for frame in decoded(container, stream, place):
                 if (place.key is None and number < place.number) or (place.key is not None and (frame.pts or 0) < place.stamp):
                     number += place.key is None
                     continue
@@ -240,11 +241,10 @@ def shown_frames(path, place=START, end=None, crop_exactly=True):
         raise BadClip("no frame can be decoded")
 
 
-def decoded(container, stream, key=None):
-    """The frames of a stream, from the key frame at this presentation time, or one before it. FFmpeg's own VP8 and VP9 decoders drop
-    transparency, libvpx keeps it.
+def decoded(container, stream, place=START):
+    """The frames of a stream from a key frame at or before `place` on. FFmpeg's VP8 and VP9 decoders drop transparency, libvpx keeps it.
 
-    Raises BadClip where the container cannot be sought.
+    Raises BadClip where no such key frame is found.
     """
     import av
 
@@ -254,13 +254,13 @@ def decoded(container, stream, key=None):
             decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream.codec_context.name], "r")
         except av.codec.codec.UnknownCodecError:
             raise BadClip("transparent VP8 and VP9 need a PyAV with libvpx") from None
-    if key is not None:
-        container.seek(key, stream=stream)
     packets = container.demux(stream)
-    if key is not None:
+    if place.key is not None:
+        container.seek(place.key, stream=stream)
+        packets = itertools.dropwhile(lambda packet: not packet.is_keyframe and packet.size, packets)  # others need frames before them
         first = next(packets)
-        if not first.is_keyframe or first.pts is None or first.pts > key:
-            raise BadClip("it cannot be read from the middle")
+        if first.pts is None or first.pts > place.stamp:
+            raise BadClip("no key frame is found before it")
         packets = itertools.chain([first], packets)
     for packet in packets:
         # The last packet is empty: it flushes the decoder.

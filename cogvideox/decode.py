@@ -86,6 +86,12 @@ def file_seconds(times):
     return float(times[-1] - times[0]) + (float(np.median(np.diff(times))) if len(times) > 1 else 0.0)
 
 
+def late_end(times, framing):
+    """What the report says of a window that ends after the file, in a list."""
+    end, window = file_seconds(times), framing.window
+    return [f"its window ends after the file ({end:.1f} seconds)"] if window and window[1] > end + 1 / framing.fps else []
+
+
 def choose_frames(times, framing):
     """Pick source frames so that the clip plays at `framing.fps`, by presentation time, within `framing.window`.
 
@@ -188,7 +194,7 @@ def read_picture(path, framing):
             raise
         raise BadClip(f"not a readable image ({error})") from None
     facts |= {"reader": "picture", "decoder": "", "treatment": {"profile": profile.sha256} if profile else {}}
-    changes = [f"{profile.name} to sRGB"] if profile else []
+    changes = late_end(times, framing) + ([f"{profile.name} to sRGB"] if profile else [])
     tell_changes(facts, changes + ["transparent"] * is_transparent, framing.background)
     return np.stack([frames[index] for index in indices]), facts
 
@@ -245,6 +251,7 @@ def read_video(path, framing, reader):
     if turn != NO_TURN:
         doubt = doubt or "its picture is rotated or mirrored when it is shown"
     treatment, changes = treatment_of(shown.first, shown.is_interlaced)
+    changes += late_end(seconds(stamps, unit), framing)
     if any(packets.crop):
         treatment["crop"] = packets.crop
         changes.append("cropped by its container")

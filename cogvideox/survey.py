@@ -9,7 +9,7 @@ import json
 import platform
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +17,12 @@ from accelerate.utils import gather_object
 
 from cogvideox import versions
 from cogvideox.console import progress, say, warn
-from cogvideox.decode import IMAGE_SUFFIXES, SURVEY_VERSION, VIDEO_SUFFIXES, Framing, clip_framing
+from cogvideox.decode import IMAGE_SUFFIXES, SURVEY_VERSION, VIDEO_SUFFIXES, Framing, clip_framing, longest_legal_length
 from cogvideox.files import at_home, hash_file, key_of, read_json, write_bytes
 from cogvideox.folder import UNKNOWN_NOTED, UNKNOWN_REFUSED, text_notes, token_ids, unknown_shares
 from cogvideox.order import choose_held_out
 from cogvideox.stopping import exit_if_requested
+from cogvideox.windows import listed_window, place_windows, seconds_trained
 from dataset import MOST_LEFT_OUT, files_left_out, list_clips, list_eval_clips
 
 FEW_WORDS, SAME_WORDS = 20, 10  # of a caption: too few for this model; at the start of two captions that say the same
@@ -31,7 +32,8 @@ FEW_WORDS, SAME_WORDS = 20, 10  # of a caption: too few for this model; at the s
 class Data:
     """The checked clips: parallel lists of records and facts; and the problems as sentences.
 
-    held_out: the numbers of the clips that are scored and never trained on; trained: the others.
+    held_out: the numbers of the clips that are scored and never trained on; trained: the others. split: the facts of clips whose
+    windows are in `clips` in their place.
     """
 
     records: list
@@ -39,6 +41,7 @@ class Data:
     problems: list
     framing: Framing
     held_out: list = field(default_factory=list)
+    split: list = field(default_factory=list)
 
     @functools.cached_property
     def trained(self):
@@ -55,13 +58,18 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     """List and decode every clip, print the report, and return the Data. Writes dataset.json and dataset_report.txt."""
     records, problems, layout = list_clips(args)
     others, more_problems, eval_layout = list_eval_clips(args)
-    of_data, records, problems = len(records), records + others, problems + more_problems
+    listed, problems = records + others, problems + more_problems
     framing, cache = framing_of(args, facts), Path(args.encoding_cache_dir)
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    mine = survey_clips(records[rank::world_size], framing, args.seed, cache, readers, show_progress=rank == 0)
-    barrier()  # one rank may have slower files than another
-    numbered = gather_object(list(zip(range(rank, len(records), world_size), mine, strict=True)))
-    clips = [clip for _, clip in sorted(numbered, key=lambda pair: pair[0])]
+
+    def survey(records):
+        mine = survey_clips(records[rank::world_size], framing, args.seed, cache, readers, show_progress=rank == 0)
+        barrier()  # one rank may have slower files than another
+        numbered = gather_object(list(zip(range(rank, len(records), world_size), mine, strict=True)))
+        return [clip for _, clip in sorted(numbered, key=lambda pair: pair[0])]
+
+    of_data = len(records)
+    records, clips, parts_of, split = survey_windows(args.windows, listed, framing, survey)
     readings = read_captions(args.id_token, tokenizer, records)
     limit, clips = facts.max_text_seq_length, without_unreadable(clips, readings)
     problems += caption_problems(args.id_token, tokenizer, records, readings, limit)
@@ -73,10 +81,11 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
             f"--bad_videos skip: {len(bad)} of {len(records)} clips are unusable, more than --max_bad_share {args.max_bad_share:g}"
         )
     usable = [i for i, clip in enumerate(clips) if "reason" not in clip]
-    own = [i for i in usable if i < of_data]
-    drawn = {own[i] for i in choose_held_out(len(own), args.eval_share, args.seed)} | {i for i in usable if i >= of_data}
+    own = sorted({parts_of[i] for i in usable if parts_of[i] < of_data})  # all windows of a clip are on one side
+    chosen = {own[i] for i in choose_held_out(len(own), args.eval_share, args.seed)}
+    drawn = {i for i in usable if parts_of[i] in chosen or parts_of[i] >= of_data}
     held_out = [number for number, i in enumerate(usable) if i in drawn]
-    if own and drawn.issuperset(own):
+    if own and chosen.issuperset(own):
         problems.append(f"--eval_share {args.eval_share:g}: leaves none of {len(own)} clips for training; give a smaller share, or 0")
     if args.train_batch_size > 1 and not args.bucket and shapes_differ([clip for i, clip in enumerate(clips) if i not in drawn]):
         problems.append(
@@ -85,10 +94,10 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
         )
     left_out = []
     if accelerator.is_main_process:
-        left_out += files_left_out(args, args.instance_data_root, records[:of_data], layout)
-        more = files_left_out(args, args.eval_data_root, records[of_data:], eval_layout)
+        left_out += files_left_out(args, args.instance_data_root, listed[:of_data], layout)
+        more = files_left_out(args, args.eval_data_root, listed[of_data:], eval_layout)
         left_out += [str(Path(args.eval_data_root, name)) for name in more]
-    dataset = describe(records, clips, readings, limit, framing, drawn, left_out)
+    dataset = describe(records, clips, readings, limit, framing, drawn, left_out, args.windows)
     dataset["remarks"] += caption_audit([records[i] for i in own], args.id_token, args.instance_data_root)
     dataset = {"source": args.dataset_name or args.instance_data_root, "layout": layout} | dataset | {"problems": problems}
     if accelerator.is_main_process:
@@ -107,7 +116,7 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     prompts = [(f"validation prompt {number}", prompt) for number, prompt in enumerate(args.prompts, 1)]
     for note in text_notes(tokenizer, [*prompts, ("--negative_prompt", args.negative_prompt)], limit) if tokenizer and prompts else ():
         warn(note)  # only the videos suffer, so this ends no run
-    return Data([records[i] for i in usable], [clips[i] for i in usable], problems, framing, held_out)
+    return Data([records[i] for i in usable], [clips[i] for i in usable], problems, framing, held_out, split)
 
 
 class Reading(NamedTuple):
@@ -204,19 +213,50 @@ def decoders():
     return [versions.installed(name) for name in ("decord", "av", "imageio-ffmpeg")]
 
 
+def survey_windows(kind, records, framing, survey):
+    """Survey the records, and the windows in which --windows `kind` splits them: (records, facts, for each the number of the listed
+    record that it is a part of, facts of the records that were split).
+
+    survey: records -> facts. A record's length, which decides its windows, is known only then.
+    """
+    whole = survey(records)
+    if kind == "one":
+        return records, whole, range(len(records)), []
+    num_frames = max(framing.lengths, default=0) or longest_legal_length(
+        framing.max_num_frames, framing.frames_per_latent, framing.latents_per_patch
+    )
+    parts, split = [], []  # (record, number, facts or None)
+    for number, (record, clip) in enumerate(zip(records, whole, strict=True)):
+        windows = []
+        if "reason" not in clip and clip["source_frames"] > 1:
+            start, end = clip.get("window", (0.0, clip["source_seconds"]))
+            windows = place_windows(kind, start, end, seconds_trained(num_frames, framing.fps, clip["source_fps"]))
+        if len(windows) < 2:  # what is trained without --windows
+            parts.append((record, number, clip))
+            continue
+        split.append(clip)
+        name = record.listed.rpartition("|")[0].rstrip() if record.window else record.listed
+        parts += [(replace(record, listed=listed_window(name, window), window=window), number, None) for window in windows]
+    found = iter(survey([record for record, _, clip in parts if clip is None]) if split else ())
+    facts = [next(found) if clip is None else clip for _, _, clip in parts]
+    return [record for record, _, _ in parts], facts, [number for _, number, _ in parts], split
+
+
 def survey_clips(records, framing, seed, cache, readers, show_progress=True):
     """Decode every record. Returns one facts dict per record, with `sha256`, and `reason` if it is unusable.
 
     Caches only the hashes of files; `remember_survey` stores the results of usable clips.
     """
-    facts, pending = [None] * len(records), []
+    facts, pending, contents = [None] * len(records), [], {}
     for number, record in enumerate(records):
         if record.reason:
             facts[number] = {"reason": record.reason, "path": record.path}
             continue
         own = clip_framing(record, framing, seed)
         try:
-            content = hash_file(record.path, cache)
+            if record.path not in contents:  # a film has hundreds of windows
+                contents[record.path] = hash_file(record.path, cache)
+            content = contents[record.path]
         except OSError as error:  # the main process saw the file: another machine may not
             facts[number] = {"reason": f"cannot be read on {platform.node()} ({error.strerror})", "path": record.path}
             continue
@@ -248,11 +288,11 @@ def remember_survey(facts, cache):
 INNER_FACTS = {"indices", "box", "stored_width", "stored_height", "treatment", "decoder", "note", "survey", "path"}
 
 
-def describe(records, facts, readings, limit, framing, held_out=(), left_out=()):
+def describe(records, facts, readings, limit, framing, held_out=(), left_out=(), windows="one"):
     """The content of dataset.json, the source of the text report and the page: {clips, totals, remarks, left_out}, JSON-ready.
 
     facts: one dict per record, from `survey_clips`. readings: of each caption, which is truncated at `limit` tokens. held_out: the
-    numbers of the records that are scored and never trained on. left_out: from `files_left_out`.
+    numbers of the records that are scored and never trained on. left_out: from `files_left_out`. windows: the value of --windows.
     """
     clips = []
     for number, (record, clip, reading) in enumerate(zip(records, facts, readings, strict=True)):
@@ -277,7 +317,10 @@ def describe(records, facts, readings, limit, framing, held_out=(), left_out=())
     alike = alike_to_the_model([clip["caption"] for clip in clips], readings, limit)
     alike = [clips[i] for i in sorted(i for numbers in alike for i in numbers) if not clips[i]["problem"]]
     mute = [clip for clip, reading in zip(clips, readings, strict=True) if not reading.has_letters and not clip["problem"]]
-    found = [*remarks(clips, usable, totals, limit, framing), *caption_remarks(usable, alike, mute, limit), *left_out_remarks(left_out)]
+    listed = len({clip["line"] for clip in clips})
+    found = [f"{listed} clips give {len(clips)} windows (--windows {windows})"] if windows != "one" and clips else []
+    found += [*remarks(clips, usable, totals, limit, framing), *content_remarks(clips, facts)]
+    found += [*caption_remarks(usable, alike, mute, limit), *left_out_remarks(left_out)]
     return {"clips": clips, "totals": totals, "remarks": found, "left_out": list(left_out)}
 
 
@@ -315,7 +358,7 @@ def remarks(clips, usable, totals, limit, framing):
     checks = [
         (
             lambda c: c["used_percent"] < 90,
-            "use less than 90 % of their clip (--max_num_frames, --fps); the caption should match what is left",
+            "use less than 90 % of their clip (--max_num_frames, --fps, --windows); the caption should match what is left",
         ),
         (lambda c: c["frames"] < framing.max_num_frames, f"are shorter than --max_num_frames {framing.max_num_frames}"),
         (lambda c: c["repeated_frames"] > 0, f"have fewer frames per second than --fps {framing.fps:g}: some frames repeat"),
@@ -331,17 +374,32 @@ def remarks(clips, usable, totals, limit, framing):
             yield f"{len(hits)} of {len(usable)} clips {finding}: {some(hits)}"
     if cut := [clip for clip in clips if clip["is_caption_cut"]]:
         yield f"{len(cut)} captions are longer than {limit} tokens and will be truncated: {some(cut)}"
-    contents = Counter(clip["sha256"] for clip in usable)
-    if copies := [clip for clip in usable if contents[clip["sha256"]] > 1]:
-        yield f"{len(copies)} clips have the same content as another: {some(copies)}"
-    captions = Counter(clip["caption"] for clip in usable)
+    captions = Counter(caption for caption, _ in {(clip["caption"], clip["line"]) for clip in usable})  # windows of one line share theirs
     if alike := [clip for clip in usable if captions[clip["caption"]] > 1]:
         yield f"{len(alike)} clips share their caption with another: {some(alike)}"
     if held_out := [clip for clip in usable if clip["split"] == "held out"]:
         yield f"{len(held_out)} clips are held out: scored, and never trained on: {some(held_out, most=len(held_out))}"
-        trained = {clip["sha256"] for clip in usable if clip["split"] == "trained"}
-        if copies := sum(clip["sha256"] in trained for clip in held_out):
-            yield f"{copies} of the held-out clips have the same content as a training clip: their score does not detect memorising"
+
+
+def content_remarks(clips, facts):
+    """Sentences about clips of different lines with the same frames of the same content. clips, facts: as in `describe`."""
+    lines = Counter(content for content, _ in {(clip["sha256"], clip["line"]) for clip in clips if not clip["problem"]})
+    spans = [
+        (clip, {(fact["sha256"], index) for index in range(fact["indices"][0], fact["indices"][-1] + 1)})
+        for clip, fact in zip(clips, facts, strict=True)
+        if not clip["problem"] and lines[clip["sha256"]] > 1
+    ]
+    of_line = {}
+    for clip, span in spans:
+        of_line.setdefault(clip["line"], set()).update(span)
+    uses = Counter(frame for frames in of_line.values() for frame in frames)
+    alike = "overlap" if any("window" in clip for clip, _ in spans) else "have the same content as"
+    if copies := [clip for clip, span in spans if any(uses[frame] > 1 for frame in span)]:
+        yield f"{len(copies)} clips {alike} another{' of the same file' * (alike == 'overlap')}: {some(copies)}"
+    trained = {frame for clip, span in spans if clip["split"] == "trained" for frame in span}
+    if copies := [clip for clip, span in spans if clip["split"] == "held out" and not trained.isdisjoint(span)]:
+        score = "their score does not detect memorising"
+        yield f"{len(copies)} of the held-out clips {alike} a training clip: {score}: {some(copies)}"
 
 
 def caption_remarks(usable, alike, mute, limit):

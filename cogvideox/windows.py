@@ -55,6 +55,16 @@ def listed_window(name, window):
     return f"{name} | {window[0]:.3f}-{window[1]:.3f}"
 
 
+def seconds_trained(num_frames, fps, source_fps):
+    """The seconds of a file that `num_frames` at `fps` take, so that they are all there wherever such a window begins.
+
+    Where few frames of the source lie between two that are trained, its last one may come too late: one more is taken in.
+    """
+    length = num_frames / fps
+    frames = math.floor(length * source_fps + 1e-6)
+    return length + (1 / source_fps if (frames - 0.5) / source_fps < (num_frames - 1) / fps - 1e-6 else 0.0)
+
+
 def place_windows(kind, start, end, length):
     """Windows of `length` seconds in the stretch from `start` to `end`, as [(start, end)] in whole milliseconds.
 

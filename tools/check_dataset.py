@@ -22,6 +22,7 @@ from cogvideox.survey import (
     printable,
     read_captions,
     survey_clips,
+    survey_windows,
     table_lines,
     unusable,
     without_unreadable,
@@ -68,7 +69,7 @@ def look(records, clips, framing, seed, readers):
 
 
 def alike_captions(records):
-    """A sentence about captions of which most words are those of another: of a pair's different words both have ALIKE_WORDS or more.
+    """A sentence about captions of which most words are those of another: the share of a pair's different words that both have is ALIKE_WORDS or more.
 
     Compares the first MOST_COMPARED captions, a second for a thousand. Equal captions are told elsewhere.
     """
@@ -120,14 +121,17 @@ def main(words=None):
     records, problems, layout = list_clips(args)
     framing, cache = framing_of(args, COGVIDEOX_2B), Path(args.encoding_cache_dir)
     tokenizer, limit = load_tokenizer(Path(args.tokenizer)), COGVIDEOX_2B.max_text_seq_length
-    readings = read_captions(args.id_token, tokenizer, records)
-    problems += caption_problems(args.id_token, tokenizer, records, readings, limit)
+    left_out = files_left_out(args, args.instance_data_root, records, layout)
     with Readers(decode_workers(), args.clip_timeout_seconds) as readers:
-        clips = without_unreadable(survey_clips(records, framing, args.seed, cache, readers), readings)
+        records, clips, _, _ = survey_windows(
+            args.windows, records, framing, lambda listed: survey_clips(listed, framing, args.seed, cache, readers)
+        )
+        readings = read_captions(args.id_token, tokenizer, records)
+        problems += caption_problems(args.id_token, tokenizer, records, readings, limit)
+        clips = without_unreadable(clips, readings)
         rows, static, pairs = look(records, clips, framing, args.seed, readers)
     good = [clip for clip in clips if "reason" not in clip]
-    left_out = files_left_out(args, args.instance_data_root, records, layout)
-    dataset = describe(records, clips, readings, limit, framing, left_out=left_out)
+    dataset = describe(records, clips, readings, limit, framing, left_out=left_out, windows=args.windows)
     usable = [record for record, clip in zip(records, clips, strict=True) if "reason" not in clip]
     dataset["remarks"] += [*caption_audit(usable, args.id_token, args.instance_data_root), *alike_captions(usable)]
     print(f"{layout} of {args.dataset_name or args.instance_data_root}\n")
