@@ -69,7 +69,7 @@ def look(records, clips, framing, seed, readers):
 
 
 def alike_captions(records):
-    """A sentence about captions of which most words are those of another: the share of a pair's different words that both have is ALIKE_WORDS or more.
+    """A sentence about captions that share ALIKE_WORDS or more of their different words with another.
 
     Compares the first MOST_COMPARED captions, a second for a thousand. Equal captions are told elsewhere.
     """
