@@ -503,7 +503,13 @@ def make_vlm(path):
     vocabulary = [*SPECIAL, *sorted(set(GOOD.split()))]  # some words end a sentence
     words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    names = {
+        "model_input_names": ["input_ids", "attention_mask"],
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    }
     fast = PreTrainedTokenizerFast(
         tokenizer_object=words, **names, additional_special_tokens=SPECIAL[4:], clean_up_tokenization_spaces=True
     )

@@ -66,9 +66,9 @@ def look(records, clips, framing, seed, readers):
 
 
 def alike_captions(records):
-    """A sentence about captions of which most words are those of another: of a pair's different words both have ALIKE_WORDS or more.
+    """A sentence about captions that share ALIKE_WORDS or more of their different words with another.
 
-    Compares the first MOST_COMPARED captions, a second for a thousand. Equal captions are told elsewhere.
+    Compares the first MOST_COMPARED captions in pairs. Equal captions are told elsewhere.
     """
     texts = {}
     for record in records[:MOST_COMPARED]:
