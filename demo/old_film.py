@@ -40,18 +40,21 @@ def old_film(frames, seed):
     return np.repeat(styled.clip(0, 255).astype(np.uint8)[..., None], 3, axis=3)
 
 
-def write_dataset(folder):
-    """Write the data folder of the demo's LoRA: the clips of demo/dataset as old film, and their captions without the trigger word."""
+def write_dataset(folder, change=old_film, note=CHANGES):
+    """Write a data folder: the clips of demo/dataset, changed (as old film for the demo's LoRA), and captions without the trigger word.
+
+    change: a function of uint8 frames [F, H, W, 3] and a seed, the clip's number. note: what the attribution says of the change.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     names = (CLIPS / "videos.txt").read_text(encoding="utf-8").splitlines()
-    for number, name in enumerate(progress(names, "old film", unit="clip")):
-        write_video(partial / name, old_film(read_video(CLIPS / name), number), 24)
+    for number, name in enumerate(progress(names, folder.name, unit="clip")):
+        write_video(partial / name, change(read_video(CLIPS / name), number), 24)
     prompts = (CLIPS / "prompts.txt").read_text(encoding="utf-8").splitlines()
     (partial / "prompts.txt").write_text("".join(prompt.removeprefix("BUNNYTOON ") + "\n" for prompt in prompts), encoding="utf-8")
     (partial / "videos.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    (partial / "ATTRIBUTION.txt").write_text((CLIPS / "ATTRIBUTION.txt").read_text(encoding="utf-8") + CHANGES, encoding="utf-8")
+    (partial / "ATTRIBUTION.txt").write_text((CLIPS / "ATTRIBUTION.txt").read_text(encoding="utf-8") + note, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
