@@ -1,8 +1,8 @@
 """Train the demo's base model on Big Buck Bunny: `python -m demo.train_base bbb.mp4 --work_dir base`.
 
 Three seeded stages, a few CPU hours in total: resize the film's frames, train a causal video VAE, and train a text-to-video
-transformer with its T5 encoder. The frames of the demo's 38 clips are held out (`demo/film_shots.txt` has the rest, with one
-caption per shot). Curves, reconstructions and samples are written beside the weights. Completed stages are skipped.
+transformer with its T5 encoder, on the shots of `demo/film_shots.txt` and, in colour and without a trigger, the demo's clips: a LoRA of
+the demo has to learn its style only. Curves, reconstructions and samples are written beside the weights. Completed stages are skipped.
 
 The film is resources/bbb.mp4 in moviepy_10_minutes.zip in the sdist of moviepy 2.2.1 on PyPI:
 `pip download --no-deps --no-binary moviepy moviepy==2.2.1`.
@@ -26,7 +26,8 @@ from cogvideox.model import decode_latents
 from cogvideox.video import contact_sheet, write_video
 from demo.make_model import TOKENIZER, make_scheduler
 
-SHOTS = Path(__file__).resolve().parent / "film_shots.txt"
+HERE = Path(__file__).resolve().parent
+TEXT_TOKENS = 64  # enough for the longest caption and a trigger; the 2B's 226 make a step twice as long
 SIZES = ((64, 96), (160, 240))  # (height, width) of the frames, 3:2, cut from the middle of 16:9
 DEMO_PROMPTS = (
     "a big white rabbit smiles under a blue sky",
@@ -40,10 +41,23 @@ DEMO_PROMPTS = (
 # The film
 
 
+def rows_of(path):
+    """The tab-separated rows of a list, without its comments."""
+    return [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+
+
 def read_shots():
-    """The (first frame, end frame, caption) of each training shot of the film; no shot contains a frame of the demo's clips."""
-    lines = [line.split("\t") for line in SHOTS.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    return [(int(first), int(end), caption) for first, end, caption in lines]
+    """The (first frame, end frame, caption) of each shot of the film without the demo's clips."""
+    return [(int(first), int(end), caption) for first, end, caption in rows_of(HERE / "film_shots.txt")]
+
+
+def read_demo_clips():
+    """The same of the demo's clips."""
+    names, prompts = ((HERE / "dataset" / name).read_text(encoding="utf-8").splitlines() for name in ("videos.txt", "prompts.txt"))
+    captions = dict(zip(names, prompts, strict=True))
+    return [
+        (int(first), int(end), captions[name].removeprefix("BUNNYTOON ")) for name, first, end in rows_of(HERE / "dataset/film_frames.txt")
+    ]
 
 
 def film_frames(film, work_dir, height, width):
@@ -123,12 +137,12 @@ class Muon:
             update = parameter.grad.lerp(average, self.momentum).flatten(1)
             rows, columns = update.shape
             update = update.T if rows > columns else update
-            update = update / (update.norm() + 1e-7)
+            update = (update / (update.norm() + 1e-7)).bfloat16()
             for _ in range(5):
                 product = update @ update.T
                 update = 3.4445 * update + (2.0315 * product @ product - 4.775 * product) @ update
             update = update.T if rows > columns else update
-            parameter.add_(update.reshape(parameter.shape), alpha=-learning_rate * max(1, rows / columns) ** 0.5)
+            parameter.add_(update.reshape(parameter.shape).float(), alpha=-learning_rate * max(1, rows / columns) ** 0.5)
 
 
 def train_vae(films, shots, work_dir, steps, seed, learning_rate=2e-3, muon_learning_rate=0.02):
@@ -206,7 +220,7 @@ def make_transformer():
     )
 
 
-def see_text(transformer, tokens):
+def see_text(transformer, tokens=TEXT_TOKENS):
     """Set the transformer's number of text tokens. Text has no positions: only the zero rows of the table change."""
     embed = transformer.patch_embed
     embed.max_text_seq_length = tokens
@@ -239,16 +253,16 @@ def encode_windows(vae, film, chosen, frames, path):
     return torch.load(path, mmap=True)
 
 
-def train_transformer(sets, captions, token_ids, work_dir, steps, seed, make_samples, learning_rate=2e-3, muon_learning_rate=0.02, batch=8):
-    """Train transformer and T5 together on the velocity loss. Returns the averaged (transformer, text encoder).
+def train_transformer(models, sets, captions, token_ids, work_dir, steps, seed, make_samples, learning_rates=(2e-3, 0.02), batch=16):
+    """Train (transformer, text encoder) together on the velocity loss, and average them.
 
-    sets: (latents, shot of each clip, share of the steps) for each size. Seven of eight steps use clips of the first size and 32
-    text tokens, enough for the longest caption; the rest use all sizes and the pipeline's padded 226 tokens, which make a step
-    three times as long.
+    learning_rates: AdamW's and Muon's.
+
+    sets: (latents, shot of each clip, share of the steps) for each size.
     """
     torch.manual_seed(seed)
-    scheduler, text_encoder, transformer = make_scheduler(), make_text_encoder(), make_transformer()
-    see_text(transformer, 32)
+    scheduler, (transformer, text_encoder) = make_scheduler(), models
+    see_text(transformer)
     parameters = [*transformer.parameters(), *text_encoder.parameters()]
     averages = [parameter.detach().clone() for parameter in parameters]
     blocks = {id(parameter) for part in (transformer.transformer_blocks, text_encoder.encoder.block) for parameter in part.parameters()}
@@ -256,34 +270,32 @@ def train_transformer(sets, captions, token_ids, work_dir, steps, seed, make_sam
     chosen = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in parameters if id(parameter) not in chosen]
     optimizer, muon = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0), Muon(matrices)
-    lengthened, curve = steps * 7 // 8, []
+    curve, shares = [], np.array([share for _, _, share in sets])
     bar = progress(range(steps), "transformer", unit="step")
     for step in bar:
-        if step == lengthened:
-            see_text(transformer, 226)
         rng, generator = random_of(seed, 2, step), torch.Generator().manual_seed(seed * 1_000_003 + step)
-        kinds = sets if step >= lengthened else sets[:1]
-        latents, shot_of, _ = kinds[rng.choice(len(kinds), p=np.array([s[2] for s in kinds]) / sum(s[2] for s in kinds))]
+        latents, shot_of, _ = sets[rng.choice(len(sets), p=shares / shares.sum())]
         count = max(1, round(batch * 120 / (latents.shape[2] * latents.shape[4] * latents.shape[5] / 4)))
         picked = rng.integers(0, len(latents), count)
         moments = latents[picked].float()
         clean = moments[:, 0] + moments[:, 1] * torch.randn(moments[:, 0].shape, generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
         timestep = torch.from_numpy((((np.arange(count) + rng.random(count)) / count) * 1000).astype(np.int64))
-        ids = token_ids[[len(captions) if rng.random() < 0.1 else shot_of[i] for i in picked]][:, : transformer.config.max_text_seq_length]
-        predicted = transformer(
-            hidden_states=scheduler.add_noise(clean, noise, timestep),
-            encoder_hidden_states=text_encoder(ids)[0],
-            timestep=timestep,
-            return_dict=False,
-        )[0]
-        loss = (predicted - scheduler.get_velocity(clean, noise, timestep)).square().mean()
+        ids = token_ids[[len(captions) if rng.random() < 0.1 else shot_of[i] for i in picked]]
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = transformer(
+                hidden_states=scheduler.add_noise(clean, noise, timestep),
+                encoder_hidden_states=text_encoder(ids)[0],
+                timestep=timestep,
+                return_dict=False,
+            )[0]
+        loss = (predicted.float() - scheduler.get_velocity(clean, noise, timestep)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         scale = min((step + 1) / 50, 0.02 + 0.98 * (1 - step / steps))
-        optimizer.param_groups[0]["lr"] = learning_rate * scale
+        optimizer.param_groups[0]["lr"] = learning_rates[0] * scale
         optimizer.step()
-        muon.step(muon_learning_rate * scale)
+        muon.step(learning_rates[1] * scale)
         for parameter in parameters:
             parameter.grad = None
         torch._foreach_lerp_(averages, [parameter.detach() for parameter in parameters], max(0.005, 9 / (step + 10)))
@@ -296,7 +308,6 @@ def train_transformer(sets, captions, token_ids, work_dir, steps, seed, make_sam
             make_samples(transformer, text_encoder, step + 1)
             if step + 1 < steps:
                 torch._foreach_copy_([parameter.data for parameter in parameters], live)
-    return transformer, text_encoder
 
 
 def sample(folder_parts, prompts, seed=0, steps=20, guidance=4.0):
@@ -335,8 +346,8 @@ def plot(curves, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.5))
-    for axis, (name, values) in zip(axes, curves.items(), strict=True):
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 3.5), squeeze=False)
+    for axis, (name, values) in zip(axes[0], curves.items(), strict=True):
         axis.plot(np.convolve(values, np.ones(50) / 50, "valid"))
         axis.set(title=name, xlabel="step (mean of 50)", yscale="log")
     figure.tight_layout()
@@ -351,23 +362,25 @@ def main(options):
     torch.manual_seed(options.seed)
     work_dir, started = options.work_dir, time.time()
     work_dir.mkdir(parents=True, exist_ok=True)
-    shots = read_shots()
+    shots = read_shots() + read_demo_clips()
     films = [film_frames(options.film, work_dir, *size) for size in SIZES]
-    if not (work_dir / "vae").exists():
+    if options.start_from:
+        shutil.copytree(options.start_from / "vae", work_dir / "vae", dirs_exist_ok=True)
+    elif not (work_dir / "vae").exists():
         train_vae(films, shots, work_dir, options.vae_steps, options.seed).save_pretrained(work_dir / "vae")
         print(f"VAE: {(time.time() - started) / 60:.0f} minutes")
-    vae = AutoencoderKLCogVideoX.from_pretrained(work_dir / "vae").eval()
+    vae = AutoencoderKLCogVideoX.from_pretrained(work_dir / "vae", torch_dtype=torch.float32).eval()
     show_reconstructions(vae, films, shots, work_dir / "vae_reconstructions.png", "film above, VAE below")
 
     sets = []
-    for film, frames, strides, every, share in ((0, 17, (3, 2, 1), 8, 0.8), (0, 49, (1,), 24, 0.12), (1, 17, (3, 2), 48, 0.08)):
+    for film, frames, strides, every, share in ((0, 17, (3, 2, 1), 8, 0.92), (0, 49, (1,), 24, 0.05), (1, 17, (3, 2), 48, 0.03)):
         chosen = windows(shots, frames, strides, every)
         path = work_dir / f"latents-{frames}x{films[film].shape[1]}x{films[film].shape[2]}.pt"
         sets.append((encode_windows(vae, films[film], chosen, frames, path), np.array([number for number, _, _ in chosen]), share))
         print(f"{len(chosen)} clips of {path.stem}")
     tokenizer, captions = AutoTokenizer.from_pretrained(TOKENIZER), [caption for _, _, caption in shots]
-    ids = tokenizer([*captions, ""], padding="max_length", max_length=226, truncation=True, return_tensors="pt").input_ids
-    prompts = [*captions[4::19], *DEMO_PROMPTS]
+    ids = tokenizer([*captions, ""], padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt").input_ids
+    prompts = [*captions[4:115:19], *DEMO_PROMPTS]
 
     def parts_of(transformer, text_encoder):
         models = {"transformer": transformer.eval(), "text_encoder": text_encoder.eval(), "vae": vae}
@@ -382,10 +395,17 @@ def main(options):
         text_encoder.train()
 
     started = time.time()
-    models = train_transformer(sets, captions, ids, work_dir, options.transformer_steps, options.seed, make_samples)
+    models = make_transformer(), make_text_encoder()
+    if options.start_from:
+        models = (
+            CogVideoXTransformer3DModel.from_pretrained(options.start_from, subfolder="transformer", torch_dtype=torch.float32),
+            T5EncoderModel.from_pretrained(options.start_from, subfolder="text_encoder", dtype=torch.float32),
+        )
+    train_transformer(models, sets, captions, ids, work_dir, options.transformer_steps, options.seed, make_samples)
     print(f"transformer: {(time.time() - started) / 60:.0f} minutes")
     write_folder(parts_of(*models), work_dir / "model")
-    plot({name: np.loadtxt(work_dir / f"{name}_curve.txt") for name in ("vae", "transformer")}, work_dir / "curves.png")
+    curves = [path for path in (work_dir / "vae_curve.txt", work_dir / "transformer_curve.txt") if path.exists()]
+    plot({path.stem: np.loadtxt(path) for path in curves}, work_dir / "curves.png")
 
 
 if __name__ == "__main__":
@@ -394,5 +414,6 @@ if __name__ == "__main__":
     parser.add_argument("--work_dir", type=Path, default=Path("base"))
     parser.add_argument("--vae_steps", type=int, default=1500)
     parser.add_argument("--transformer_steps", type=int, default=3200)
+    parser.add_argument("--start_from", type=Path, help="a model folder: its VAE is kept, and its transformer trained further")
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())

@@ -131,7 +131,7 @@ def parse(words):
     parser = flags.new_parser(__doc__)
     parser.prog = "python -m tools.benchmark quality"
     flag = flags.flag_group(parser, "quality")
-    flag("--settings", ["guide", "defaults"], "settings that take turns (default: guide defaults)", nargs="+", choices=list(SETTINGS))
+    flag("--settings", ["guide", "defaults"], "settings that take turns (default: guide defaults)", nargs="+", type=str, choices=list(SETTINGS))
     flag("--seeds", 5, "runs of each", at_least=1)
     flag("--steps", 300, "optimizer steps of a run; 300 are the guide's ten epochs", at_least=1)
     flag("--eval_steps", 20, "score every N steps", at_least=1)
