@@ -4,6 +4,7 @@
 `TrainingClips` is the torch Dataset over the run's positions.
 """
 
+import argparse
 import contextlib
 import csv
 import difflib
@@ -82,13 +83,24 @@ def decodable(path, cache):
 
 def list_eval_clips(args):
     """(records, problems, layout) of --eval_data_root, records and problems with the flag's name in front."""
-    if not args.eval_data_root:
+    return list_second_folder(args, "eval_data_root")
+
+
+def list_prior_clips(args):
+    """The same of --prior_data_root, whose captions stay as they are, without the id token."""
+    return list_second_folder(argparse.Namespace(**vars(args) | {"id_token": None}), "prior_data_root")
+
+
+def list_second_folder(args, flag):
+    """(records, problems, layout) of the folder that a flag names, nothing without it."""
+    root = getattr(args, flag)
+    if not root:
         return [], [], "nothing"
-    records, problems, layout = list_clips(args, args.eval_data_root)
+    records, problems, layout = list_clips(args, root)
     if not records and not problems:
         problems = ["contains no clips"]
-    records = [replace(record, where=f"--eval_data_root {record.where}") for record in records]
-    return records, [f"--eval_data_root: {problem.removeprefix('--instance_data_root ')}" for problem in problems], layout
+    records = [replace(record, where=f"--{flag} {record.where}") for record in records]
+    return records, [f"--{flag}: {problem.removeprefix('--instance_data_root ')}" for problem in problems], layout
 
 
 def read_hub_dataset(args):
@@ -402,11 +414,12 @@ def files_left_out(args, root, records, layout):
     """The names of up to MOST_LEFT_OUT files of a data folder that the run does not read: clips first, without hidden files.
 
     Beside a table that is given as `root`, only the folders of its clips are looked at. records, layout: from `read_records`.
-    Skips the encodings' cache, the folders of runs, and --eval_data_root in --instance_data_root.
+    Skips the encodings' cache, the folders of runs, and other data folders in this one.
     """
     if not records or not root:
         return []
-    seen = {os.path.realpath(other) for other in (args.encoding_cache_dir, args.instance_data_root, args.eval_data_root) if other}
+    others = args.encoding_cache_dir, args.instance_data_root, args.eval_data_root, args.prior_data_root
+    seen = {os.path.realpath(other) for other in others if other}
     seen -= {os.path.realpath(root)}
     root = Path(root).absolute()
     lists = [args.caption_column or "prompts.txt", args.video_column or "videos.txt"] if layout == LINE_FILES else [layout]

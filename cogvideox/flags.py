@@ -120,6 +120,7 @@ def add_data_flags(parser):
     flag("--max_num_frames", 49, "most frames per clip: 4k + 1", at_least=1, free=True)
     flag("--eval_share", 0.0, "share of the clips held out of training and scored, such as 0.1", at_least=0, below=1, free=True)
     flag("--eval_data_root", None, "a second data folder like --instance_data_root, all of it held out and scored", free=True)
+    flag("--prior_data_root", None, "another one, trained beside the clips with its captions as they are, without --id_token", free=True)
     flag("--caption_column", None, "file of captions, one per line, or a table's column (default: prompts.txt, or text)", free=True)
     flag("--video_column", None, "file of video paths, one per line, or a table's column (default: videos.txt, or video)", free=True)
     flag("--bucket", [], "sizes (480x720) and lengths (49); each clip gets the nearest of each (default: one size)", nargs="+")
@@ -172,7 +173,7 @@ def check_data_flags(args):
         problems.append("--instance_data_root and --dataset_name: give only one")
     if args.dataset_name and (fault := versions.misfit("datasets>=3.1")):
         problems.append(f"--dataset_name: {fault}; run pip install 'datasets>=3.1'")
-    expand_home(args, "instance_data_root", "eval_data_root", "dataset_name", "cache_dir", "encoding_cache_dir")
+    expand_home(args, "instance_data_root", "eval_data_root", "prior_data_root", "dataset_name", "cache_dir", "encoding_cache_dir")
     args.encoding_cache_dir = args.encoding_cache_dir or os.path.join(args.cache_dir or at_home("~/.cache"), "cogvideox-encodings")
     return problems
 

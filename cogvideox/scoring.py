@@ -194,7 +194,7 @@ class Scorer:
         self.args, self.trained, self.clip_losses, self.encodings = args, trained, clip_losses, encodings
         self.noise, self.num_train_timesteps = (args.seed, scaling_factor, num_train_timesteps), num_train_timesteps
         self.output_dir, self.captions = Path(args.output_dir), [record.caption for record in data.records]
-        self.sets = {"train": spread(data.trained, args.eval_clips), "held_out": spread(data.held_out, args.eval_clips)}
+        self.sets = {"train": spread(data.own, args.eval_clips), "held_out": spread(data.held_out, args.eval_clips)}
         # Only scores of the same model, clips, captions and noise compare.
         settings = [*run_identity, args.seed, args.base_precision, args.mixed_precision]
         settings += [(data.clips[clip]["sha256"], self.captions[clip]) for clips in self.sets.values() for clip in clips]

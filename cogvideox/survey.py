@@ -21,14 +21,15 @@ from cogvideox.files import hash_file, key_of, read_json, write_bytes
 from cogvideox.folder import UNKNOWN_NOTED, UNKNOWN_REFUSED, text_notes, token_ids, unknown_shares
 from cogvideox.order import choose_held_out
 from cogvideox.stopping import exit_if_requested
-from dataset import MOST_LEFT_OUT, files_left_out, list_clips, list_eval_clips
+from dataset import MOST_LEFT_OUT, files_left_out, list_clips, list_eval_clips, list_prior_clips
 
 
 @dataclass
 class Data:
     """The checked clips: parallel lists of records and facts; and the problems as sentences.
 
-    held_out: the numbers of the clips that are scored and never trained on; trained: the others.
+    held_out: the numbers of the clips that are scored and never trained on; trained: the others, those of --prior_data_root last.
+    prior: the numbers of these; own: of the other trained clips, which the scores and the size of the videos follow.
     """
 
     records: list
@@ -36,15 +37,20 @@ class Data:
     problems: list
     framing: Framing
     held_out: list = field(default_factory=list)
+    prior: list = field(default_factory=list)
 
     @functools.cached_property
     def trained(self):
         held_out = set(self.held_out)
         return [number for number in range(len(self.records)) if number not in held_out]
 
+    @functools.cached_property
+    def own(self):
+        return self.trained[: len(self.trained) - len(self.prior)]
+
     def most_common_shape(self):
-        """(frames, height, width) of most training clips."""
-        shapes = Counter((clip["frames"], clip["height"], clip["width"]) for clip in (self.clips[i] for i in self.trained))
+        """(frames, height, width) of most of the own training clips."""
+        shapes = Counter((clip["frames"], clip["height"], clip["width"]) for clip in (self.clips[i] for i in self.own))
         return shapes.most_common(1)[0][0]
 
 
@@ -52,7 +58,10 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     """List and decode every clip, print the report, and return the Data. Writes dataset.json and dataset_report.txt."""
     records, problems, layout = list_clips(args)
     others, more_problems, eval_layout = list_eval_clips(args)
-    of_data, records, problems = len(records), records + others, problems + more_problems
+    priors, prior_problems, prior_layout = list_prior_clips(args)
+    of_data, before_prior = len(records), len(records) + len(others)
+    # The prior clips come last: those of the other folders keep their numbers, on which the noise of their scores depends.
+    records, problems = records + others + priors, problems + more_problems + prior_problems
     framing, cache = framing_of(args, facts), Path(args.encoding_cache_dir)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     mine = survey_clips(records[rank::world_size], framing, args.seed, cache, readers, show_progress=rank == 0)
@@ -71,7 +80,7 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
         )
     usable = [i for i, clip in enumerate(clips) if "reason" not in clip]
     own = [i for i in usable if i < of_data]
-    drawn = {own[i] for i in choose_held_out(len(own), args.eval_share, args.seed)} | {i for i in usable if i >= of_data}
+    drawn = {own[i] for i in choose_held_out(len(own), args.eval_share, args.seed)} | {i for i in usable if of_data <= i < before_prior}
     held_out = [number for number, i in enumerate(usable) if i in drawn]
     if own and drawn.issuperset(own):
         problems.append(f"--eval_share {args.eval_share:g}: leaves none of {len(own)} clips for training; give a smaller share, or 0")
@@ -83,9 +92,11 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     left_out = []
     if accelerator.is_main_process:
         left_out += files_left_out(args, args.instance_data_root, records[:of_data], layout)
-        more = files_left_out(args, args.eval_data_root, records[of_data:], eval_layout)
+        more = files_left_out(args, args.eval_data_root, others, eval_layout)
         left_out += [str(Path(args.eval_data_root, name)) for name in more]
-    dataset = describe(records, clips, readings, limit, framing, drawn, left_out)
+        more = files_left_out(args, args.prior_data_root, priors, prior_layout)
+        left_out += [str(Path(args.prior_data_root, name)) for name in more]
+    dataset = describe(records, clips, readings, limit, framing, drawn, left_out, before_prior)
     dataset = {"source": args.dataset_name or args.instance_data_root, "layout": layout} | dataset | {"problems": problems}
     if accelerator.is_main_process:
         write_bytes(Path(args.output_dir) / "dataset.json", json.dumps(dataset, indent=1).encode())
@@ -103,7 +114,8 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     prompts = [(f"validation prompt {number}", prompt) for number, prompt in enumerate(args.prompts, 1)]
     for note in text_notes(tokenizer, [*prompts, ("--negative_prompt", args.negative_prompt)], limit) if tokenizer and prompts else ():
         warn(note)  # only the videos suffer, so this ends no run
-    return Data([records[i] for i in usable], [clips[i] for i in usable], problems, framing, held_out)
+    prior = [number for number, i in enumerate(usable) if i >= before_prior]
+    return Data([records[i] for i in usable], [clips[i] for i in usable], problems, framing, held_out, prior)
 
 
 class Reading(NamedTuple):
@@ -243,19 +255,20 @@ def remember_survey(facts, cache):
 INNER_FACTS = {"indices", "box", "stored_width", "stored_height", "treatment", "decoder", "note", "survey", "path"}
 
 
-def describe(records, facts, readings, limit, framing, held_out=(), left_out=()):
+def describe(records, facts, readings, limit, framing, held_out=(), left_out=(), before_prior=None):
     """The content of dataset.json, the source of the text report and the page: {clips, totals, remarks, left_out}, JSON-ready.
 
     facts: one dict per record, from `survey_clips`. readings: of each caption, which is truncated at `limit` tokens. held_out: the
-    numbers of the records that are scored and never trained on. left_out: from `files_left_out`.
+    numbers of the records that are scored and never trained on. left_out: from `files_left_out`. before_prior: the number of the
+    first record of --prior_data_root (None: there is none).
     """
-    clips = []
+    clips, before_prior = [], len(records) if before_prior is None else before_prior
     for number, (record, clip, reading) in enumerate(zip(records, facts, readings, strict=True)):
         described = {"line": record.where, "path": record.listed, "caption": record.caption, "tokens": len(reading.ids)}
         described |= {
             "unknown_percent": round(100 * reading.unknown, 1),
             "is_caption_cut": len(reading.ids) > limit,
-            "split": "held out" if number in held_out else "trained",
+            "split": "held out" if number in held_out else "prior" if number >= before_prior else "trained",
             "problem": None,
             "notes": [],
         }
@@ -267,6 +280,7 @@ def describe(records, facts, readings, limit, framing, held_out=(), left_out=())
         clips.append(described | {"notes": [clip["note"]] if clip["note"] else []})
     usable = [clip for clip in clips if not clip["problem"]]
     totals = {"clips": len(clips), "usable": len(usable), "held_out": sum(clip["split"] == "held out" for clip in usable)}
+    totals |= {"prior": sum(clip["split"] == "prior" for clip in usable)}
     totals |= {"seconds": sum(clip["seconds"] for clip in usable), "source_seconds": sum(clip["source_seconds"] for clip in usable)}
     totals |= {"buckets": dict(Counter(clip["bucket"] for clip in usable).most_common())}
     alike = alike_to_the_model([clip["caption"] for clip in clips], readings, limit)
@@ -332,9 +346,11 @@ def remarks(clips, usable, totals, limit, framing):
     captions = Counter(clip["caption"] for clip in usable)
     if alike := [clip for clip in usable if captions[clip["caption"]] > 1]:
         yield f"{len(alike)} clips share their caption with another: {some(alike)}"
+    if prior := [clip for clip in usable if clip["split"] == "prior"]:
+        yield f"{len(prior)} clips are of --prior_data_root: trained with their captions as they are: {some(prior)}"
     if held_out := [clip for clip in usable if clip["split"] == "held out"]:
         yield f"{len(held_out)} clips are held out: scored, and never trained on: {some(held_out, most=len(held_out))}"
-        trained = {clip["sha256"] for clip in usable if clip["split"] == "trained"}
+        trained = {clip["sha256"] for clip in usable if clip["split"] != "held out"}
         if copies := sum(clip["sha256"] in trained for clip in held_out):
             yield f"{copies} of the held-out clips have the same content as a training clip: their score does not detect memorising"
 

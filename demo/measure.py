@@ -1,14 +1,39 @@
-"""Measure how much colour the demo's LoRA removes, and draw the demo's picture: `python -m demo.measure demo/output`."""
+"""What the demo's LoRA changes and what it leaves, in four figures, and the demo's picture: `python -m demo.measure demo/output`.
+
+With the trigger word the colour goes and the picture stays; without it the colour stays; and the loss on clips that were not trained
+on falls.
+"""
 
 import argparse
-import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from cogvideox.files import read_json, read_json_lines
+from cogvideox.scoring import evaluations
 from cogvideox.video import read_video
 from demo.picture import write_picture
+
+LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
+# name of a figure: (least, most) that the demo is made for
+WANTED = {
+    "saturation with the trigger": (-1, -0.6),
+    "brightness correlation of base and LoRA": (0.75, 1),
+    "saturation without the trigger": (-0.2, 0.2),
+    "loss on held-out clips": (-1, -0.3),
+}
+
+
+class Pair(NamedTuple):
+    """One validation video at step 0 and at the last step: uint8 frames [F, H, W, 3], with one prompt and one seed."""
+
+    prompt: str
+    has_trigger: bool
+    base: np.ndarray
+    trained: np.ndarray
+    step: int
 
 
 def saturation(frames):
@@ -17,45 +42,71 @@ def saturation(frames):
     return float((frames.max(-1) - frames.min(-1)).sum() / max(frames.max(-1).sum(), 1))
 
 
-def validation_pairs(output_dir):
-    """(path at step 0, path at the last step) of each validation video that exists at both."""
+def brightness_correlation(first, second):
+    """Pearson's correlation of the luma of two videos [F, H, W, 3], per frame, averaged over the frames. 1: the same picture."""
+    pairs = zip(np.asarray(first, np.float64) @ LUMA, np.asarray(second, np.float64) @ LUMA, strict=True)
+    return float(np.mean([np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in pairs]))
+
+
+def read_pairs(output_dir):
+    """The Pairs of a run: each validation video that exists at step 0 and at the last step with videos."""
     steps = sorted(path for path in (Path(output_dir) / "validation").glob("step-*") if any(path.glob("*.mp4")))
     if len(steps) < 2:
         return []
-    return [(steps[0] / path.name, path) for path in sorted(steps[-1].glob("*.mp4")) if (steps[0] / path.name).exists()]
+    trigger = read_json(Path(output_dir) / "run.json")["flags"]["id_token"]
+    listed = {video["name"]: video["prompt"] for video in read_json(steps[-1] / "videos.json")["videos"]}
+    return [
+        Pair(listed[path.name], trigger in listed[path.name], read_video(steps[0] / path.name), read_video(path), step_of(path))
+        for path in sorted(steps[-1].glob("*.mp4"))
+        if (steps[0] / path.name).exists()
+    ]
 
 
-def measure(output_dir):
-    """(name, saturation at step 0, saturation at the last step) of each validation video that exists at both."""
-    return [(last.stem, saturation(read_video(first)), saturation(read_video(last))) for first, last in validation_pairs(output_dir)]
+def step_of(path):
+    """The step of a validation video."""
+    return int(path.parent.name.removeprefix("step-"))
+
+
+def figures(output_dir, pairs):
+    """The figures of WANTED, as shares of the base model's; without those that a run has no videos or scores for."""
+    found = {}
+    for name, has_trigger in (("saturation with the trigger", True), ("saturation without the trigger", False)):
+        if chosen := [pair for pair in pairs if pair.has_trigger == has_trigger]:
+            found[name] = np.mean([saturation(p.trained) for p in chosen]) / np.mean([saturation(p.base) for p in chosen]) - 1
+    if chosen := [pair for pair in pairs if pair.has_trigger]:
+        found["brightness correlation of base and LoRA"] = np.mean([brightness_correlation(p.base, p.trained) for p in chosen])
+    scores = evaluations(read_json_lines(Path(output_dir) / "metrics.jsonl"))
+    if scores and scores[-1]["eval_held_out_loss"] is not None:
+        found["loss on held-out clips"] = scores[-1]["eval_held_out_loss"] / scores[-1]["eval_held_out_base_loss"] - 1
+    return {name: float(found[name]) for name in WANTED if name in found}
+
+
+def shown(name, value):
+    """A figure as text: a correlation as it is, a change in percent."""
+    return f"{value:.2f}" if "correlation" in name else f"{100 * value:+.0f} %"
 
 
 def main(output_dir, old_film_dir):
-    rows = measure(output_dir)
-    if not rows:
+    pairs = read_pairs(output_dir)
+    if not pairs:
         sys.exit(f"{output_dir}: no validation videos of two steps; run make demo first")
-    print("\nsaturation of the validation videos (0 is grey)   before   after")
-    for name, before, after in rows:
-        print(f"  {name[:46]:46}  {before:6.3f}  {after:6.3f}   {100 * (after / before - 1):+.0f} %")
-    before, after = np.mean([row[1] for row in rows]), np.mean([row[2] for row in rows])
-    print(f"  {'mean':46}  {before:6.3f}  {after:6.3f}   {100 * (after / before - 1):+.0f} %")
+    print(f"\n{'validation videos':48} {'saturation (0 is grey)':>24} {'brightness':>12}")
+    print(f"{'':48} {'before':>8} {'after':>7} {'change':>7} {'correlation':>12}")
+    for pair in pairs:
+        before, after = saturation(pair.base), saturation(pair.trained)
+        change = shown("", after / before - 1)
+        print(f"{pair.prompt[:47]:48} {before:8.3f} {after:7.3f} {change:>7} {brightness_correlation(pair.base, pair.trained):12.2f}")
+    print(f"\n{'figure':42} {'made for':>18} {'this run':>9}")
+    for name, value in figures(output_dir, pairs).items():
+        least, most = WANTED[name]
+        print(f"{name:42} {shown(name, least) + ' to ' + shown(name, most):>18} {shown(name, value):>9}")
     picture = Path(output_dir) / "demo.png"
-    write_picture(picture, old_film_dir, videos_of(output_dir))
+    write_picture(picture, old_film_dir, pairs)
     print(f"\nthe demo in one picture: {picture}")
 
 
-def videos_of(output_dir):
-    """(prompt, frames at step 0, frames at the last step, the last step) of each validation video that exists at both."""
-    videos = []
-    for first, last in validation_pairs(output_dir):
-        listed = json.loads((last.parent / "videos.json").read_text(encoding="utf-8"))["videos"]
-        prompt = next(video["prompt"] for video in listed if video["name"] == last.name)
-        videos.append((prompt, read_video(first), read_video(last), int(last.parent.name.removeprefix("step-"))))
-    return videos
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", nargs="?", default="demo/output")
     parser.add_argument("old_film_dir", nargs="?", default="demo/old_film", help="the training clips")
     options = parser.parse_args()

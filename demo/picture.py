@@ -13,18 +13,15 @@ COLUMNS, FRAME_WIDTH, LABEL_WIDTH, GAP, HEADING_HEIGHT, TEXT_PIXELS = 6, 128, 11
 INK, FAINT = "#1f2328", "#656d76"
 
 
-def write_picture(path, old_film_dir, videos):
-    """Write a run's picture as a PNG, about 900 pixels wide.
-
-    old_film_dir: the training data folder. videos: [(prompt, base frames, LoRA frames, the LoRA's step)], uint8 [F, H, W, 3].
-    """
-    size = videos[0][1].shape[1:3]
+def write_picture(path, old_film_dir, pairs):
+    """Write a run's picture as a PNG, about 900 pixels wide. old_film_dir: the training data folder. pairs: from `measure.read_pairs`."""
+    size = pairs[0].base.shape[1:3]
     rows = [
         ("", "Captioned clips in a style that the base model has never seen; the trigger word is OLDFILM."),
         ("training clips", training_frames(old_film_dir, size)),
     ]
-    for prompt, base, trained, step in videos:
-        rows += [("", prompt), ("base model", spread(base)), (f"LoRA, step {step}", spread(trained))]
+    for pair in pairs:
+        rows += [("", pair.prompt), ("base model", spread(pair.base)), (f"LoRA, step {pair.step}", spread(pair.trained))]
     frame_height = round(FRAME_WIDTH * size[0] / size[1])
     width = LABEL_WIDTH + COLUMNS * (FRAME_WIDTH + GAP)
     heights = [HEADING_HEIGHT if isinstance(content, str) else frame_height + GAP for _, content in rows]

@@ -123,12 +123,12 @@ class Muon:
             update = parameter.grad.lerp(average, self.momentum).flatten(1)
             rows, columns = update.shape
             update = update.T if rows > columns else update
-            update = update / (update.norm() + 1e-7)
+            update = (update / (update.norm() + 1e-7)).bfloat16()
             for _ in range(5):
                 product = update @ update.T
                 update = 3.4445 * update + (2.0315 * product @ product - 4.775 * product) @ update
             update = update.T if rows > columns else update
-            parameter.add_(update.reshape(parameter.shape), alpha=-learning_rate * max(1, rows / columns) ** 0.5)
+            parameter.add_(update.reshape(parameter.shape).float(), alpha=-learning_rate * max(1, rows / columns) ** 0.5)
 
 
 def train_vae(films, shots, work_dir, steps, seed, learning_rate=2e-3, muon_learning_rate=0.02):
@@ -239,15 +239,17 @@ def encode_windows(vae, film, chosen, frames, path):
     return torch.load(path, mmap=True)
 
 
-def train_transformer(sets, captions, token_ids, work_dir, steps, seed, make_samples, learning_rate=2e-3, muon_learning_rate=0.02, batch=8):
-    """Train transformer and T5 together on the velocity loss. Returns the averaged (transformer, text encoder).
+def train_transformer(models, sets, captions, token_ids, work_dir, steps, seed, make_samples, learning_rates=(2e-3, 0.02), batch=16):
+    """Train (transformer, text encoder) together on the velocity loss, and average them.
+
+    learning_rates: AdamW's and Muon's.
 
     sets: (latents, shot of each clip, share of the steps) for each size. Seven of eight steps use clips of the first size and 32
     text tokens, enough for the longest caption; the rest use all sizes and the pipeline's padded 226 tokens, which make a step
     three times as long.
     """
     torch.manual_seed(seed)
-    scheduler, text_encoder, transformer = make_scheduler(), make_text_encoder(), make_transformer()
+    scheduler, (transformer, text_encoder) = make_scheduler(), models
     see_text(transformer, 32)
     parameters = [*transformer.parameters(), *text_encoder.parameters()]
     averages = [parameter.detach().clone() for parameter in parameters]
@@ -271,19 +273,20 @@ def train_transformer(sets, captions, token_ids, work_dir, steps, seed, make_sam
         noise = torch.randn(clean.shape, generator=generator)
         timestep = torch.from_numpy((((np.arange(count) + rng.random(count)) / count) * 1000).astype(np.int64))
         ids = token_ids[[len(captions) if rng.random() < 0.1 else shot_of[i] for i in picked]][:, : transformer.config.max_text_seq_length]
-        predicted = transformer(
-            hidden_states=scheduler.add_noise(clean, noise, timestep),
-            encoder_hidden_states=text_encoder(ids)[0],
-            timestep=timestep,
-            return_dict=False,
-        )[0]
-        loss = (predicted - scheduler.get_velocity(clean, noise, timestep)).square().mean()
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = transformer(
+                hidden_states=scheduler.add_noise(clean, noise, timestep),
+                encoder_hidden_states=text_encoder(ids)[0],
+                timestep=timestep,
+                return_dict=False,
+            )[0]
+        loss = (predicted.float() - scheduler.get_velocity(clean, noise, timestep)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         scale = min((step + 1) / 50, 0.02 + 0.98 * (1 - step / steps))
-        optimizer.param_groups[0]["lr"] = learning_rate * scale
+        optimizer.param_groups[0]["lr"] = learning_rates[0] * scale
         optimizer.step()
-        muon.step(muon_learning_rate * scale)
+        muon.step(learning_rates[1] * scale)
         for parameter in parameters:
             parameter.grad = None
         torch._foreach_lerp_(averages, [parameter.detach() for parameter in parameters], max(0.005, 9 / (step + 10)))
@@ -296,7 +299,6 @@ def train_transformer(sets, captions, token_ids, work_dir, steps, seed, make_sam
             make_samples(transformer, text_encoder, step + 1)
             if step + 1 < steps:
                 torch._foreach_copy_([parameter.data for parameter in parameters], live)
-    return transformer, text_encoder
 
 
 def sample(folder_parts, prompts, seed=0, steps=20, guidance=4.0):
@@ -353,10 +355,12 @@ def main(options):
     work_dir.mkdir(parents=True, exist_ok=True)
     shots = read_shots()
     films = [film_frames(options.film, work_dir, *size) for size in SIZES]
-    if not (work_dir / "vae").exists():
+    if options.start_from:
+        shutil.copytree(options.start_from / "vae", work_dir / "vae", dirs_exist_ok=True)
+    elif not (work_dir / "vae").exists():
         train_vae(films, shots, work_dir, options.vae_steps, options.seed).save_pretrained(work_dir / "vae")
         print(f"VAE: {(time.time() - started) / 60:.0f} minutes")
-    vae = AutoencoderKLCogVideoX.from_pretrained(work_dir / "vae").eval()
+    vae = AutoencoderKLCogVideoX.from_pretrained(work_dir / "vae", torch_dtype=torch.float32).eval()
     show_reconstructions(vae, films, shots, work_dir / "vae_reconstructions.png", "film above, VAE below")
 
     sets = []
@@ -382,7 +386,13 @@ def main(options):
         text_encoder.train()
 
     started = time.time()
-    models = train_transformer(sets, captions, ids, work_dir, options.transformer_steps, options.seed, make_samples)
+    models = make_transformer(), make_text_encoder()
+    if options.start_from:
+        models = (
+            CogVideoXTransformer3DModel.from_pretrained(options.start_from, subfolder="transformer", torch_dtype=torch.float32),
+            T5EncoderModel.from_pretrained(options.start_from, subfolder="text_encoder", dtype=torch.float32),
+        )
+    train_transformer(models, sets, captions, ids, work_dir, options.transformer_steps, options.seed, make_samples)
     print(f"transformer: {(time.time() - started) / 60:.0f} minutes")
     write_folder(parts_of(*models), work_dir / "model")
     plot({name: np.loadtxt(work_dir / f"{name}_curve.txt") for name in ("vae", "transformer")}, work_dir / "curves.png")
@@ -394,5 +404,6 @@ if __name__ == "__main__":
     parser.add_argument("--work_dir", type=Path, default=Path("base"))
     parser.add_argument("--vae_steps", type=int, default=1500)
     parser.add_argument("--transformer_steps", type=int, default=3200)
+    parser.add_argument("--start_from", type=Path, help="a model folder: its VAE is kept, and its transformer trained further")
     parser.add_argument("--seed", type=int, default=0)
     main(parser.parse_args())

@@ -138,6 +138,7 @@ def clips_of(count, held_out=0):
         records=[SimpleNamespace(caption=f"clip {number}", listed=f"videos/{number}.mp4") for number in range(count)],
         clips=[{"sha256": f"{number:064x}", "frames": 9, "height": 32, "width": 48} for number in range(count)],
         trained=list(range(count - held_out)),
+        own=list(range(count - held_out)),
         held_out=list(range(count - held_out, count)),
     )
 

@@ -50,7 +50,7 @@ def test_the_same_clips_under_other_numbers_have_other_noise_and_another_score(t
 
     def key(encodings, clips):
         data = clips_of(9)
-        data.trained = clips
+        data.own = clips
         args = flags_of(tmp_path, eval_clips=2)
         return scoring.Scorer(args, make_trained(), None, encodings, data, 1.0, 1000).base_key
 

@@ -404,6 +404,7 @@ def left_out(root, **settings):
         "video_column": None,
         "instance_data_root": str(root),
         "eval_data_root": None,
+        "prior_data_root": None,
         "encoding_cache_dir": "/no",
     }
     return files_left_out(SimpleNamespace(**args | settings), root, records, layout)
@@ -449,7 +450,7 @@ def test_a_caption_without_a_clip_and_a_clip_without_a_list_are_named_and_runs_a
     add(clips, "labels/99.txt", "run/dataset_report.txt", "run/validation/a.mp4", "cache/clips/a.safetensors", "eval/videos/b.mp4")
     (clips / "videos.txt").write_text("\n".join((clips / "videos.txt").read_text().splitlines()[1:]))
     (clips / "prompts.txt").write_text("\n".join((clips / "prompts.txt").read_text().splitlines()[1:]))
-    settings = {"encoding_cache_dir": str(clips / "cache"), "eval_data_root": str(clips / "eval")}
+    settings = {"encoding_cache_dir": str(clips / "cache"), "eval_data_root": str(clips / "eval"), "prior_data_root": None}
     assert left_out(clips, **settings) == ["videos/02.mp4", "labels/99.txt"]
     shutil.move(clips / "videos", tmp_path / "elsewhere")
     (clips / "videos").symlink_to(tmp_path / "elsewhere")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import train_cogvideox_lora as script
 from cogvideox import launch, order, scoring, validation
 from cogvideox.files import read_json_lines
+from dataset import list_clips, list_eval_clips, list_prior_clips
 from tests.conftest import lora_of, same, words
 from tests.stand_ins import Noise, OneProcess, TwoWeights, clips_of, flags_of, make_trained, plan_of, train_one_step
 
@@ -113,6 +114,58 @@ def test_a_second_folder_is_held_out_whole(train, clips, tmp_path, capsys):
     train(data=clips, output=folder, max_train_steps=2, resume_from_checkpoint="latest")
     with pytest.raises(SystemExit) as stop:
         train(data=clips, output=folder, max_train_steps=3, resume_from_checkpoint="latest", eval_share=0.25)
+    assert stop.value.code == 4
+
+
+@pytest.fixture
+def four_and_two(clips, tmp_path):
+    """(a folder of four of the clips, one of the other two)."""
+    prior = shutil.copytree(clips, tmp_path / "prior")
+    for name in ("prompts.txt", "videos.txt"):
+        lines = (clips / name).read_text().splitlines()
+        (clips / name).write_text("\n".join(lines[:4]) + "\n")
+        (prior / name).write_text("\n".join(lines[4:]) + "\n")
+    return clips, prior
+
+
+def test_captions_of_the_prior_folder_stay_as_they_are(four_and_two, tmp_path):
+    own, prior = four_and_two
+    args = script.parse_args(words("m", own, "o", tmp_path, id_token="OLDFILM", prior_data_root=prior, eval_data_root=prior))
+    assert [record.caption for record in list_prior_clips(args)[0]] == (prior / "prompts.txt").read_text().splitlines()
+    for records in (list_clips(args)[0], list_eval_clips(args)[0]):
+        assert all(record.caption.startswith("OLDFILM ") for record in records)
+    (prior / "prompts.txt").write_text("")
+    _, problems, _ = list_prior_clips(args)
+    assert problems == [f"--prior_data_root: {prior / 'prompts.txt'}: no entries"]
+    args.prior_data_root = None
+    assert list_prior_clips(args) == ([], [], "nothing")
+
+
+@pytest.mark.slow
+def test_prior_clips_are_trained_and_never_held_out_nor_scored(train, four_and_two, tmp_path, monkeypatch, capsys):
+    own, prior = four_and_two
+    flags = {"data": own, "id_token": "OLDFILM", "eval_share": 0.25, "eval_clips": 4, "max_train_steps": 10}
+    drawn, plain = [], script.TrainingClips.__getitem__
+    monkeypatch.setattr(
+        script.TrainingClips, "__getitem__", lambda self, position: drawn.append(self.clip_of(position)) or plain(self, position)
+    )
+    alone = train(**flags)
+    drawn_alone = set(drawn)
+    drawn.clear()
+    beside = train(**flags, prior_data_root=prior)
+    assert len(drawn_alone) == 3
+    assert set(drawn) == drawn_alone | {4, 5}
+    splits = [[clip["split"] for clip in json.loads((folder / "dataset.json").read_text())["clips"]] for folder in (alone, beside)]
+    assert splits[1] == [*splits[0], "prior", "prior"]
+    assert sorted(splits[0]) == ["held out", "trained", "trained", "trained"]
+    captions = [clip["caption"].startswith("OLDFILM ") for clip in json.loads((beside / "dataset.json").read_text())["clips"]]
+    assert captions == [True] * 4 + [False] * 2
+    assert "2 clips are of --prior_data_root: trained with their captions as they are" in (beside / "dataset_report.txt").read_text()
+    assert scores_of(beside)[0] == scores_of(alone)[0] | {"eval_clips": scores_of(beside)[0]["eval_clips"]}  # of the same clips and noise
+    assert not same(lora_of(beside), lora_of(alone))
+    train(**flags | {"max_train_steps": 11}, output=beside, resume_from_checkpoint="latest", prior_data_root=prior)
+    with pytest.raises(SystemExit) as stop:  # other clips are another run
+        train(**flags | {"max_train_steps": 12}, output=beside, resume_from_checkpoint="latest")
     assert stop.value.code == 4
 
 

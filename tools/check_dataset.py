@@ -25,7 +25,7 @@ from cogvideox.survey import (
     without_unreadable,
 )
 from cogvideox.video import contact_sheet, film_strip
-from dataset import files_left_out, list_clips
+from dataset import files_left_out, list_clips, list_prior_clips
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 MOST_ON_SHEET = 100
@@ -95,6 +95,9 @@ def main(words=None):
         flags.refuse(parser, problems)
 
     records, problems, layout = list_clips(args)
+    priors, prior_problems, _ = list_prior_clips(args)
+    left_out, before_prior = files_left_out(args, args.instance_data_root, records, layout), len(records)
+    records, problems = records + priors, problems + prior_problems
     framing, cache = framing_of(args, COGVIDEOX_2B), Path(args.encoding_cache_dir)
     tokenizer, limit = load_tokenizer(Path(args.tokenizer)), COGVIDEOX_2B.max_text_seq_length
     readings = read_captions(args.id_token, tokenizer, records)
@@ -102,11 +105,10 @@ def main(words=None):
     with Readers(decode_workers(), args.clip_timeout_seconds) as readers:
         clips = without_unreadable(survey_clips(records, framing, args.seed, cache, readers), readings)
         rows, static, pairs = look(records, clips, framing, args.seed, readers)
-    good = [clip for clip in clips if "reason" not in clip]
-    left_out = files_left_out(args, args.instance_data_root, records, layout)
-    dataset = describe(records, clips, readings, limit, framing, left_out=left_out)
+    good, own = ([clip for clip in group if "reason" not in clip] for group in (clips, clips[:before_prior]))
+    dataset = describe(records, clips, readings, limit, framing, left_out=left_out, before_prior=before_prior)
     print(f"{layout} of {args.dataset_name or args.instance_data_root}\n")
-    print("\n".join([*table_lines(dataset), "", *dataset["remarks"], *advice(good, static, pairs)]))
+    print("\n".join([*table_lines(dataset), "", *dataset["remarks"], *advice(own, static, pairs)]))
     problems += unusable(records, clips)
     if rows:
         contact_sheet(args.sheet, rows, f"{len(rows)} of {len(good)} clips as the model will see them")
