@@ -22,14 +22,14 @@ $(VENV)/installed: requirements.txt tests/requirements.txt constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt -c constraints.txt
 	touch $@
 
-demo/old_film/videos.txt: demo/old_film.py $(VENV)/installed
+demo/old_film/colour/videos.txt: demo/old_film.py $(VENV)/installed
 	$(BIN)/python -m demo.old_film demo/old_film
 
 demo/tiny_model/model_index.json: demo/make_model.py $(VENV)/installed
 	$(BIN)/python -m demo.make_model demo/tiny_model
 
 # The shipped script, with the demo's paths and a size for a CPU. The cosine keeps more of the base model's content.
-demo: demo/old_film/videos.txt
+demo: demo/old_film/colour/videos.txt
 	PATH="$(CURDIR)/$(BIN):$$PATH" MODEL_PATH=demo/model DATASET_PATH=demo/old_film OUTPUT_PATH=demo/output CACHE_PATH=demo/cache \
 	bash finetune_single_gpu.sh --id_token OLDFILM --height 64 --width 96 --max_num_frames 17 --mixed_precision no \
 	  --gradient_checkpointing none --rank 64 --lora_alpha 64 --max_train_steps 300 --learning_rate 1e-3 --lr_scheduler cosine \

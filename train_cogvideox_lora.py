@@ -97,6 +97,7 @@ def build_parser():
         at_least=0,
         free=True,
     )
+    flag("--validation_without_trigger", True, "one more video each time: of the first prompt with the id token, without it", free=True)
     flag("--num_inference_steps", 50, "denoising steps", at_least=1, free=True)
     flag("--validation_scheduler", "stored", "sampler: the model's own, ddim or dpm (needs fewer steps)", choices=SAMPLERS, free=True)
     flag("--guidance_scale", 6.0, "classifier-free guidance; 1: off", at_least=0, free=True)
@@ -202,6 +203,10 @@ def check_flags(args):
     args.prompts = [p.strip() for p in (args.validation_prompt or "").split(separator) if p.strip()]
     if args.validation_prompt and not args.prompts:
         problems.append("--validation_prompt: contains no prompt")
+    plain = [(number, text) for number, prompt in enumerate(args.prompts) if (text := flags.without_token(prompt, args.id_token))]
+    args.prompts_have_trigger = bool(plain)
+    # (the number of a prompt, its text without the token)
+    args.plain_prompt = plain[0] if plain and args.validation_without_trigger else None
     if args.push_to_hub and (problem := hub.unfit_name(args)):
         problems.append(problem)
     if not args.resume_from_checkpoint:  # a run of an earlier version may have them, and is resumed with the same flags
@@ -259,6 +264,7 @@ from cogvideox import (
     lora,
     memory,
     metrics,
+    motion,
     price,
     rehearsal,
     report,
@@ -494,7 +500,8 @@ def main(args):
     checkpointer = checkpoint.Checkpointer(args, trained, run_facts, result_facts)
     base_identity = base_model.identity_of(args, identities["transformer"], scheduler, device)
     vae = functools.partial(load_vae, folder, device, args.variant, args.enable_slicing, args.enable_tiling)
-    validator = validation.Validator(args, trained, scheduler, encodings, vae, data.most_common_shape(), plan, base_identity)
+    data_motion = functools.partial(motion.of_data, args, data)
+    validator = validation.Validator(args, trained, scheduler, encodings, vae, data.most_common_shape(), plan, base_identity, data_motion)
     scorer = scoring.Scorer(
         args, trained, clip_losses, encodings, data, facts.scaling_factor, num_timesteps, tuple(identities.values()), base_identity
     )
@@ -514,6 +521,7 @@ def main(args):
     first_step = checkpointer.load()
     meter = metrics.Meter(args, trained, plan, first_step)
     scorer.begin(meter)
+    validator.begin(meter)
     preview = Preview(args, trained, data, encodings, vae)
     guard = metrics.NonFiniteGuard(args, trained, plan.clip_of, data.records, checkpointer)
     say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, num_parameters)

@@ -204,7 +204,21 @@ def charts_of(lines):
         line_chart("Learning rate", [("learning rate", "one", points_of(lines, "learning_rate"))]),
         line_chart("Gradient norm", [("before clipping", "one", points_of(lines, "grad_norm"))]),
         line_chart("Seconds per step", [("seconds", "one", points_of(lines, "seconds_per_step"))]),
+        *video_charts(lines),
     ]
+
+
+def video_charts(lines):
+    """The charts of the validation videos, none without videos that were measured."""
+    charts, moves, data = [], points_of(lines, "motion"), points_of(lines, "motion_data")
+    if moves:
+        ends = [(step, data[-1][1]) for step in (moves[0][0], moves[-1][0])] if data else []  # the same at every step
+        series = [("videos", "one", moves), ("step 0", "one base", points_of(lines, "motion_base")), ("training clips", "two base", ends)]
+        charts.append(line_chart("Motion of the videos", series, "Grey levels per second."))
+    if without := points_of(lines, "moved_without_trigger"):
+        series = [("with the trigger", "one", points_of(lines, "moved_with_trigger")), ("without it", "two", without)]
+        charts.append(line_chart("Distance from step 0's video", series, "Mean difference in grey levels."))
+    return charts
 
 
 def newest_score(lines):

@@ -208,6 +208,7 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
     cache, rank, world_size = Path(args.encoding_cache_dir), accelerator.process_index, accelerator.num_processes
     device, variant, length = accelerator.device, args.variant, facts.max_text_seq_length
     captions = [record.caption for record in data.records] + [""] + args.prompts + [args.negative_prompt]
+    captions += [args.plain_prompt[1]] if args.plain_prompt else []
     # Only rank 0 checks the cache, and all ranks use its answer: another run may be filling the same cache.
     free_memory = min(gather_object([memory_for_encoding(device)]))
     plan = [plan_encodings(args, folder, facts, data, captions, cache, device, free_memory)] if accelerator.is_main_process else [None]

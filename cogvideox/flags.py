@@ -178,12 +178,18 @@ def check_data_flags(args):
     return problems
 
 
+def without_token(text, token):
+    """The text without the id token where it stands as a word of its own; "" if it does not, or if nothing else is left."""
+    rest, count = re.subn(rf"(?<!\w){re.escape(token)}(?!\w)", " ", text) if token else ("", 0)
+    return " ".join(rest.split()).lstrip(",.;: ") if count else ""
+
+
 # -----------------------------------------------------------------------------
 # Flags that nothing reads beside the others. A value that is not the default was given by somebody who expects something of it.
 
 VIDEO_FLAGS = ("validation_prompt_separator", "validation_epochs", "validation_steps", "num_validation_videos")
 VIDEO_FLAGS += ("validation_prompts_at_once", "num_inference_steps", "validation_scheduler", "guidance_scale", "use_dynamic_cfg")
-VIDEO_FLAGS += ("negative_prompt", "validation_height", "validation_width", "validation_frames")
+VIDEO_FLAGS += ("validation_without_trigger", "negative_prompt", "validation_height", "validation_width", "validation_frames")
 SCRIPT_FLAGS = {"validation_epochs": 2}  # values of both shell scripts that are not defaults: whoever runs one did not give them
 IDLE = [  # flags, when nothing reads them, why
     (("num_train_epochs",), lambda args: args.max_train_steps, "--max_train_steps decides"),
@@ -195,6 +201,7 @@ IDLE = [  # flags, when nothing reads them, why
     (("rank", "lora_alpha", "target_modules"), lambda args: args.training_type == "sft", "--training_type sft has no LoRA"),
     (VIDEO_FLAGS, lambda args: not args.prompts, "there is no --validation_prompt"),
     (("validation_epochs",), lambda args: args.prompts and args.validation_steps, "--validation_steps decides"),
+    (("validation_without_trigger",), lambda args: args.prompts and not args.prompts_have_trigger, "no prompt has an --id_token"),
     (("negative_prompt", "use_dynamic_cfg"), lambda args: args.prompts and args.guidance_scale <= 1, "--guidance_scale is off"),
     (("eval_steps",), lambda args: not args.eval_clips, "--eval_clips 0 scores nothing"),
     (("eval_share", "eval_data_root"), lambda args: not args.eval_clips, "its clips are held out, but --eval_clips 0 scores nothing"),

@@ -141,9 +141,11 @@ def read_videos(output_dir):
         jobs = record.get("videos")
         for job in jobs if isinstance(jobs, list) else []:
             if isinstance(job, dict) and "name" in job:
-                labels[str(job["name"])] = (str(job.get("prompt", "")), job.get("seed"))
+                trigger = f"without {job['without']}: " if "without" in job else ""
+                labels[str(job["name"])] = (f"{trigger}{job.get('prompt', '')}", job.get("seed"))
         # A file whose name begins with a dot is still being written.
-        files = {path.name: path for path in folder.glob("*.mp4") if not path.name.startswith(".") and path.stat().st_size}
+        paths = [path for pattern in ("*.mp4", "without_trigger/*.mp4") for path in folder.glob(pattern)]
+        files = {path.relative_to(folder).as_posix(): path for path in paths if not path.name.startswith(".") and path.stat().st_size}
         if files:
             steps[int(match[1])] = files
     for name in {name for files in steps.values() for name in files}:
@@ -247,8 +249,8 @@ def duration(seconds):
     return f"{seconds:.0f} seconds"
 
 
-def videos(output_dir):
-    """One row per prompt and seed, one column per step that fits, the first step (the base model) in front."""
+def videos(output_dir, lines):
+    """One row per prompt and seed, one column per step that fits, the first step (the base model) in front, with their motion."""
     steps, labels, settings = read_videos(output_dir)
     chosen, shown = choose_videos(steps)
     sizes = [f"{settings[name]} {unit}" for name, unit in SETTINGS.items() if name in settings]
@@ -256,20 +258,34 @@ def videos(output_dir):
     notes.append("Each row has one prompt and one seed.")
     if len(shown) < len(steps):
         notes.append(f"{len(shown)} of {len(steps)} steps are shown, to keep the page small; all are in validation/.")
-    rows = []
+    rows, measured = [], motion_of_videos(lines)
+    if measured:
+        notes.append("Motion in grey levels per second.")
     for name in sorted({name for step in shown for name in steps[step]}):
-        cells = [video_cell(step, steps[step].get(name), (step, name) in chosen) for step in shown]
+        cells = [video_cell(step, name, steps[step].get(name), (step, name) in chosen, measured) for step in shown]
         rows.append({"prompt": labels[name][0], "seed": labels[name][1], "cells": cells})
     if linked := sum(bool(cell["link"]) for row in rows for cell in row["cells"]):
         notes.append(f"{linked} videos did not fit in {VIDEO_BUDGET_MIB} MiB and are links to the files beside this page.")
     return {"steps": shown, "rows": rows, "notes": notes}
 
 
-def video_cell(step, path, is_chosen):
-    """One video, embedded or as a link to its file."""
-    link = f"validation/{path.parent.name}/{path.name}" if path and not is_chosen else ""
+def video_cell(step, name, path, is_chosen, measured):
+    """One video, embedded or as a link to its file. measured: from `motion_of_videos`."""
+    link = f"validation/step-{step:06d}/{name}" if path and not is_chosen else ""
     source = data_address(path, "video/mp4") if path and is_chosen else ""
-    return {"step": step, "source": source, "link": link, "absent": "cannot be read" if path else "none"}
+    motion = f"motion {measured[step, name]:.1f}" if path and (step, name) in measured else ""
+    return {"step": step, "source": source, "link": link, "motion": motion, "absent": "cannot be read" if path else "none"}
+
+
+def motion_of_videos(lines):
+    """{(step, file name): the motion} of the validation videos in metrics.jsonl."""
+    found = {}
+    for line in lines:
+        videos = line.get("videos")
+        for video in videos if isinstance(videos, list) else []:
+            if isinstance(video, dict) and number(video.get("motion")) is not None:
+                found[line["step"], str(video.get("name"))] = video["motion"]
+    return found
 
 
 def curves(lines):
@@ -338,7 +354,7 @@ def page(output_dir):
     run, lines, macros = read_run(output_dir), read_lines(output_dir / "metrics.jsonl"), hub.template("parts.html.j2").module
     parts = [
         ("", state, (output_dir, run, lines)),
-        ("Videos by step", videos, (output_dir,)),
+        ("Videos by step", videos, (output_dir, lines)),
         ("Curves", curves, (lines,)),
         ("The data", data, (output_dir,)),
         ("How to use it", use, (output_dir, run)),

@@ -15,6 +15,7 @@ from cogvideox.console import progress, say, timed
 from cogvideox.files import key_of, read_json_lines
 from cogvideox.launch import free
 from cogvideox.lora import lora_modules
+from cogvideox.motion import verdict_of
 from cogvideox.stopping import exit_if_requested_anywhere, stop_noticed, stop_requested_anywhere
 from cogvideox.validation import undisturbed
 from dataset import TrainingClips
@@ -253,8 +254,9 @@ class Scorer:
         )  # fmt: skip
 
     def verdict(self, ran_all):
-        """The function `verdict` on this run's scores."""
-        return verdict(self.lines, self.trained.schedule.base_lrs[0], ran_all)
+        """The function `verdict` on this run's scores and videos."""
+        validations = [line for line in read_json_lines(self.output_dir / "metrics.jsonl") if "motion" in line]
+        return verdict([*self.lines, *validations], self.trained.schedule.base_lrs[0], ran_all)
 
     def is_due(self, step, last=False):
         """Whether the clips are scored after this step."""
@@ -311,10 +313,21 @@ class Scorer:
 
 NOTHING, WORSE, LEARNING, MEMORISING = "nothing happening", "getting worse", "learning", "memorising"
 LOOK_ONLY, UNKNOWN = "learning the look, not the captions", "not measured"
+STILL = "learning, but the videos stand still"
 
 
 def verdict(lines, learning_rate, ran_all=True):
     """The verdict on a run: (a word, sentences). lines: of metrics.jsonl.
+
+    A run that learns by `verdict_of_losses` may have videos that stand still, by the rule of `motion.verdict_of`.
+    """
+    word, sentences = verdict_of_losses(lines, learning_rate, ran_all)
+    still, more = verdict_of(lines)
+    return STILL if still and word == LEARNING else word, sentences + more
+
+
+def verdict_of_losses(lines, learning_rate, ran_all=True):
+    """The verdict by the losses: (a word, sentences). lines: of metrics.jsonl.
 
     The rules, with changes relative to the base model's loss on the same clips; less than `SMALL` = 1 % is no change:
     - getting worse: the loss on training clips ended above the base model's.

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import hashlib
 import json
 import re
@@ -13,13 +14,15 @@ import torch
 from accelerate.utils import broadcast_object_list
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
 
-from cogvideox import base_model, metrics, report
+from cogvideox import base_model, metrics, motion, report
 from cogvideox.console import say, timed, warn
 from cogvideox.files import key_of, read_json, write_bytes
 from cogvideox.launch import free
 from cogvideox.model import decode_latents
 from cogvideox.stopping import interruptible, raise_if_noticed
 from cogvideox.video import contact_sheet, read_video, write_video
+
+WITHOUT = "without_trigger"  # the folder, beside a step's other videos, of the one whose prompt lacks the id token
 
 
 @contextlib.contextmanager
@@ -46,6 +49,18 @@ def video_jobs(prompts, videos_per_prompt, seed):
         for video in range(videos_per_prompt):
             jobs.append({"prompt": number, "seed": seed + video, "name": f"{number:02d}-{slug}-{mark}-seed{seed + video}.mp4"})
     return jobs
+
+
+def job_without_trigger(jobs, number, text, prompt, token):
+    """One more job: the text of prompt number `number` without the id token, as prompt number `prompt`, with the seed of its partner."""
+    partner = next(job for job in jobs if job["prompt"] == number)
+    name = video_jobs([text], 1, partner["seed"])[0]["name"]
+    return {"prompt": prompt, "seed": partner["seed"], "name": f"{WITHOUT}/{name}", "without": token, "partner": partner["name"]}
+
+
+def title_of(job, texts):
+    """A job's prompt for people."""
+    return f"without {job['without']}: {texts[job['prompt']]}" if "without" in job else texts[job["prompt"]]
 
 
 def sample_latents(transformer, scheduler, prompt, negative_prompt, seed, device, **settings):
@@ -120,7 +135,7 @@ def write_sheet(folder, first_folder, jobs, prompts, step, settings):
     folder, first_folder = Path(folder), Path(first_folder)
     rows = []
     for job in jobs:
-        rows.append((prompts[job["prompt"]], None))
+        rows.append((title_of(job, prompts), None))
         before, now = first_folder / job["name"], folder / job["name"]
         if before != now and before.exists():
             rows.append((f"step 0 (base model), seed {job['seed']}", read_video(before)))
@@ -152,13 +167,24 @@ class Validator:
     Step 0's come from the cache, or are made with the first others, so that the first step does not wait for them; where that is
     too late, because training changes the weights of step 0, they are made before the first step. encodings: encodings.Encodings.
     load_vae: () -> the VAE. clip_shape: default (frames, height, width) of the videos. plan: order.Plan. base_identity:
-    `base_model.identity_of`. Every rank calls every method and generates its share.
+    `base_model.identity_of`. data_motion: () -> the motion of the training clips, which is asked for once, on the main process. Every
+    rank calls every method and generates its share.
     """
 
-    def __init__(self, args, trained, scheduler, encodings, load_vae, clip_shape, plan, base_identity=""):
+    def __init__(
+        self, args, trained, scheduler, encodings, load_vae, clip_shape, plan, base_identity="", data_motion=lambda: None
+    ):  # fmt: skip
         self.args, self.trained, self.encodings, self.load_vae, self.plan = args, trained, encodings, load_vae, plan
-        self.folder = Path(args.output_dir) / "validation"
+        self.folder, self.texts = Path(args.output_dir) / "validation", list(args.prompts)
         self.jobs = video_jobs(args.prompts, args.num_validation_videos, args.seed)
+        self.pair = ()  # the names of a video with the id token and of the same without it
+        if args.plain_prompt:
+            number, text = args.plain_prompt
+            if text not in self.texts:
+                self.texts.append(text)
+                self.jobs.append(job_without_trigger(self.jobs, number, text, len(self.texts) - 1, args.id_token))
+            self.pair = tuple(next(job["name"] for job in self.jobs if job["prompt"] == n) for n in (number, self.texts.index(text)))
+        self.data_motion, self.meter = functools.cache(data_motion), None
         self.scheduler = sampler_of(scheduler, args.validation_scheduler) if self.jobs else scheduler
         frames, height, width = clip_shape
         self.settings = {
@@ -172,6 +198,10 @@ class Validator:
         self.base_identity = base_identity, base_model.initial_lora(args), args.validation_scheduler
         self.base_is_pending = bool(self.jobs) and base_model.stays_available(args, trained.transformer)
 
+    def begin(self, meter):
+        """Log to this meter from now on."""
+        self.meter = meter
+
     def folder_of(self, step):
         """The folder of a step's videos."""
         return self.folder / f"step-{step:06d}"
@@ -183,7 +213,8 @@ class Validator:
         return step == 0 or last or is_due(step, self.plan.clips_per_step, self.plan.epoch_clips, self.args)
 
     def jobs_of(self, step):
-        """The jobs of a step: all of them at first and at last; in between those of --validation_prompts_at_once prompts, in turns."""
+        """The jobs of a step: all of them at first and at last; in between those of --validation_prompts_at_once prompts, in turns, and
+        the one without the id token where its partner is among them."""
         count, at_once = len(self.args.prompts), self.args.validation_prompts_at_once
         if step in (0, self.plan.total_steps) or not at_once or at_once >= count:
             return self.jobs
@@ -192,7 +223,8 @@ class Validator:
         else:
             turn = step * self.plan.clips_per_step // (self.plan.epoch_clips * max(1, self.args.validation_epochs))
         chosen = {(turn * at_once + number) % count for number in range(at_once)}
-        return [job for job in self.jobs if job["prompt"] in chosen]
+        names = {job["name"] for job in self.jobs if job["prompt"] in chosen}
+        return [job for job in self.jobs if job["name"] in names or job.get("partner") in names]
 
     def offer(self, step, last=False):
         """Generate the videos if due."""
@@ -247,7 +279,7 @@ class Validator:
 
     def base_key(self, job):
         """The cache key of one video of step 0."""
-        captions = [self.encodings.caption_keys[text] for text in (self.args.prompts[job["prompt"]], self.args.negative_prompt)]
+        captions = [self.encodings.caption_keys[text] for text in (self.texts[job["prompt"]], self.args.negative_prompt)]
         return key_of("base video", *self.base_identity, self.encodings.vae, captions, job["seed"], self.settings, self.args.fps)
 
     def generate(self, step, jobs, now, of_base=False):
@@ -257,7 +289,7 @@ class Validator:
         """
         trained, folder = self.trained, self.folder_of(step)
         rank, world_size = trained.accelerator.process_index, trained.accelerator.num_processes
-        texts = [*self.args.prompts, self.args.negative_prompt]
+        texts = [*self.texts, self.args.negative_prompt]
         *prompts, negative = [self.encodings.caption(text).to(trained.dtype) for text in texts]
         with contextlib.ExitStack() as stack:
             stack.enter_context(timed(f"make the videos of step {step}"))
@@ -281,20 +313,42 @@ class Validator:
         self.show(step, now)
 
     def show(self, step, now):
-        """Add a step's videos to a contact sheet, the trackers and the report. now: as in `generate`."""
+        """Add a step's videos to a contact sheet, metrics, trackers and report. now: as in `generate`."""
         trained, folder, jobs = self.trained, self.folder_of(step), self.jobs_of(step)
         if not trained.is_main:
             return
         if folder.exists():
             try:
                 keyed = [job | {"key": self.base_key(job)} for job in jobs] if step == 0 else jobs
-                write_sheet(folder, self.folder_of(0), keyed, self.args.prompts, step, self.settings)
+                write_sheet(folder, self.folder_of(0), keyed, self.texts, step, self.settings)
             except Exception as error:  # Pillow and the video reader raise many kinds of errors; none must end the run
                 warn(f"the contact sheet of step {step} was not written ({type(error).__name__}: {error})")
-            metrics.track_videos(trained.accelerator.trackers, folder, jobs, self.args.prompts, step, now, self.args.fps)
+            try:
+                self.measure(step, jobs)
+            except Exception as error:  # as above
+                warn(f"the motion of the videos of step {step} was not measured ({type(error).__name__}: {error})")
+            titles = {job["prompt"]: title_of(job, self.texts) for job in jobs}
+            metrics.track_videos(trained.accelerator.trackers, folder, jobs, titles, step, now, self.args.fps)
         report.refresh(self.args.output_dir)
 
+    def measure(self, step, jobs):
+        """Log how much a step's videos move, and how far they are from those of step 0."""
+        folder, first, videos = self.folder_of(step), self.folder_of(0), []
+        for job in jobs:
+            if not (folder / job["name"]).exists():
+                continue
+            frames = read_video(folder / job["name"])
+            base = frames if step == 0 else read_video(first / job["name"]) if (first / job["name"]).exists() else None
+            videos.append({"name": job["name"]} | motion.compare(frames, base, self.args.fps))
+        if videos:
+            of_data = self.data_motion() if step else None  # the first step does not wait for it
+            line = motion.line_of(step, videos, self.pair, of_data)
+            self.meter.log(line)
+            for sentence in motion.sentences_of(line) if step else ():
+                say(f"step {step}: {sentence}")
+
     def videos_of(self, step):
-        """[(prompt, path inside the output folder)] of a step's videos."""
-        paths = [(self.args.prompts[job["prompt"]], self.folder_of(step) / job["name"]) for job in self.jobs]
+        """[(prompt, path inside the output folder)] of a step's videos of the prompts as they were given."""
+        given = [job for job in self.jobs if "without" not in job]
+        paths = [(self.texts[job["prompt"]], self.folder_of(step) / job["name"]) for job in given]
         return [(prompt, path.relative_to(self.folder.parent).as_posix()) for prompt, path in paths if path.exists()]

@@ -1,7 +1,8 @@
 """Render the demo's clips as an old black-and-white film: `python -m demo.old_film demo/old_film`.
 
 Grey, grainy, flickering, vignetted, shaky and scratched: a visible style that a LoRA can learn from a few clips, like the guide's
-Steamboat Willie. All randomness is seeded by the clip's number.
+Steamboat Willie. All randomness is seeded by the clip's number. Writes three data folders: train, held_out (every fifth clip) and colour,
+the training clips as they are: trained without the trigger word, they keep the style out of prompts without it.
 """
 
 import argparse
@@ -23,43 +24,56 @@ def old_film(frames, seed):
     random = np.random.default_rng(seed)
     count, height, width = frames.shape[:3]
     grey = frames.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)  # luma, ITU-R BT.601
-    grey = 128 + 1.25 * (grey - 128)
+    grey = 128 + 1.15 * (grey - 128)
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    vignette = 1 - 0.45 * np.clip(x**2 + y**2 - 0.35, 0, None)
-    flicker = 1 + 0.07 * random.standard_normal(count)
+    vignette = 1 - 0.35 * np.clip(x**2 + y**2 - 0.35, 0, None)
+    flicker = 1 + 0.04 * random.standard_normal(count)
     scratch = random.integers(0, width, 3)
     styled = np.empty_like(grey)
     for number in range(count):
         frame = np.roll(grey[number], tuple(random.integers(-1, 2, 2)), (0, 1))
         coarse = random.standard_normal((height // 2, width // 2)).astype(np.float32)  # grain of two pixels survives scaling
         grain = np.asarray(Image.fromarray(coarse).resize((width, height), Image.BILINEAR))
-        frame = (frame * vignette + 16 * grain) * flicker[number]
-        if random.random() < 0.4:
+        frame = (frame * vignette + 12 * grain) * flicker[number]
+        if random.random() < 0.3:
             frame[:, random.choice(scratch)] += 70
         styled[number] = frame
     return np.repeat(styled.clip(0, 255).astype(np.uint8)[..., None], 3, axis=3)
 
 
-def write_dataset(folder, change=old_film, note=CHANGES):
-    """Write a data folder: the clips of demo/dataset, changed (as old film for the demo's LoRA), and captions without the trigger word.
+def write_dataset(folder, change=old_film, note=CHANGES, clips=range(38)):
+    """Write a data folder: clips of demo/dataset, changed (as old film for the demo's LoRA), and captions without the trigger word.
 
-    change: a function of uint8 frames [F, H, W, 3] and a seed, the clip's number. note: what the attribution says of the change.
+    change: a function of uint8 frames [F, H, W, 3] and a seed, the clip's number; None leaves the clips as they are. note: what the
+    attribution says of the change. clips: their numbers.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    names = (CLIPS / "videos.txt").read_text(encoding="utf-8").splitlines()
-    for number, name in enumerate(progress(names, folder.name, unit="clip")):
-        write_video(partial / name, change(read_video(CLIPS / name), number), 24)
-    prompts = (CLIPS / "prompts.txt").read_text(encoding="utf-8").splitlines()
-    (partial / "prompts.txt").write_text("".join(prompt.removeprefix("BUNNYTOON ") + "\n" for prompt in prompts), encoding="utf-8")
-    (partial / "videos.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    (partial / "videos").mkdir(parents=True)
+    names, prompts = ((CLIPS / name).read_text(encoding="utf-8").splitlines() for name in ("videos.txt", "prompts.txt"))
+    for number in progress(clips, folder.name, unit="clip"):
+        if change:
+            write_video(partial / names[number], change(read_video(CLIPS / names[number]), number), 24)
+        else:
+            shutil.copyfile(CLIPS / names[number], partial / names[number])
+    captions = [prompts[number].removeprefix("BUNNYTOON ") for number in clips]
+    (partial / "prompts.txt").write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")
+    (partial / "videos.txt").write_text("".join(f"{names[number]}\n" for number in clips), encoding="utf-8")
     (partial / "ATTRIBUTION.txt").write_text((CLIPS / "ATTRIBUTION.txt").read_text(encoding="utf-8") + note, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
+def write_demo(folder):
+    """Write the data folders of `make demo`."""
+    held_out = [number for number in range(38) if number % 5 == 2]
+    trained = [number for number in range(38) if number not in held_out]
+    write_dataset(folder / "train", clips=trained)
+    write_dataset(folder / "held_out", clips=held_out)
+    write_dataset(folder / "colour", None, "", trained)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("demo/old_film"))
-    write_dataset(parser.parse_args().folder)
+    write_demo(parser.parse_args().folder)

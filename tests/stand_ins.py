@@ -23,6 +23,8 @@ FLAGS = {
     "logging_steps": 1,
     "max_skipped_steps": 3,
     "prompts": [],
+    "plain_prompt": None,
+    "id_token": None,
     "negative_prompt": "",
     "validation_scheduler": "stored",
     "validation_prompts_at_once": 0,
@@ -120,7 +122,7 @@ class Noise:
 
     vae = ("vae",)
     clip_keys, prompt_keys = [f"clip {number}" for number in range(9)], [f"caption {number}" for number in range(9)]
-    caption_keys = {text: f"key of {text}" for text in ("", "a rabbit", "a bird", "a fox")}
+    caption_keys = {text: f"key of {text}" for text in ("", "a rabbit", "a bird", "a fox", "OLDFILM a rabbit")}
 
     def moments(self, clip, flipped=False):
         return torch.zeros(4, 1, 2, 2)

@@ -18,8 +18,8 @@ from cogvideox.model import decode_latents, encode_frames, load_scheduler, load_
 from cogvideox.scoring import evaluations
 from cogvideox.video import read_video, write_video
 from demo.make_model import TOKENIZER, make_model
-from demo.measure import measure, saturation
-from demo.old_film import old_film, write_dataset
+from demo.measure import WANTED, Pair, brightness_correlation, figures, read_pairs, saturation
+from demo.old_film import old_film, write_dataset, write_demo
 from demo.picture import COLUMNS, FRAME_WIDTH, write_picture
 from demo.train_base import read_shots
 
@@ -85,12 +85,20 @@ def test_saturation_of_known_colours():
     assert saturation(np.array([[100, 50, 75]], np.uint8)) == 0.5
 
 
+def test_brightness_correlates_where_the_picture_stays_without_its_colour():
+    frames = read_video(CLIPS / "videos/60.mp4")[:9]
+    assert brightness_correlation(frames, old_film(frames, 3)) > 0.8
+    assert brightness_correlation(frames, frames // 2) > 0.99
+    assert brightness_correlation(frames, 255 - frames) < -0.99
+    assert brightness_correlation(frames, old_film(read_video(CLIPS / "videos/04.mp4")[:9], 3)) < 0.5
+
+
 def test_the_picture_shows_the_same_frames_of_base_and_lora_for_each_prompt(tmp_path):
     clips = tmp_path / "clips"
     write_video(clips / "a.mp4", np.zeros((5, 128, 192, 3), np.uint8), 8)
     (clips / "videos.txt").write_text("a.mp4\na.mp4\n")
     base, trained = np.full((17, 64, 96, 3), (255, 0, 0), np.uint8), np.full((17, 64, 96, 3), (0, 0, 255), np.uint8)
-    write_picture(tmp_path / "demo.png", clips, [("OLDFILM a rabbit " + 40 * "in the grass ", base, trained, 300)] * 2)
+    write_picture(tmp_path / "demo.png", clips, [Pair("OLDFILM a rabbit " + 40 * "in the grass ", True, base, trained, 300)] * 2)
     pixels = np.asarray(Image.open(tmp_path / "demo.png")).reshape(-1, 3)
     red, blue = ((pixels == colour).all(1).sum() for colour in ((255, 0, 0), (0, 0, 255)))
     assert red == blue == 2 * COLUMNS * FRAME_WIDTH * round(FRAME_WIDTH * 64 / 96)
@@ -105,8 +113,9 @@ def test_the_picture_shows_the_same_frames_of_base_and_lora_for_each_prompt(tmp_
 def old_clips(tmp_path_factory):
     """The data folder of `make demo`."""
     folder = tmp_path_factory.mktemp("demo") / "old_film"
-    write_dataset(folder)
-    return folder
+    write_dataset(folder / "all")
+    write_demo(folder)
+    return folder / "all"
 
 
 def demo_flags():
@@ -124,7 +133,7 @@ def run_demo(data, output_dir, *flags):
         "OUTPUT_PATH": str(output_dir),
         "CACHE_PATH": str(data.parent / "cache"),
     }
-    command = " ".join([demo_flags(), *map(str, flags)])
+    command = " ".join([demo_flags().replace("demo/old_film", str(data.parent)), *map(str, flags)])
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=1400)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((output_dir / "status.json").read_text()), evaluations(read_json_lines(output_dir / "metrics.jsonl"))
@@ -132,13 +141,13 @@ def run_demo(data, output_dir, *flags):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_demo_takes_the_colour_out_and_says_so(old_clips, tmp_path):
-    status, scores = run_demo(old_clips, tmp_path / "output")
-    rows = measure(tmp_path / "output")
-    assert len(rows) == 2
-    assert sum(after for _, _, after in rows) < 0.4 * sum(before for _, before, _ in rows)
+def test_the_demo_shows_the_same_shots_as_an_old_film_and_keeps_the_colour_without_its_trigger(old_clips, tmp_path):
+    status, scores = run_demo(old_clips.parent / "train", tmp_path / "output")
+    reached = figures(tmp_path / "output", read_pairs(tmp_path / "output"))
+    assert reached.keys() == WANTED.keys()
+    for name, (least, most) in WANTED.items():
+        assert least <= reached[name] <= most, reached
     assert status["verdict"] == "learning"
-    assert scores[-1]["eval_held_out_loss"] < 0.9 * scores[-1]["eval_held_out_base_loss"]
     assert "<video" in (tmp_path / "output/report.html").read_text()
 
 
@@ -153,8 +162,9 @@ def write_clips(folder, source, chosen, captions):
     return folder
 
 
-# docs/learning.md has the numbers of these runs, at a constant learning rate.
-NO_VIDEOS = ("--validation_prompt=", "--validation_steps", "0", "--checkpointing_steps", "1000", "--lr_scheduler", "constant")
+# docs/learning.md has the numbers of these runs, at a constant learning rate, without clips in colour.
+ALONE = ("--prior_data_root=", "--eval_data_root=", "--eval_share", 0.2)
+NO_VIDEOS = ("--validation_prompt=", "--validation_steps", 0, "--checkpointing_steps", 1000, "--lr_scheduler", "constant", *ALONE)
 
 
 @pytest.mark.slow

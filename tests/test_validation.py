@@ -11,7 +11,8 @@ from accelerate.utils import DistributedType
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 from cogvideox import launch, report, validation
-from cogvideox.files import write_bytes
+from cogvideox.files import read_json_lines, write_bytes
+from tests.conftest import STEADY_ADAM, words
 from tests.stand_ins import Noise, OneProcess, TwoWeights, flags_of, make_trained, plan_of, train_one_step
 
 PROMPTS = ["a rabbit", "a bird"]
@@ -21,8 +22,10 @@ def watcher(output_dir, trained=None, plan=None, **flags):
     """A validator with a prompt, unless the flags say otherwise."""
     flags = {"prompts": PROMPTS[:1]} | flags
     args, vae = flags_of(output_dir, **flags), SimpleNamespace(decoder=torch.nn.Identity())
-    scheduler = CogVideoXDDIMScheduler()
-    return validation.Validator(args, trained or make_trained(), scheduler, Noise(), lambda: vae, (5, 32, 48), plan or plan_of())
+    parts = make_trained() if trained is None else trained, CogVideoXDDIMScheduler(), Noise(), lambda: vae, (5, 32, 48)
+    validator = validation.Validator(args, *parts, plan or plan_of(), data_motion=lambda: 20.0)
+    validator.begin(SimpleNamespace(lines=[], log=lambda line: validator.meter.lines.append(line)))
+    return validator
 
 
 @pytest.fixture
@@ -213,6 +216,90 @@ def test_prompts_take_turns_and_all_are_shown_first_and_last(tmp_path):
     assert [[job["prompt"] for job in by_epochs.jobs_of(step)] for step in (2, 4, 6)] == [[1], [2], [0]]
 
 
+OLD_FILM = {"prompts": ["OLDFILM a rabbit", "a bird"], "id_token": "OLDFILM", "plain_prompt": (0, "a rabbit")}
+
+
+def test_one_more_video_is_made_without_the_trigger_beside_its_partner_and_only_if_asked_for(tmp_path, pipeline):
+    asked = watcher(tmp_path / "asked", **OLD_FILM, num_validation_videos=2, validation_steps=1)
+    plain = watcher(tmp_path / "plain", **OLD_FILM | {"plain_prompt": None}, num_validation_videos=2, validation_steps=1)
+    assert asked.jobs[:-1] == plain.jobs  # names and cache keys of the others stay
+    assert [asked.base_key(job) for job in asked.jobs[:-1]] == [plain.base_key(job) for job in plain.jobs]
+    extra = asked.jobs[-1]
+    assert asked.base_key(extra) not in [asked.base_key(job) for job in plain.jobs]
+    assert (extra["without"], extra["partner"], extra["seed"]) == ("OLDFILM", plain.jobs[0]["name"], 42)
+    for validator in (asked, plain):
+        for step in (0, 1):
+            validator.offer(step)
+        folder = validator.folder_of(1)
+        assert (folder / "without_trigger").exists() is (validator is asked)
+        assert len(list(folder.rglob("*.mp4"))) == len(validator.jobs) == (5 if validator is asked else 4)
+        assert len(list(validator.folder_of(0).rglob("*.mp4"))) == len(validator.jobs)
+        [_, line] = validator.meter.lines
+        assert ("trigger_leak" in line) is (validator is asked)
+        assert len(validator.videos_of(1)) == 4
+    listed = json.loads((asked.folder_of(1) / "videos.json").read_text())["videos"][-1]
+    assert (listed["prompt"], listed["without"]) == ("a rabbit", "OLDFILM")
+    assert (tmp_path / "asked" / report.NAME).read_text().count("without OLDFILM: a rabbit") > 0
+    assert "without OLDFILM" not in (tmp_path / "plain" / report.NAME).read_text()
+
+
+def test_the_video_without_the_trigger_comes_when_its_partner_does_and_not_twice(tmp_path):
+    in_turns = watcher(tmp_path, **OLD_FILM, plan=plan_of(total_steps=10), validation_steps=2, validation_prompts_at_once=1)
+    assert [[job["prompt"] for job in in_turns.jobs_of(step)] for step in (0, 2, 4, 10)] == [[0, 1, 2], [1], [0, 2], [0, 1, 2]]
+    both = watcher(tmp_path, **OLD_FILM | {"prompts": ["OLDFILM a rabbit", "a rabbit"]})
+    assert len(both.jobs) == 2  # one of the prompts is the other without the trigger
+    assert both.pair == (both.jobs[0]["name"], both.jobs[1]["name"])
+
+
+def test_the_motion_of_videos_is_logged_beside_that_of_step_0_and_of_the_data(tmp_path, pipeline, monkeypatch, capsys):
+    still, moving = (np.zeros((9, 32, 48, 3), np.uint8) for _ in range(2))
+    for frame in range(9):
+        moving[frame, 8:24, 4 * frame : 4 * frame + 16] = 200
+    validator = watcher(tmp_path, **OLD_FILM, validation_steps=1)
+    with_trigger = [job["name"] for job in validator.jobs[:2]]
+    changed = {validator.folder_of(2) / name: still for name in with_trigger}
+    monkeypatch.setattr(validation, "read_video", lambda path: changed.get(path, moving))
+    for step in (0, 1, 2):
+        validator.offer(step)
+    first, same_as_first, other = validator.meter.lines
+    assert first["step"] == 0
+    assert first["motion"] == first["motion_base"] == same_as_first["motion"] > 10
+    assert "trigger_leak" not in first
+    assert (same_as_first["moved_with_trigger"], same_as_first["trigger_leak"]) == (0, None)  # nothing changed, so nothing leaks
+    assert (other["motion"], other["motion_base"], other["motion_data"]) == (0, first["motion"], 20.0)
+    assert other["moved_with_trigger"] > 2
+    assert (other["moved_without_trigger"], other["trigger_leak"]) == (0, 0)
+    assert [video["motion"] for video in other["videos"]] == [0, 0, first["motion"]]
+    told = capsys.readouterr().err
+    assert f"step 2: the videos move by 0.0 grey levels per second (step 0's by {first['motion']:.1f}, the training clips by 20.0)" in told
+    assert "step 2: without the trigger the video changed 0.00 times as much as with it" in told
+
+
+def test_motion_that_cannot_be_measured_costs_the_numbers_and_not_the_run(tmp_path, pipeline, monkeypatch, capsys):
+    def broken(path):
+        raise OSError("no such codec")
+
+    validator = watcher(tmp_path, validation_steps=1)
+    monkeypatch.setattr(validation, "read_video", broken)
+    validator.offer(1)
+    assert "the motion of the videos of step 1 was not measured (OSError: no such codec)" in capsys.readouterr().err
+    assert validator.meter.lines == []
+    assert (tmp_path / report.NAME).exists()
+
+
+def test_a_video_that_failed_is_left_out_of_the_motion_and_a_partner_that_failed_of_the_leak(tmp_path, pipeline):
+    validator = watcher(tmp_path, **OLD_FILM, validation_steps=1)
+    names = [job["name"] for job in validator.jobs]
+    for step in (0, 1):
+        validator.offer(step)
+    (validator.folder_of(1) / names[0]).unlink()
+    (validator.folder_of(0) / names[1]).unlink()
+    validator.measure(1, validator.jobs)
+    line = validator.meter.lines[-1]
+    assert [(video["name"], video["base"]) for video in line["videos"]] == [(names[1], None), (names[2], 0)]
+    assert (line["motion"], line["motion_base"], line["trigger_leak"]) == (0, None, None)
+
+
 def test_a_vae_that_does_not_load_costs_the_videos_and_not_the_run(tmp_path, pipeline, capsys):
     def load():
         raise OSError("vae: no such file")
@@ -242,6 +329,57 @@ def test_the_dpm_sampler_makes_other_videos_of_the_same_model(train):
         return next((folder / "validation/step-000000").glob("*.mp4")).read_bytes()
 
     assert videos("ddim") == videos("stored") != videos("dpm")
+
+
+VIDEOS = {"validation_prompt": "OLDFILM a rabbit:::a bird", "id_token": "OLDFILM", "validation_frames": 5, "validation_steps": 2}
+
+
+def motion_lines(folder):
+    return [line for line in read_json_lines(folder / "metrics.jsonl") if "motion" in line]
+
+
+@pytest.mark.slow
+def test_a_run_with_a_trigger_makes_and_measures_the_video_without_it_and_goes_on_after_a_resume(train, capsys):
+    folder = train(**VIDEOS, max_train_steps=2, eval_clips=1)
+    first, last = motion_lines(folder)
+    assert (first["step"], last["step"]) == (0, 2)
+    for step in (0, 2):
+        place = folder / f"validation/step-{step:06d}"
+        assert [path.name[:11] for path in (place / "without_trigger").glob("*.mp4")] == ["00-a-rabbit"]
+        assert len(list(place.rglob("*.mp4"))) == 3
+    assert last["moved_with_trigger"] > 0
+    assert last["moved_without_trigger"] > 0
+    assert last["moved_with_trigger"] != last["moved_without_trigger"]
+    assert last["motion_data"] > 0
+    assert [video["base"] for video in last["videos"]] == [video["motion"] for video in first["videos"]]
+    resumed = train(**VIDEOS, max_train_steps=4, eval_clips=1, output=folder, resume_from_checkpoint="latest")
+    assert [line["step"] for line in motion_lines(resumed)] == [0, 2, 4]
+    assert motion_lines(resumed)[:2] == [first, last]
+    sentences = json.loads((folder / "status.json").read_text())["verdict_sentences"]
+    assert any("without the trigger" in sentence.lower() for sentence in sentences) is (
+        motion_lines(folder)[-1]["trigger_leak"] is not None
+    )
+    page = (folder / report.NAME).read_text()
+    assert "without OLDFILM: a rabbit" in page
+    assert "Motion of the videos" in page
+    off = train(**VIDEOS, max_train_steps=2, validation_without_trigger=False)
+    assert not list(off.rglob("without_trigger"))
+    assert "trigger_leak" not in motion_lines(off)[-1]
+    assert [video["name"] for video in motion_lines(off)[-1]["videos"]] == [video["name"] for video in last["videos"][:2]]
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(train, forked, tiny_model, six_clips, encodings, tmp_path):
+    steady = VIDEOS | STEADY_ADAM | {"max_train_steps": 2}
+    alone = train(**steady, train_batch_size=2)
+    codes, output = forked.run(words(tiny_model, six_clips, tmp_path / "two", encodings, **steady), processes=2)
+    assert codes == [0, 0], output
+    [one, both] = [motion_lines(folder)[-1] for folder in (alone, tmp_path / "two")]
+    assert one.keys() == both.keys()
+    for name in ("motion", "motion_base", "motion_data", "moved_with_trigger", "moved_without_trigger"):
+        assert both[name] == pytest.approx(one[name], rel=0.02, abs=0.05), name
+    assert abs(one["moved_with_trigger"] - one["moved_without_trigger"]) > 0.05  # what is compared differs by more
+    assert len(both["videos"]) == 3
 
 
 def test_a_video_on_a_gpu_saves_the_generators_of_that_gpu_alone(monkeypatch):

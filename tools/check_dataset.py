@@ -12,6 +12,7 @@ from cogvideox import flags
 from cogvideox.console import BAD_DATA, fail
 from cogvideox.decode import clip_framing
 from cogvideox.folder import COGVIDEOX_2B, load_tokenizer
+from cogvideox.motion import STATIC, motion
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.survey import (
     caption_problems,
@@ -29,7 +30,7 @@ from dataset import files_left_out, list_clips, list_prior_clips
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 MOST_ON_SHEET = 100
-STATIC, ALIKE = 1.0, 4.0  # mean grey levels of 255: between frames of a clip, and between thumbnails of two clips
+ALIKE = 4.0  # mean difference between thumbnails of two clips, in grey levels of 255
 
 
 def thumbnail(frames):
@@ -40,11 +41,6 @@ def thumbnail(frames):
     return np.stack([np.stack(row, axis=1) for row in columns], axis=1)
 
 
-def motion(frames):
-    """The mean change from one frame to the next, in grey levels; 255 for a single picture, which is not a static clip."""
-    return float(np.abs(np.diff(frames.astype(np.int16), axis=0)).mean()) if len(frames) > 1 else 255.0
-
-
 def look(records, clips, framing, seed, readers):
     """Decode the clips that can be used. Returns (rows of the contact sheet, names of static clips, pairs of near-duplicates)."""
     good = [record for record, clip in zip(records, clips, strict=True) if "reason" not in clip]
@@ -52,7 +48,8 @@ def look(records, clips, framing, seed, readers):
     for record, (_, frames, reason) in zip(good, readers.read_all([(r.path, clip_framing(r, framing, seed)) for r in good]), strict=True):
         if reason:
             continue
-        static += [printable(record.listed)] if motion(frames) < STATIC else []
+        moves = motion(frames, framing.fps)
+        static += [printable(record.listed)] if moves is not None and moves < STATIC else []
         small.append((printable(record.listed), thumbnail(frames)))
         if len(rows) < MOST_ON_SHEET:
             rows.append((f"{record.listed}: {record.caption}", film_strip(frames, widest=160)[None]))
