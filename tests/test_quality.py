@@ -157,7 +157,22 @@ def test_settings_are_named_on_the_line(names):
 def test_the_command_trains_compares_and_does_not_train_again(tmp_path):
     for task in TASKS:
         some_clips(tmp_path / task / "clips")
-    words = ["--work_dir", tmp_path, "--seeds", 1, "--steps", 6, "--eval_steps", 3, "--target", 0.0001, "--json", tmp_path / "all.json"]
+    words = [
+        "--work_dir",
+        tmp_path,
+        "--seeds",
+        1,
+        "--steps",
+        6,
+        "--first_steps",
+        8,
+        "--eval_steps",
+        3,
+        "--target",
+        0.0001,
+        "--json",
+        tmp_path / "all.json",
+    ]
     command = [sys.executable, "-m", "tools.benchmark", "quality", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -165,15 +180,16 @@ def test_the_command_trains_compares_and_does_not_train_again(tmp_path):
     courses = json.loads((tmp_path / "all.json").read_text())["courses"]
     for task, (_, trigger, _) in TASKS.items():
         guide, defaults = courses[task]["guide"][0], courses[task]["defaults"][0]
-        assert [score[0] for score in guide] == [0, 3, 6]
+        assert [score[0] for score in guide] == [0, 4, 8]
+        assert [score[0] for score in defaults] == [0, 3, 6]
         assert guide[0][2] == 0
         assert guide != defaults
-        facts = json.loads((tmp_path / task / "guide-seed0/run.json").read_text())
+        facts = json.loads((tmp_path / task / "guide-8-steps-seed0/run.json").read_text())
         assert trigger in json.dumps(facts)
-    written = (tmp_path / "style/guide-seed0/metrics.jsonl").stat().st_mtime_ns
+    written = (tmp_path / "style/guide-8-steps-seed0/metrics.jsonl").stat().st_mtime_ns
     again = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
     assert again.stdout == done.stdout
-    assert (tmp_path / "style/guide-seed0/metrics.jsonl").stat().st_mtime_ns == written
+    assert (tmp_path / "style/guide-8-steps-seed0/metrics.jsonl").stat().st_mtime_ns == written
 
 
 @pytest.mark.long

@@ -86,14 +86,19 @@ def run_trainer(words, log):
 
 
 def train(start, task, name, seed, options, work_dir):
-    """One run of the trainer, unless work_dir has it already. Returns its output folder. start: starts a process, as Process does."""
-    folder, output_dir = work_dir / task, work_dir / task / f"{name}-seed{seed}"
+    """One run of the trainer, unless work_dir has it already. Returns its output folder. start: starts a process, as Process does.
+
+    The first settings may take more steps; they are scored as often as the others.
+    """
+    steps = options.first_steps or options.steps if name == options.settings[0] else options.steps
+    eval_steps = max(1, options.eval_steps * steps // options.steps)
+    folder, output_dir = work_dir / task, work_dir / task / f"{name}-{steps}-steps-seed{seed}"
     if (output_dir / "status.json").exists():
         return output_dir
     words = ["--pretrained_model_name_or_path", options.model, "--instance_data_root", folder / "train"]
     words += ["--eval_data_root", folder / "held_out", "--id_token", TASKS[task][1], "--encoding_cache_dir", work_dir / "cache"]
-    words += ["--output_dir", output_dir, "--overwrite_output_dir", *SIZE.split(), "--max_train_steps", options.steps]
-    words += ["--eval_steps", options.eval_steps, "--logging_steps", options.eval_steps, "--checkpointing_steps", options.steps]
+    words += ["--output_dir", output_dir, "--overwrite_output_dir", *SIZE.split(), "--max_train_steps", steps]
+    words += ["--eval_steps", eval_steps, "--logging_steps", eval_steps, "--checkpointing_steps", steps]
     words += ["--eval_clips", 8, "--report_to", "none", "--seed", seed, *SETTINGS[name].split()]
     log = work_dir / "log.txt"
     process = start(target=run_trainer, args=(list(map(str, words)), log))
@@ -198,6 +203,7 @@ def parse(words):
     )
     flag("--seeds", 5, "runs of each", at_least=1)
     flag("--steps", 300, "optimizer steps of a run; 300 are the guide's ten epochs", at_least=1)
+    flag("--first_steps", None, "steps of the first settings, which set the target (default: --steps)", type=int, at_least=1)
     flag("--eval_steps", 20, "score every N steps", at_least=1)
     flag("--target", None, "share below the base model's loss (default: what the first settings reach)", type=float, above=0, below=1)
     flag("--model", str(ROOT / "demo/model"), "model folder (default: the demo's)")
@@ -205,6 +211,12 @@ def parse(words):
     flag("--threads", 1, "OMP_NUM_THREADS of a run", at_least=1)
     flag("--json", None, "write all courses here as well", type=Path)
     return flags.parse(parser, words, check_flags)
+
+
+def steps_of(options):
+    """How long the runs are, in words."""
+    first = options.first_steps or options.steps
+    return f"{options.steps} steps" + (f" ({options.settings[0]}: {first})" if first != options.steps else "")
 
 
 def check_flags(options):
@@ -239,7 +251,7 @@ def main(words=None):
     targets = {task: options.target or target_of(courses[task][options.settings[0]]) for task in options.tasks}
     rows = {task: rows_of(courses[task], targets[task]) for task in options.tasks}
     for task in options.tasks:
-        print(f"{task}: held-out loss {targets[task]:.1%} below the base model's, {options.seeds} seeds, {options.steps} steps\n")
+        print(f"{task}: held-out loss {targets[task]:.1%} below the base model's, {options.seeds} seeds, {steps_of(options)}\n")
         print(f"{table(rows[task])}\n")
     print(f"all tasks\n\n{table(rows_of_all(courses, targets))}")
     if options.json:
