@@ -59,7 +59,7 @@ def test_the_table_of_all_tasks_has_each_tasks_own_target():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_tasks_clips_depend_on_the_source_and_the_seed_alone(task):
-    frames, change = read_video(CLIP)[:9], TASKS[task][0]
+    frames, change = read_video(CLIP)[:5], TASKS[task][0]
     made = change(frames, 3)
     assert (made.dtype, made.shape) == (np.uint8, frames.shape)
     assert np.array_equal(made, change(frames.copy(), 3))
@@ -69,7 +69,7 @@ def test_a_tasks_clips_depend_on_the_source_and_the_seed_alone(task):
 
 
 def test_the_ball_is_in_every_frame_and_the_rest_of_the_scene_stays():
-    frames = np.stack([np.full((160, 240, 3), 90, np.uint8)] * 49)
+    frames = np.full((9, 160, 240, 3), 90, np.uint8)
     covered = (bouncing_ball(frames, 1) != frames).any(-1)
     assert covered.mean((1, 2)).min() > 0.05
     assert covered.mean((1, 2)).max() < 0.25
