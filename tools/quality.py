@@ -1,15 +1,17 @@
 """How soon settings get to a held-out loss on the demo's model and clips: python -m tools.benchmark quality [flags].
 
-Every run is the trainer itself, on 30 of the demo's clips as an old film, scored on the 8 others at fixed noise. Settings take
-turns, seed by seed. The target is a held-out loss that lies by --target below the base model's. Seconds are those of training
-steps alone, without loading, encoding and scoring. The ratio is the median over the seeds of the first settings' seconds / theirs.
+Every run is the trainer itself, on 30 of the demo's clips, changed into something new to the base model (demo/tasks.py: a style, a
+subject, a motion), scored on the 8 others at fixed noise. Settings and tasks take turns, seed by seed. The target of a task is the
+held-out loss that every seed of the first settings has reached at its end, or lies --target below the base model's. Seconds are
+those of training steps alone, without loading, encoding and scoring. A ratio is the median over the seeds of the first settings'
+steps or seconds / theirs.
 """
 
 import json
+import multiprocessing
+import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -18,9 +20,10 @@ from cogvideox.console import fail, progress
 from cogvideox.files import read_json_lines, write_bytes
 from cogvideox.scoring import evaluations
 from dataset import read_records
+from demo.tasks import TASKS, write_task
 from tools.benchmark.harness import ROOT, environment_of, table
 
-SIZE = "--id_token OLDFILM --height 64 --width 96 --max_num_frames 17 --mixed_precision no --gradient_checkpointing none"
+SIZE = "--height 64 --width 96 --max_num_frames 17 --mixed_precision no --gradient_checkpointing none"
 # What is compared: flags of the trainer. "guide" has all that the guide says about learning, "defaults" none of it.
 # LoRA+ (Hayou et al., 2024) gives B a learning rate that is a ratio above A's. B begins at zero and Adam does not feel how long
 # a gradient is, so that is the same as an alpha that is the ratio above the rank; and rsLoRA is an alpha too, rank^1.5.
@@ -30,17 +33,30 @@ SETTINGS = {
     "defaults": "",
     # The defaults with one thing changed.
     "learning_rate_2": "--learning_rate 1e-3",
+    "learning_rate_4": "--learning_rate 2e-3",
     "learning_rate_6": "--learning_rate 3e-3",
     "lora_plus": "--learning_rate 1e-4 --lora_alpha 2048",
+    "rs_lora": "--learning_rate 1e-4 --lora_alpha 1448",
     "rank_32": "--rank 32",
+    "rank_64": "--rank 64",
+    "rank_256": "--rank 256",
     "warm_up": "--lr_scheduler constant_with_warmup --lr_warmup_steps 30",
     "cosine": "--lr_scheduler cosine",
     "spread": "--timestep_sampling spread",
     "logit_normal": "--timestep_sampling logit_normal",
     "min_snr": "--snr_gamma 5",
+    "caption_dropout": "--caption_dropout 0.1",
     "average": "--ema_decay 0.98",
     "beta2_999": "--adam_beta2 0.999",
     "prodigy": "--optimizer prodigy --learning_rate 1",
+    # Several things changed.
+    "cosine_2": "--learning_rate 1e-3 --lr_scheduler cosine",
+    "cosine_4": "--learning_rate 2e-3 --lr_scheduler cosine --lr_warmup_steps 20",
+    "average_2": "--learning_rate 1e-3 --ema_decay 0.98",
+    "average_4": "--learning_rate 2e-3 --ema_decay 0.98",
+    "cosine_average_2": "--learning_rate 1e-3 --lr_scheduler cosine --ema_decay 0.98",
+    "lora_plus_cosine": "--learning_rate 1e-4 --lora_alpha 2048 --lr_scheduler cosine",
+    "lora_plus_average": "--learning_rate 1e-4 --lora_alpha 2048 --ema_decay 0.98",
 }
 HELD_OUT = 5  # every fifth clip
 
@@ -59,20 +75,37 @@ def write_halves(source, work_dir):
     return folders
 
 
-def train(name, seed, folders, options, work_dir):
-    """One run of the trainer, unless work_dir has it already. Returns its output folder."""
-    output_dir = work_dir / f"{name}-seed{seed}"
+def run_trainer(words, log):
+    """The trainer with these words, in this process, which it ends. Its output goes to the file log."""
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import train_cogvideox_lora as trainer
+
+    trainer.main(trainer.parse_args(words))
+
+
+def train(start, task, name, seed, options, work_dir):
+    """One run of the trainer, unless work_dir has it already. Returns its output folder. start: starts a process, as Process does.
+
+    The first settings may take more steps; they are scored as often as the others.
+    """
+    steps = options.first_steps or options.steps if name == options.settings[0] else options.steps
+    eval_steps = max(1, options.eval_steps * steps // options.steps)
+    folder, output_dir = work_dir / task, work_dir / task / f"{name}-{steps}-steps-seed{seed}"
     if (output_dir / "status.json").exists():
         return output_dir
-    line = [sys.executable, ROOT / "train_cogvideox_lora.py"]
-    line += ["--pretrained_model_name_or_path", options.model, "--instance_data_root", folders[0], "--eval_data_root", folders[1]]
-    line += ["--encoding_cache_dir", work_dir / "cache", "--output_dir", output_dir, "--overwrite_output_dir", *SIZE.split()]
-    line += ["--max_train_steps", options.steps, "--eval_steps", options.eval_steps, "--logging_steps", options.eval_steps]
-    line += ["--checkpointing_steps", options.steps, "--eval_clips", 8, "--report_to", "none", "--seed", seed, *SETTINGS[name].split()]
-    environment = environment_of(options.threads)
-    done = subprocess.run(list(map(str, line)), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        fail(1, f"{name}, seed {seed}: the trainer ended with code {done.returncode}:\n{done.stderr[-2000:]}")
+    words = ["--pretrained_model_name_or_path", options.model, "--instance_data_root", folder / "train"]
+    words += ["--eval_data_root", folder / "held_out", "--id_token", TASKS[task][1], "--encoding_cache_dir", work_dir / "cache"]
+    words += ["--output_dir", output_dir, "--overwrite_output_dir", *SIZE.split(), "--max_train_steps", steps]
+    words += ["--eval_steps", eval_steps, "--logging_steps", eval_steps, "--checkpointing_steps", steps]
+    words += ["--eval_clips", 8, "--report_to", "none", "--seed", seed, *SETTINGS[name].split()]
+    log = work_dir / "log.txt"
+    process = start(target=run_trainer, args=(list(map(str, words)), log))
+    process.start()
+    process.join()
+    if process.exitcode:
+        fail(1, f"{task}, {name}, seed {seed}: the trainer ended with code {process.exitcode}:\n{log.read_text(errors='replace')[-2000:]}")
     return output_dir
 
 
@@ -100,29 +133,57 @@ def reached(course, target):
     return None
 
 
+def target_of(courses):
+    """The level that every course reached at its end, as a share below the base model's; at least 0.1 %, if they learned nothing."""
+    return max(0.001, min(-course[-1][2] for course in courses))
+
+
+def ratios_of(courses, name, target, what):
+    """The first settings' steps (what = 0) or seconds (1) to the target / those of `name`, sorted; 0 for a run that never got there."""
+    pairs = [[reached(course, target) for course in pair] for pair in zip(next(iter(courses.values())), courses[name], strict=True)]
+    return sorted(first[what] / own[what] if own else 0.0 for first, own in pairs if first)
+
+
+def with_range(values, form):
+    """The median of sorted values and, in brackets, the least and the greatest."""
+    return f"{statistics.median(values):{form}} ({values[0]:{form}}-{values[-1]:{form}})" if values else ""
+
+
+def end_of(runs):
+    """The median of the last held-out losses of courses, compared with the base model's, in percent."""
+    return f"{100 * statistics.median(course[-1][2] for course in runs):+.1f} %"
+
+
 def rows_of(courses, target):
-    """The table. courses: settings -> one course a seed; the first settings are what the others are compared with."""
-    first, rows = next(iter(courses)), []
+    """The table of a task. courses: settings -> one course a seed; the first settings are what the others are compared with."""
+    rows = []
     for name, runs in courses.items():
-        found = [reached(course, target) for course in runs]
-        got = [place for place in found if place]
-        pairs = [(a, b) for a, b in zip([reached(course, target) for course in courses[first]], found, strict=True) if a]
-        # A run that never got there counts as infinitely long.
-        ratios = sorted(a[1] / b[1] if b else 0.0 for a, b in pairs)
-        lowest, ends = [min(course, key=lambda score: score[2]) for course in runs], [course[-1][2] for course in runs]
+        got = [place for place in (reached(course, target) for course in runs) if place]
         rows.append(
             {
                 "settings": name,
                 "got_there": f"{len(got)} of {len(runs)}",
-                "steps": f"{statistics.median(p[0] for p in got):.0f} ({min(p[0] for p in got):.0f}-{max(p[0] for p in got):.0f})"
-                if got
-                else "",
-                "seconds": f"{statistics.median(p[1] for p in got):.1f}" if got else "",
-                "times_faster": f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})" if ratios else "",
-                "held_out_at_the_end": f"{100 * statistics.median(ends):+.1f} %",
-                "lowest": f"{100 * statistics.median(low[2] for low in lowest):+.1f} %",
+                "steps": with_range(sorted(place[0] for place in got), ".0f"),
+                "seconds": f"{statistics.median(place[1] for place in got):.1f}" if got else "",
+                "times_fewer_steps": with_range(ratios_of(courses, name, target, 0), ".2f"),
+                "times_faster": with_range(ratios_of(courses, name, target, 1), ".2f"),
+                "held_out_at_the_end": end_of(runs),
+                "lowest": f"{100 * statistics.median(min(score[2] for score in course) for course in runs):+.1f} %",
             }
         )
+    return rows
+
+
+def rows_of_all(tasks, targets):
+    """The table of all tasks: how many times faster than the first settings, and the held-out loss at the end.
+
+    tasks: task -> settings -> one course a seed. targets: task -> share.
+    """
+    rows = []
+    for name in next(iter(tasks.values())):
+        faster = {task: ratios_of(courses, name, targets[task], 1) for task, courses in tasks.items()}
+        row = {"settings": name} | {f"{task}: times_faster": f"{statistics.median(got):.2f}" if got else "" for task, got in faster.items()}
+        rows.append(row | {f"{task}: at_the_end": end_of(courses[name]) for task, courses in tasks.items()})
     return rows
 
 
@@ -131,16 +192,31 @@ def parse(words):
     parser = flags.new_parser(__doc__)
     parser.prog = "python -m tools.benchmark quality"
     flag = flags.flag_group(parser, "quality")
-    flag("--settings", ["guide", "defaults"], "settings that take turns (default: guide defaults)", nargs="+", type=str, choices=list(SETTINGS))
+    flag("--tasks", list(TASKS), f"what is learned (default: {' '.join(TASKS)})", nargs="+", type=str, choices=list(TASKS))
+    flag(
+        "--settings",
+        ["guide", "defaults"],
+        "settings that take turns (default: guide defaults)",
+        nargs="+",
+        type=str,
+        choices=list(SETTINGS),
+    )
     flag("--seeds", 5, "runs of each", at_least=1)
     flag("--steps", 300, "optimizer steps of a run; 300 are the guide's ten epochs", at_least=1)
+    flag("--first_steps", None, "steps of the first settings, which set the target (default: --steps)", type=int, at_least=1)
     flag("--eval_steps", 20, "score every N steps", at_least=1)
-    flag("--target", 0.18, "how far below the base model's the loss has to be, as a share", above=0, below=1)
+    flag("--target", None, "share below the base model's loss (default: what the first settings reach)", type=float, above=0, below=1)
     flag("--model", str(ROOT / "demo/model"), "model folder (default: the demo's)")
     flag("--work_dir", None, "keep the runs here, and reuse those that are there (default: a temporary folder)", type=Path)
     flag("--threads", 1, "OMP_NUM_THREADS of a run", at_least=1)
     flag("--json", None, "write all courses here as well", type=Path)
     return flags.parse(parser, words, check_flags)
+
+
+def steps_of(options):
+    """How long the runs are, in words."""
+    first = options.first_steps or options.steps
+    return f"{options.steps} steps" + (f" ({options.settings[0]}: {first})" if first != options.steps else "")
 
 
 def check_flags(options):
@@ -154,26 +230,33 @@ def check_flags(options):
 def main(words=None):
     """The command line."""
     options = parse(words)
-    from demo.old_film import write_dataset
-
-    work_dir = Path(options.work_dir or tempfile.mkdtemp(prefix="quality-"))
+    work_dir = Path(options.work_dir or tempfile.mkdtemp(prefix="quality-")).absolute()
+    os.environ.update(environment_of(options.threads))
+    # Every run is forked from a process that has imported the trainer and done nothing else, which saves ten seconds a run.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["train_cogvideox_lora"])
+    turns = [(seed, task, name) for seed in range(options.seeds) for task in options.tasks for name in options.settings]
+    courses = {task: {name: [] for name in options.settings} for task in options.tasks}
     try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        if not (work_dir / "old_film").exists():
-            write_dataset(work_dir / "old_film")
-        folders = write_halves(work_dir / "old_film", work_dir)
-        turns, courses = [(seed, name) for seed in range(options.seeds) for name in options.settings], {}
+        for task in options.tasks:
+            write_task(task, work_dir / task / "clips")
+            write_halves(work_dir / task / "clips", work_dir / task)
         with progress(turns, "training", unit="run") as bar:
-            for seed, name in bar:
-                bar.set_postfix_str(f"{name}, seed {seed}")
-                courses.setdefault(name, []).append(course_of(train(name, seed, folders, options, work_dir)))
+            for seed, task, name in bar:
+                bar.set_postfix_str(f"{task}, {name}, seed {seed}")
+                courses[task][name].append(course_of(train(processes.Process, task, name, seed, options, work_dir)))
     finally:
         if not options.work_dir:
             shutil.rmtree(work_dir, ignore_errors=True)
-    rows = rows_of(courses, options.target)
-    print(f"held-out loss {options.target:.0%} below the base model's, {options.seeds} seeds, {options.steps} steps\n\n{table(rows)}")
+    targets = {task: options.target or target_of(courses[task][options.settings[0]]) for task in options.tasks}
+    rows = {task: rows_of(courses[task], targets[task]) for task in options.tasks}
+    for task in options.tasks:
+        print(f"{task}: held-out loss {targets[task]:.1%} below the base model's, {options.seeds} seeds, {steps_of(options)}\n")
+        print(f"{table(rows[task])}\n")
+    print(f"all tasks\n\n{table(rows_of_all(courses, targets))}")
     if options.json:
-        write_bytes(options.json, json.dumps({"rows": rows, "courses": courses, "settings": SETTINGS}, indent=1).encode())
+        chosen = {name: SETTINGS[name] for name in options.settings}
+        write_bytes(options.json, json.dumps({"targets": targets, "rows": rows, "courses": courses, "settings": chosen}, indent=1).encode())
 
 
 if __name__ == "__main__":
