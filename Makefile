@@ -11,7 +11,9 @@ VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 DEMO_FLAGS ?=
-DEMO_PROMPTS := OLDFILM the big white rabbit stretches in front of its mossy burrow in a green meadow.:::OLDFILM a brown flying squirrel and a red squirrel stand beside a tree trunk, a green nut in front of them.
+# A trigger of several words: the small model tells it from none after far fewer steps than a single made-up word.
+DEMO_TRIGGER := OLDFILM a grainy silent movie, scratched and grey,
+DEMO_PROMPTS := $(DEMO_TRIGGER) a wide yellow-green meadow with a dark tree trunk, the three rodents play at a grey stone.:::$(DEMO_TRIGGER) the big rabbit stands in a sunny meadow, watches a pink butterfly and picks up a red apple.
 
 .PHONY: setup demo test test-long test-kinds test-oldest quick chaos gpu-check check clean
 
@@ -28,14 +30,15 @@ demo/old_film/colour/videos.txt: demo/old_film.py $(VENV)/installed
 demo/tiny_model/model_index.json: demo/make_model.py $(VENV)/installed
 	$(BIN)/python -m demo.make_model demo/tiny_model
 
-# The shipped script, with the demo's paths and a size for a CPU. The cosine keeps more of the base model's content.
+# The shipped script, with the demo's paths, a size for a CPU, and a LoRA on the text's and the feed-forward layers too.
 demo: demo/old_film/colour/videos.txt
-	PATH="$(CURDIR)/$(BIN):$$PATH" MODEL_PATH=demo/model DATASET_PATH=demo/old_film OUTPUT_PATH=demo/output CACHE_PATH=demo/cache \
-	bash finetune_single_gpu.sh --id_token OLDFILM --height 64 --width 96 --max_num_frames 17 --mixed_precision no \
-	  --gradient_checkpointing none --rank 64 --lora_alpha 64 --max_train_steps 300 --learning_rate 1e-3 --lr_scheduler cosine \
-	  --train_batch_size 2 --checkpointing_steps 100 --checkpoints_total_limit 2 --logging_steps 5 --eval_share 0.2 --eval_clips 8 --eval_steps 50 \
-	  --validation_prompt "$(DEMO_PROMPTS)" --validation_steps 100 --num_inference_steps 20 --guidance_scale 4 \
-	  --overwrite_output_dir $(DEMO_FLAGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" MODEL_PATH=demo/model DATASET_PATH=demo/old_film/train OUTPUT_PATH=demo/output CACHE_PATH=demo/cache \
+	bash finetune_single_gpu.sh --id_token "$(DEMO_TRIGGER)" --prior_data_root demo/old_film/colour --eval_data_root demo/old_film/held_out \
+	  --height 64 --width 96 --max_num_frames 17 --mixed_precision no --gradient_checkpointing none --rank 64 --lora_alpha 64 \
+	  --target_modules to_q to_k to_v to_out.0 text_proj ff.net.0.proj ff.net.2 --learning_rate 1e-3 --lr_scheduler cosine \
+	  --train_batch_size 2 --max_train_steps 1000 --checkpointing_steps 500 --checkpoints_total_limit 1 --logging_steps 10 \
+	  --eval_clips 8 --eval_steps 250 --validation_prompt "$(DEMO_PROMPTS)" --validation_steps 500 --num_inference_steps 20 \
+	  --guidance_scale 2.5 --overwrite_output_dir $(DEMO_FLAGS)
 	$(BIN)/python -m demo.measure demo/output
 
 test: setup

@@ -101,6 +101,6 @@ def main(output_dir, old_film_dir):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", nargs="?", default="demo/output")
-    parser.add_argument("old_film_dir", nargs="?", default="demo/old_film", help="the training clips")
+    parser.add_argument("old_film_dir", nargs="?", default="demo/old_film/train", help="the training clips")
     options = parser.parse_args()
     main(options.output_dir, options.old_film_dir)

@@ -2,7 +2,7 @@
 
 Grey, grainy, flickering, vignetted, shaky and scratched: a visible style that a LoRA can learn from a few clips, like the guide's
 Steamboat Willie. All randomness is seeded by the clip's number. Writes three data folders: train, held_out (every fifth clip) and colour,
-the training clips as they are: trained without the trigger word, they keep the style out of prompts without it.
+some of the training clips as they are: trained without the trigger, they keep the style out of prompts without it.
 """
 
 import argparse
@@ -24,9 +24,9 @@ def old_film(frames, seed):
     random = np.random.default_rng(seed)
     count, height, width = frames.shape[:3]
     grey = frames.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)  # luma, ITU-R BT.601
-    grey = 128 + 1.15 * (grey - 128)
+    grey = 0.9 * grey - 8
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    vignette = 1 - 0.35 * np.clip(x**2 + y**2 - 0.35, 0, None)
+    vignette = 1 - 0.4 * np.clip(x**2 + y**2 - 0.35, 0, None)
     flicker = 1 + 0.04 * random.standard_normal(count)
     scratch = random.integers(0, width, 3)
     styled = np.empty_like(grey)
@@ -34,7 +34,7 @@ def old_film(frames, seed):
         frame = np.roll(grey[number], tuple(random.integers(-1, 2, 2)), (0, 1))
         coarse = random.standard_normal((height // 2, width // 2)).astype(np.float32)  # grain of two pixels survives scaling
         grain = np.asarray(Image.fromarray(coarse).resize((width, height), Image.BILINEAR))
-        frame = (frame * vignette + 12 * grain) * flicker[number]
+        frame = (frame * vignette + 10 * grain) * flicker[number]
         if random.random() < 0.3:
             frame[:, random.choice(scratch)] += 70
         styled[number] = frame
@@ -70,7 +70,7 @@ def write_demo(folder):
     trained = [number for number in range(38) if number not in held_out]
     write_dataset(folder / "train", clips=trained)
     write_dataset(folder / "held_out", clips=held_out)
-    write_dataset(folder / "colour", None, "", trained)
+    write_dataset(folder / "colour", None, "", trained[::2])
 
 
 if __name__ == "__main__":
