@@ -50,21 +50,14 @@ def brightness_correlation(first, second):
 
 def read_pairs(output_dir):
     """The Pairs of a run: each validation video that exists at step 0 and at the last step with videos."""
-    steps = sorted(path for path in (Path(output_dir) / "validation").glob("step-*") if any(path.glob("*.mp4")))
-    if len(steps) < 2:
-        return []
-    trigger = read_json(Path(output_dir) / "run.json")["flags"]["id_token"]
-    listed = {video["name"]: video["prompt"] for video in read_json(steps[-1] / "videos.json")["videos"]}
-    return [
-        Pair(listed[path.name], trigger in listed[path.name], read_video(steps[0] / path.name), read_video(path), step_of(path))
-        for path in sorted(steps[-1].glob("*.mp4"))
-        if (steps[0] / path.name).exists()
-    ]
-
-
-def step_of(path):
-    """The step of a validation video."""
-    return int(path.parent.name.removeprefix("step-"))
+    steps = sorted(path.parent for path in (Path(output_dir) / "validation").glob("step-*/videos.json"))
+    pairs = []
+    for video in read_json(steps[-1] / "videos.json")["videos"] if len(steps) > 1 else []:
+        first, last = steps[0] / video["name"], steps[-1] / video["name"]
+        if first.exists() and last.exists():
+            step = int(steps[-1].name.removeprefix("step-"))
+            pairs.append(Pair(video["prompt"], "without" not in video, read_video(first), read_video(last), step))
+    return pairs
 
 
 def figures(output_dir, pairs):

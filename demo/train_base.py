@@ -1,8 +1,8 @@
 """Train the demo's base model on Big Buck Bunny: `python -m demo.train_base bbb.mp4 --work_dir base`.
 
 Three seeded stages, a few CPU hours in total: resize the film's frames, train a causal video VAE, and train a text-to-video
-transformer with its T5 encoder. The frames of the demo's 38 clips are held out (`demo/film_shots.txt` has the rest, with one
-caption per shot). Curves, reconstructions and samples are written beside the weights. Completed stages are skipped.
+transformer with its T5 encoder, on the shots of `demo/film_shots.txt` and, in colour and without a trigger, the demo's clips: a LoRA of
+the demo has to learn its style only. Curves, reconstructions and samples are written beside the weights. Completed stages are skipped.
 
 The film is resources/bbb.mp4 in moviepy_10_minutes.zip in the sdist of moviepy 2.2.1 on PyPI:
 `pip download --no-deps --no-binary moviepy moviepy==2.2.1`.
@@ -26,21 +26,13 @@ from cogvideox.model import decode_latents
 from cogvideox.video import contact_sheet, write_video
 from demo.make_model import TOKENIZER, make_scheduler
 
-SHOTS = Path(__file__).resolve().parent / "film_shots.txt"
+HERE = Path(__file__).resolve().parent
+TEXT_TOKENS = 64  # enough for the longest caption and a trigger; the 2B's 226 make a step twice as long
 SIZES = ((64, 96), (160, 240))  # (height, width) of the frames, 3:2, cut from the middle of 16:9
-# What a leading word does to a shot, so that the model knows that such words exist, as large models do: a colour matrix and an offset.
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-LOOKS = {
-    "NEWSREEL": (np.outer((1.2, 1.2, 1.2), LUMA), (-26, -26, -26)),
-    "SEPIA": (np.outer((1.05, 0.9, 0.7), LUMA), (10, 5, 0)),
-    "NIGHT": (np.outer((0.2, 0.3, 0.6), LUMA) + 0.1 * np.eye(3), (0, 0, 20)),
-    "FADED": (0.3 * np.eye(3) + 0.4 * np.outer((1, 1, 1), LUMA), (60, 60, 60)),
-    "INFRARED": (np.array([[0.1, 1.1, -0.2], [0.5, 0.2, 0.3], [0.2, 0.1, 0.7]]), (0, 0, 0)),
-}
 DEMO_PROMPTS = (
     "a big white rabbit smiles under a blue sky",
     "a purple bird sings on a branch",
-    "SEPIA a flying squirrel glides through a blue sky with white clouds",
+    "a flying squirrel glides through a blue sky with white clouds",
     "the big rabbit stands in a green meadow and a pink butterfly flies past",
 )
 
@@ -49,10 +41,23 @@ DEMO_PROMPTS = (
 # The film
 
 
+def rows_of(path):
+    """The tab-separated rows of a list, without its comments."""
+    return [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+
+
 def read_shots():
-    """The (first frame, end frame, caption) of each training shot of the film; no shot contains a frame of the demo's clips."""
-    lines = [line.split("\t") for line in SHOTS.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    return [(int(first), int(end), caption) for first, end, caption in lines]
+    """The (first frame, end frame, caption) of each shot of the film without the demo's clips."""
+    return [(int(first), int(end), caption) for first, end, caption in rows_of(HERE / "film_shots.txt")]
+
+
+def read_demo_clips():
+    """The same of the demo's clips."""
+    names, prompts = ((HERE / "dataset" / name).read_text(encoding="utf-8").splitlines() for name in ("videos.txt", "prompts.txt"))
+    captions = dict(zip(names, prompts, strict=True))
+    return [
+        (int(first), int(end), captions[name].removeprefix("BUNNYTOON ")) for name, first, end in rows_of(HERE / "dataset/film_frames.txt")
+    ]
 
 
 def film_frames(film, work_dir, height, width):
@@ -215,7 +220,7 @@ def make_transformer():
     )
 
 
-def see_text(transformer, tokens):
+def see_text(transformer, tokens=TEXT_TOKENS):
     """Set the transformer's number of text tokens. Text has no positions: only the zero rows of the table change."""
     embed = transformer.patch_embed
     embed.max_text_seq_length = tokens
@@ -234,40 +239,30 @@ def windows(shots, frames, strides, every):
     return chosen
 
 
-def with_look(clip, look):
-    """uint8 frames [F, H, W, 3] in one of LOOKS, or as they are for None."""
-    if look is None:
-        return clip
-    matrix, offset = LOOKS[look]
-    return (clip.astype(np.float32) @ np.float32(matrix).T + np.float32(offset)).clip(0, 255).astype(np.uint8)
-
-
 @torch.no_grad()
-def encode_windows(vae, film, chosen, frames, path, look=None):
+def encode_windows(vae, film, chosen, frames, path):
     """Latents [N, 2, F', 16, H', W'] (mean and standard deviation, scaled) of each window, stored on disk in fp16."""
     if not path.exists():
         encoded = []
         for start in progress(range(0, len(chosen), 4), f"encoding {path.stem}", unit="batch"):
             clips = [film[first : first + (frames - 1) * stride + 1 : stride] for _, first, stride in chosen[start : start + 4]]
-            posterior = vae.encode(stack([with_look(clip, look) for clip in clips])).latent_dist
+            posterior = vae.encode(stack(clips)).latent_dist
             moments = torch.stack([posterior.mean, posterior.std], dim=1) * vae.config.scaling_factor
             encoded.append(moments.transpose(2, 3).half())
         torch.save(torch.cat(encoded), path)
     return torch.load(path, mmap=True)
 
 
-def train_transformer(models, sets, token_ids, work_dir, steps, seed, make_samples, learning_rates=(2e-3, 0.02), batch=16):
+def train_transformer(models, sets, captions, token_ids, work_dir, steps, seed, make_samples, learning_rates=(2e-3, 0.02), batch=16):
     """Train (transformer, text encoder) together on the velocity loss, and average them.
 
     learning_rates: AdamW's and Muon's.
 
-    sets: (latents, caption of each clip, share of the steps) for each size and look. Seven of eight steps use clips of the first size
-    and 36 text tokens, enough for the longest caption; the rest use all sizes and the pipeline's padded 226 tokens, which make a step
-    three times as long. token_ids: of each caption, the empty one last.
+    sets: (latents, shot of each clip, share of the steps) for each size.
     """
     torch.manual_seed(seed)
     scheduler, (transformer, text_encoder) = make_scheduler(), models
-    see_text(transformer, 36)
+    see_text(transformer)
     parameters = [*transformer.parameters(), *text_encoder.parameters()]
     averages = [parameter.detach().clone() for parameter in parameters]
     blocks = {id(parameter) for part in (transformer.transformer_blocks, text_encoder.encoder.block) for parameter in part.parameters()}
@@ -275,21 +270,18 @@ def train_transformer(models, sets, token_ids, work_dir, steps, seed, make_sampl
     chosen = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in parameters if id(parameter) not in chosen]
     optimizer, muon = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0), Muon(matrices)
-    lengthened, curve = steps * 7 // 8, []
+    curve, shares = [], np.array([share for _, _, share in sets])
     bar = progress(range(steps), "transformer", unit="step")
     for step in bar:
-        if step == lengthened:
-            see_text(transformer, 226)
         rng, generator = random_of(seed, 2, step), torch.Generator().manual_seed(seed * 1_000_003 + step)
-        kinds = sets if step >= lengthened else [s for s in sets if s[0].shape[2:] == sets[0][0].shape[2:]]
-        latents, caption_of, _ = kinds[rng.choice(len(kinds), p=np.array([s[2] for s in kinds]) / sum(s[2] for s in kinds))]
+        latents, shot_of, _ = sets[rng.choice(len(sets), p=shares / shares.sum())]
         count = max(1, round(batch * 120 / (latents.shape[2] * latents.shape[4] * latents.shape[5] / 4)))
         picked = rng.integers(0, len(latents), count)
         moments = latents[picked].float()
         clean = moments[:, 0] + moments[:, 1] * torch.randn(moments[:, 0].shape, generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
         timestep = torch.from_numpy((((np.arange(count) + rng.random(count)) / count) * 1000).astype(np.int64))
-        ids = token_ids[[-1 if rng.random() < 0.1 else caption_of[i] for i in picked]][:, : transformer.config.max_text_seq_length]
+        ids = token_ids[[len(captions) if rng.random() < 0.1 else shot_of[i] for i in picked]]
         with torch.autocast("cpu", torch.bfloat16):
             predicted = transformer(
                 hidden_states=scheduler.add_noise(clean, noise, timestep),
@@ -370,7 +362,7 @@ def main(options):
     torch.manual_seed(options.seed)
     work_dir, started = options.work_dir, time.time()
     work_dir.mkdir(parents=True, exist_ok=True)
-    shots = read_shots()
+    shots = read_shots() + read_demo_clips()
     films = [film_frames(options.film, work_dir, *size) for size in SIZES]
     if options.start_from:
         shutil.copytree(options.start_from / "vae", work_dir / "vae", dirs_exist_ok=True)
@@ -381,21 +373,14 @@ def main(options):
     show_reconstructions(vae, films, shots, work_dir / "vae_reconstructions.png", "film above, VAE below")
 
     sets = []
-    kinds = [(0, 17, (3, 2, 1), 8, 0.4, None), *((0, 17, (3, 2, 1), 16, 0.4 / len(LOOKS), look) for look in LOOKS)]
-    kinds += [(0, 49, (1,), 24, 0.12, None), (1, 17, (3, 2), 48, 0.08, None)]
-    captions = [caption for _, _, caption in shots]
-    for film, frames, strides, every, share, look in kinds:
+    for film, frames, strides, every, share in ((0, 17, (3, 2, 1), 8, 0.92), (0, 49, (1,), 24, 0.05), (1, 17, (3, 2), 48, 0.03)):
         chosen = windows(shots, frames, strides, every)
-        path = work_dir / f"latents-{frames}x{films[film].shape[1]}x{films[film].shape[2]}{f'-{look}' if look else ''}.pt"
-        first = len(captions) * (1 + list(LOOKS).index(look)) if look else 0
-        sets.append(
-            (encode_windows(vae, films[film], chosen, frames, path, look), first + np.array([shot for shot, _, _ in chosen]), share)
-        )
+        path = work_dir / f"latents-{frames}x{films[film].shape[1]}x{films[film].shape[2]}.pt"
+        sets.append((encode_windows(vae, films[film], chosen, frames, path), np.array([number for number, _, _ in chosen]), share))
         print(f"{len(chosen)} clips of {path.stem}")
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    texts = [*captions, *(f"{look} {caption}" for look in LOOKS for caption in captions), ""]
-    ids = tokenizer(texts, padding="max_length", max_length=226, truncation=True, return_tensors="pt").input_ids
-    prompts = [*captions[4::19], *DEMO_PROMPTS]
+    tokenizer, captions = AutoTokenizer.from_pretrained(TOKENIZER), [caption for _, _, caption in shots]
+    ids = tokenizer([*captions, ""], padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt").input_ids
+    prompts = [*captions[4:115:19], *DEMO_PROMPTS]
 
     def parts_of(transformer, text_encoder):
         models = {"transformer": transformer.eval(), "text_encoder": text_encoder.eval(), "vae": vae}
@@ -416,7 +401,7 @@ def main(options):
             CogVideoXTransformer3DModel.from_pretrained(options.start_from, subfolder="transformer", torch_dtype=torch.float32),
             T5EncoderModel.from_pretrained(options.start_from, subfolder="text_encoder", dtype=torch.float32),
         )
-    train_transformer(models, sets, ids, work_dir, options.transformer_steps, options.seed, make_samples)
+    train_transformer(models, sets, captions, ids, work_dir, options.transformer_steps, options.seed, make_samples)
     print(f"transformer: {(time.time() - started) / 60:.0f} minutes")
     write_folder(parts_of(*models), work_dir / "model")
     curves = [path for path in (work_dir / "vae_curve.txt", work_dir / "transformer_curve.txt") if path.exists()]
