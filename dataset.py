@@ -27,28 +27,34 @@ from cogvideox.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from cogvideox.files import at_home, is_unicode, write_bytes
 from cogvideox.model import sample_latents
 from cogvideox.order import sampled_timestep, seeded_generator
+from cogvideox.windows import listed_window, split_line, window_of
 
 LINE_FILES, TEXT_FILES = "line files", "videos with a text file each"  # names of layouts; a table's is its file name
 
 # The columns of a table, if no flag names them: ours, then those of other trainers (VideoX-Fun, finetrainers, musubi-tuner, ...).
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 VIDEO_COLUMNS = ("video", "file_name", "file_path", "video_path", "path")
+WINDOW_COLUMNS = ("start", "end")
 TABLE_KINDS = (".csv", ".tsv", ".jsonl", ".parquet", ".json")
 MISSING = ("nan", "none", "null", "<na>")  # what other programs write into a cell without a value
 
+JOURNAL = "captions.jsonl"  # what tools.caption keeps in a data folder
+PREPARED = ["prepare.json", "review.html", "review.txt"]  # what tools.prepare writes beside the lists
 MOST_LEFT_OUT = 1000  # names of files that are not trained on: a data folder may lie in a home folder
 
 
 @dataclass(frozen=True)
 class Record:
-    """One clip of the data: its place in the lists (for messages), the file as listed, the file on disk (an absolute path), its
-    caption, and why it cannot be used (None: it can)."""
+    """One clip of the data: its place in the lists (for messages), the file as listed, with its window, the file on disk (an absolute
+    path), its caption, why it cannot be used (None: it can), and its window as (start, end) in seconds after the file's first frame
+    (None: the whole file)."""
 
     where: str
     listed: str
     path: str
     caption: str
     reason: str | None = None
+    window: tuple[float, float] | None = None
 
 
 # -----------------------------------------------------------------------------
@@ -127,16 +133,15 @@ def read_hub_dataset(args):
             if not path.exists():
                 write_bytes(path, video["bytes"])
             video = {"path": str(path)}
-        listed, caption, faults = cells_of(row | {columns[1]: video.get("path") if isinstance(video, dict) else video}, columns)
+        listed, caption, window, faults = cells_of(row | {columns[1]: video.get("path") if isinstance(video, dict) else video}, columns)
         problems += [f"{where}: {fault}" for fault in faults]
         if not faults:
-            path, reason = locate(Path.cwd(), listed, allow_external_paths=True)
-            records.append(Record(where, name or listed, str(path), caption, reason))
+            records.append(record_of(Path.cwd(), where, listed, caption, window, allow_external_paths=True, name=name))
     return records, problems, "datasets"
 
 
-def read_records(root, caption_column=None, video_column=None, allow_external_paths=False):
-    """Read the (file, caption) pairs of a data folder or table.
+def read_records(root, caption_column=None, video_column=None, allow_external_paths=False, may_lack_captions=False):
+    """Read the (file, caption) pairs of a data folder or table. may_lack_captions: a missing caption is "", and not a problem.
 
     Four layouts are detected: `prompts.txt` + `videos.txt` (or the names given), a table (`metadata.csv|jsonl|parquet|json`, or
     such a file as `root`) with one column each, `videos/` + `labels/NAME.txt` (the layout of the SAT trainer), and clips with a
@@ -150,38 +155,56 @@ def read_records(root, caption_column=None, video_column=None, allow_external_pa
         return [], [f"--instance_data_root {root}: permission denied"], "nothing"
     if not root.exists():
         return [], [f"--instance_data_root {root}: no such folder"], "nothing"
-    caption_file = caption_column or "prompts.txt"
+    caption_file, video_file = caption_column or "prompts.txt", video_column or "videos.txt"
     table = root if root.is_file() else None
     if table is None and not (root / caption_file).exists():
         # metadata.json comes last: a folder of another layout may hold one that is about something else.
         table = find_table(root, TABLE_KINDS[:-1]) or (None if has_labels(root) else find_table(root, TABLE_KINDS[-1:]))
     if table is not None:
-        rows, problems = read_table(table, caption_column, video_column)
+        rows, problems = read_table(table, caption_column, video_column, may_lack_captions)
         root, layout = table.parent, table.name
-    elif not (root / caption_file).exists() and has_labels(root):
-        rows, problems = read_label_files(root)
+    elif not (root / caption_file).exists() and (has_labels(root) or (may_lack_captions and not (root / video_file).exists())):
+        rows, problems = read_label_files(root, may_lack_captions)
         layout = TEXT_FILES
     else:
-        rows, problems = read_line_files(root, caption_file, video_column or "videos.txt")
+        rows, problems = read_line_files(root, caption_file, video_file, may_lack_captions)
         layout = LINE_FILES
     records = []
-    for where, listed, caption in rows:
-        path, reason = locate(root, listed, allow_external_paths)
-        records.append(Record(where, listed, str(path), caption, reason))
+    for where, listed, caption, window in rows:
+        try:
+            records.append(record_of(root, where, listed, caption, window, allow_external_paths))
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
     if not rows and not problems:
         problems.append(f"{root}: no clips listed")
     return records, problems, layout
 
 
-def read_line_files(root, caption_file, video_file):
-    """Pair two text files line by line. Returns ([(where, listed file, caption)], problems)."""
-    problems, lines = [], {}
-    for name in (caption_file, video_file):
+def record_of(root, where, listed, caption, window, allow_external_paths, name=None):
+    """The Record of one entry of a list. window: from the columns of a table, or None. name: shown instead of the file.
+
+    `FILE | START-END` is a window, unless a file has that name. Raises ValueError for a wrong window.
+    """
+    path, reason = locate(root, listed, allow_external_paths)
+    if window:
+        return Record(where, listed_window(name or listed, window), str(path), caption, reason, window)
+    if "|" in listed and not os.path.lexists(path):
+        file, window = split_line(listed)
+        path, reason = locate(root, file, allow_external_paths)
+    return Record(where, name or listed, str(path), caption, reason, window)
+
+
+def read_line_files(root, caption_file, video_file, may_lack_captions=False):
+    """Pair two text files line by line. Returns ([(where, listed file, caption, None)], problems)."""
+    problems, lines = [], {caption_file: []}
+    is_blank = may_lack_captions and (not os.path.lexists(root / caption_file) or not (root / caption_file).read_bytes().strip())
+    for name in (caption_file, video_file)[is_blank:]:
         lines[name] = read_lines(root, name, problems)
     if problems:
         return [], problems
     captions, videos = lines[caption_file], lines[video_file]
-    for name, other in ((caption_file, videos), (video_file, captions)):
+    captions += [""] * (len(videos) - len(captions)) if may_lack_captions else []
+    for name, other in ((caption_file, videos), (video_file, captions))[may_lack_captions:]:
         for number, line in enumerate(lines[name], 1):
             if not line and number <= len(other):
                 problems.append(f"{name}:{number}: empty line; every clip needs a caption and every caption a clip")
@@ -193,7 +216,7 @@ def read_line_files(root, caption_file, video_file):
             f"{long}:{first} ({lines[long][first - 1][:60]!r}) has no partner in {short}"
         )
     pairs = zip(captions, videos, strict=False)
-    return [(f"{video_file}:{n}", v, c) for n, (c, v) in enumerate(pairs, 1) if c and v], problems
+    return [(f"{video_file}:{n}", v, c, None) for n, (c, v) in enumerate(pairs, 1) if v and (c or may_lack_captions)], problems
 
 
 def read_lines(root, name, problems):
@@ -238,8 +261,8 @@ def find_table(root, kinds):
     return next((root / f"metadata{kind}" for kind in kinds if (root / f"metadata{kind}").is_file()), None)
 
 
-def read_table(path, caption_column=None, video_column=None):
-    """Rows of a CSV, JSONL, Parquet or JSON file. Returns ([(where, listed file, caption)], problems)."""
+def read_table(path, caption_column=None, video_column=None, may_lack_captions=False):
+    """Rows of a CSV, JSONL, Parquet or JSON file. Returns ([(where, listed file, caption, window or None)], problems)."""
     problems = []
     try:
         names, rows = table_rows(path, problems)
@@ -252,10 +275,10 @@ def read_table(path, caption_column=None, video_column=None):
         return [], [f"{path}: {problem}", *problems]
     pairs = []
     for number, row in rows:
-        listed, caption, faults = cells_of(row, columns)
+        listed, caption, window, faults = cells_of(row, columns, may_lack_captions)
         problems += [f"{path.name}:{number}: {fault}" for fault in faults]
         if not faults:
-            pairs.append((f"{path.name}:{number}", listed, caption))
+            pairs.append((f"{path.name}:{number}", listed, caption, window))
     return pairs, problems
 
 
@@ -273,12 +296,15 @@ def choose_columns(names, caption_column=None, video_column=None):
     return columns, None
 
 
-def cells_of(row, columns):
-    """(file, caption, faults) of a table's row: what is not a text, or empty, as sentences."""
+def cells_of(row, columns, may_lack_captions=False):
+    """(file, caption, window or None, faults) of a table's row: what is not a text, or empty, or no window, as sentences."""
     texts, faults = [], []
     for column in columns:
         value = row.get(column)
         text = value.strip() if isinstance(value, str) else ""
+        if column == columns[0] and may_lack_captions and (value is None or (isinstance(value, str) and text.lower() in ("", *MISSING))):
+            texts.append("")
+            continue
         if value is not None and not isinstance(value, str):
             kinds = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
             kind = kinds.get(type(value), type(value).__name__)
@@ -290,7 +316,21 @@ def cells_of(row, columns):
         elif column == columns[0] and text.lower() in MISSING:
             faults.append(f"{column} is {text!r}, which stands for a missing value")
         texts.append(text)
-    return texts[1], " ".join(texts[0].split()), faults
+    window = None
+    try:
+        window = window_cells(row)
+    except ValueError as error:
+        faults.append(str(error))
+    return texts[1], " ".join(texts[0].split()), window, faults
+
+
+def window_cells(row):
+    """The window in the columns `start` and `end` of a table's row; None if it has none. Raises ValueError, a sentence."""
+    cells = {name: value for name in WINDOW_COLUMNS if str(value := row.get(name, "")).strip().lower() not in ("", *MISSING)}
+    if len(cells) == 1:
+        (given,), (lacking,) = cells, set(WINDOW_COLUMNS) - set(cells)
+        raise ValueError(f"{given} is {cells[given]!r} without {lacking}; give both or neither")
+    return window_of(*cells.values()) if cells else None
 
 
 def table_rows(path, problems):
@@ -391,20 +431,20 @@ def caption_file(root, path):
     return (root / "labels" / path.name if (root / "labels").is_dir() else path).with_suffix(".txt")
 
 
-def read_label_files(root):
-    """`videos/NAME.mp4` with `labels/NAME.txt`, or with `NAME.txt` beside it."""
+def read_label_files(root, may_lack_captions=False):
+    """`videos/NAME.mp4` with `labels/NAME.txt`, or with `NAME.txt` beside it. Returns as `read_line_files`."""
     pairs, problems = [], []
     for path in media_files(root):
         text = caption_file(root, path)
         listed = str(path.relative_to(root))
         try:
-            caption = " ".join(read_text(text).split())
+            caption = "" if may_lack_captions and not os.path.lexists(text) else " ".join(read_text(text).split())
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             problems.append(f"{listed}: the caption {text.relative_to(root)} cannot be read ({reason})")
             continue
-        if caption:
-            pairs.append((listed, listed, caption))
+        if caption or may_lack_captions:
+            pairs.append((listed, listed, caption, None))
         else:
             problems.append(f"{listed}: the caption {text.relative_to(root)} is empty")
     return pairs, problems
@@ -423,6 +463,7 @@ def files_left_out(args, root, records, layout):
     seen -= {os.path.realpath(root)}
     root = Path(root).absolute()
     lists = [args.caption_column or "prompts.txt", args.video_column or "videos.txt"] if layout == LINE_FILES else [layout]
+    lists += [JOURNAL, *PREPARED]
     folder = root if root.is_dir() else root.parent
     paths = [folder / record.listed for record in records]
     read = {file_identity(path) for path in [*(record.path for record in records), *(folder / name for name in lists)]}

@@ -4,9 +4,12 @@ Without torch: the guarded reader processes import this module and must start fa
 """
 
 import errno
+import functools
+import itertools
 import os
 import re
 import subprocess
+from bisect import bisect_right
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import NamedTuple
@@ -27,7 +30,7 @@ class Packets(NamedTuple):
 
     stamps: the presentation times of the frames that are shown, increasing, in `unit` seconds; empty if the packets have none.
     kind: the container. doubt: why decord must not read the file, or "". aspect: width over height of a stored pixel. crop: see
-    `cropping`. number, of: which video stream this is, from 1, and of how many.
+    `cropping`. number, of: which video stream this is, from 1, and of how many. keys: the presentation times of its key frames.
     """
 
     stamps: list[int]
@@ -38,6 +41,19 @@ class Packets(NamedTuple):
     crop: tuple[int, int, int, int]
     number: int
     of: int
+    keys: list[int] = ()
+
+
+class Place(NamedTuple):
+    """Where frames are taken from: the number of the first one, and, if decoding starts at a key frame and not at the file's start, the
+    presentation times of that and of the first one."""
+
+    number: int = 0
+    key: int | None = None
+    stamp: int | None = None
+
+
+START = Place()
 
 
 class Decoded(NamedTuple):
@@ -78,7 +94,14 @@ def open_video(path, crop_exactly=True):
 
 
 def list_packets(path):
-    """The Packets of a file. Raises BadClip for a truncated file."""
+    """The Packets of a file, kept for its next windows. Raises BadClip for a truncated file."""
+    status = os.stat(path)
+    return packets_of(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def packets_of(path, *_):
+    """`list_packets` of a file that has not changed: reading all of a film's packets takes longer than decoding one of its windows."""
     with open_video(path) as (container, stream):
         kind, unit, announced = container.format.name.split(",")[0], stream.time_base, stream.frames
         films = [s.index for s in container.streams.video if not is_attached_picture(s)]
@@ -105,7 +128,18 @@ def list_packets(path):
         doubt = "an edit list hides some of its frames"
     elif [key for _, key in shown] != [key for _, key in by_time]:
         doubt = "frames stored after a key frame are shown before it (an open group of pictures)"
-    return Packets([stamp for stamp, _ in by_time], unit, kind, doubt, *rest)
+    keys = sorted(stamp for stamp, key, _, _ in packets if key)
+    return Packets([stamp for stamp, _ in by_time], unit, kind, doubt, *rest, keys)
+
+
+def places(packets, number):
+    """The Places to try, of a file with stamps, so that its frame `number` is the first: two key frames before it, as some containers are
+    sought inexactly, then the file's start."""
+    if number == 0:
+        return [START]
+    stamp = packets.stamps[number]
+    before = bisect_right(packets.keys, stamp) - 1
+    return [Place(number, packets.keys[key], stamp) for key in (before, before - 1) if key > 0] + [Place(number)]
 
 
 def is_attached_picture(stream):
@@ -171,17 +205,21 @@ def missing_bytes(path):
     return max(0, end - size)
 
 
-def shown_frames(path, count=None):
-    """Decode at most `count` frames with PyAV, in presentation order; yields (frame, the size before the codec's cropping).
+def shown_frames(path, place=START, end=None, crop_exactly=True):
+    """Decode the frames from `place` up to number `end` (None: the last) with PyAV, in presentation order; yields (frame, the size before
+    the codec's cropping).
 
-    Raises BadClip for a damaged frame.
+    Raises BadClip for a damaged frame, but not for one before `place`.
     """
     import av
 
-    number, size, colours = 0, None, None
-    with open_video(path) as (container, stream):
+    number, size, colours = 0 if place.key is None else place.number, None, None
+    with open_video(path, crop_exactly) as (container, stream):
         try:
-            for frame in decoded(container, stream):
+            for frame in decoded(container, stream, place):
+                if (place.key is None and number < place.number) or (place.key is not None and (frame.pts or 0) < place.stamp):
+                    number += place.key is None
+                    continue
                 if frame.pts is None:
                     raise BadClip("its frames have no timestamps")
                 if frame.is_corrupt:
@@ -195,33 +233,44 @@ def shown_frames(path, count=None):
                 context = stream.codec_context
                 yield frame, (context.coded_width, context.coded_height)
                 number += 1
-                if number == count:
+                if number == end:
                     return
         except av.FFmpegError as error:
             raise BadClip(f"damaged: frame {number} cannot be decoded ({error.strerror})") from None
-    if not number:
+    if size is None:
         raise BadClip("no frame can be decoded")
 
 
-def decoded(container, stream):
-    """The frames of a stream. FFmpeg's own VP8 and VP9 decoders drop transparency, libvpx keeps it."""
+def decoded(container, stream, place=START):
+    """The frames of a stream from a key frame at or before `place` on. FFmpeg's VP8 and VP9 decoders drop transparency, libvpx keeps it.
+
+    Raises BadClip where no such key frame is found.
+    """
     import av
 
-    if stream.metadata.get("alpha_mode") != "1" or stream.codec_context.name not in ("vp8", "vp9"):
-        yield from container.decode(stream)
-        return
-    try:
-        decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream.codec_context.name], "r")
-    except av.codec.codec.UnknownCodecError:
-        raise BadClip("transparent VP8 and VP9 need a PyAV with libvpx") from None
-    for packet in container.demux(stream):
-        yield from decoder.decode(packet if packet.size else None)  # the last packet is empty: it flushes the decoder
+    decoder = None
+    if stream.metadata.get("alpha_mode") == "1" and stream.codec_context.name in ("vp8", "vp9"):
+        try:
+            decoder = av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream.codec_context.name], "r")
+        except av.codec.codec.UnknownCodecError:
+            raise BadClip("transparent VP8 and VP9 need a PyAV with libvpx") from None
+    packets = container.demux(stream)
+    if place.key is not None:
+        container.seek(place.key, stream=stream)
+        packets = itertools.dropwhile(lambda packet: not packet.is_keyframe and packet.size, packets)  # others need frames before them
+        first = next(packets)
+        if first.pts is None or first.pts > place.stamp:
+            raise BadClip("no key frame is found before it")
+        packets = itertools.chain([first], packets)
+    for packet in packets:
+        # The last packet is empty: it flushes the decoder.
+        yield from decoder.decode(packet if packet.size else None) if decoder else packet.decode()
 
 
-def frame_times(path, kind, count=None):
-    """Decode `count` frames (None: all) and keep only the first. Returns Decoded."""
+def frame_times(path, kind, place=START, end=None):
+    """Decode the frames from `place` up to number `end` (None: the last) and keep only the first. Returns Decoded."""
     stamps, first, interlaced, cropped = [], None, False, False
-    for frame, coded_size in shown_frames(path, count):
+    for frame, coded_size in shown_frames(path, place, end):
         stamps.append(frame.pts)
         first, interlaced = first or frame, interlaced or frame.interlaced_frame
         cropped = cropped or coded_size[0] != frame.width  # only a left edge moves, see `open_video`
@@ -229,12 +278,11 @@ def frame_times(path, kind, count=None):
         stamps.sort()
     backwards = np.nonzero(np.diff(stamps) < 0)[0]
     if len(backwards):
-        raise BadClip(f"its timestamps go backwards after frame {backwards[0]} (joined recordings, or a damaged file)")
+        raise BadClip(f"its timestamps go backwards after frame {place.number + backwards[0]} (joined recordings, or a damaged file)")
     return Decoded(stamps, first, interlaced, cropped)
 
 
-def moves_by_alignment(path, first):
-    """Whether the first frame is another one if the codec's cropping is not exact, as in decord."""
-    with open_video(path, crop_exactly=False) as (container, stream):
-        other = next(decoded(container, stream))
+def moves_by_alignment(path, place, first):
+    """Whether the first frame at `place` is another one if the codec's cropping is not exact, as in decord."""
+    other, _ = next(shown_frames(path, place, crop_exactly=False))
     return not np.array_equal(first.to_ndarray(format="gray"), other.to_ndarray(format="gray"))

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from cogvideox.container import HDR_TRANSFERS, BadClip, frame_times, list_packets, moves_by_alignment, shown_frames
+from cogvideox.container import HDR_TRANSFERS, START, BadClip, Place, frame_times, list_packets, moves_by_alignment, places, shown_frames
 from cogvideox.picture import colour_profile, has_alpha, picture_times, rgb_of, rgb_of_picture, side_data, treated, treatment_of
+from cogvideox.windows import TOLERANCE_SECONDS
 
 # Raise it when this module, container.py, picture.py or encodings.py compute other numbers from the same input.
 ENCODING_VERSION = 1
@@ -32,7 +33,8 @@ class Framing:
     `skip_frames_*` count frames of the source. `frames_per_latent` and `latents_per_patch` are the model's: the VAE maps
     4k + 1 frames to k + 1 latents, CogVideoX 1.5 patches two latents in time. `crop_x` and `crop_y` place the crop (0: left or
     top, 1: right or bottom). `sizes`: the allowed (height, width), of which a clip gets the nearest aspect ratio. `lengths`: the
-    allowed frame counts (empty: any legal one). `background`: the RGB colour behind transparent pixels.
+    allowed frame counts (empty: any legal one). `background`: the RGB colour behind transparent pixels. `window`: the part of the
+    file that is used, (start, end) in seconds after its first frame; everything else then applies inside it.
     """
 
     fps: float
@@ -47,6 +49,7 @@ class Framing:
     frames_per_latent: int = 4
     latents_per_patch: int = 1
     background: tuple[int, int, int] = (255, 255, 255)
+    window: tuple[float, float] | None = None
 
 
 # -----------------------------------------------------------------------------
@@ -63,16 +66,43 @@ def longest_legal_length(num_frames, frames_per_latent=4, latents_per_patch=1):
     return (latents - 1) * frames_per_latent + 1 if latents > 0 else 0
 
 
+def frames_within(times, window):
+    """The frames of a window as (first, end) of `times`, in seconds after the file's first frame; all of them for None.
+
+    Raises BadClip for a window without frames.
+    """
+    if window is None:
+        return 0, len(times)
+    first, end = np.searchsorted(times, np.asarray(window) - TOLERANCE_SECONDS).tolist()
+    if first == len(times):
+        raise BadClip(f"its window starts after its end (the file has {file_seconds(times):.1f} seconds)")
+    if first == end:
+        raise BadClip(f"no frame between {window[0]:.3f} and {window[1]:.3f} seconds")
+    return first, end
+
+
+def file_seconds(times):
+    """How long frames at these times are shown: the last one as long as most."""
+    return float(times[-1] - times[0]) + (float(np.median(np.diff(times))) if len(times) > 1 else 0.0)
+
+
+def late_end(times, framing):
+    """What the report says of a window that ends after the file, in a list."""
+    end, window = file_seconds(times), framing.window
+    return [f"its window ends after the file ({end:.1f} seconds)"] if window and window[1] > end + 1 / framing.fps else []
+
+
 def choose_frames(times, framing):
-    """Pick source frames so that the clip plays at `framing.fps`, by presentation time.
+    """Pick source frames so that the clip plays at `framing.fps`, by presentation time, within `framing.window`.
 
     times: seconds, one per source frame, increasing. Target k is k / fps after the first frame that is not skipped; the
     source frame nearest in time is taken, so a variable frame rate keeps its speed, but a frame that is held for long is taken
     until the next one comes. A target may be at most half a source frame after the last frame. Returns a list of indices of
     legal length. Raises BadClip if no frames are left.
     """
-    total = len(times)
-    first, end = framing.skip_frames_start, total - framing.skip_frames_end
+    start, stop = frames_within(times, framing.window)
+    total = stop - start
+    first, end = start + framing.skip_frames_start, stop - framing.skip_frames_end
     if first >= end:
         raise BadClip(
             f"{total} frames, of which --skip_frames_start {framing.skip_frames_start} and "
@@ -150,6 +180,8 @@ def read_picture(path, framing):
             times = picture_times(picture)
             if len(times) == 1 and framing.latents_per_patch > 1:
                 raise BadClip("an image is one frame; this model needs at least 5")
+            if len(times) == 1 and framing.window:
+                raise BadClip("a picture has no windows")
             indices = choose_frames(times, framing) if len(times) > 1 else [0]
             frames, profile, is_transparent, facts = {}, colour_profile(picture), False, None
             for index in sorted(set(indices)):
@@ -162,7 +194,7 @@ def read_picture(path, framing):
             raise
         raise BadClip(f"not a readable image ({error})") from None
     facts |= {"reader": "picture", "decoder": "", "treatment": {"profile": profile.sha256} if profile else {}}
-    changes = [f"{profile.name} to sRGB"] if profile else []
+    changes = late_end(times, framing) + ([f"{profile.name} to sRGB"] if profile else [])
     tell_changes(facts, changes + ["transparent"] * is_transparent, framing.background)
     return np.stack([frames[index] for index in indices]), facts
 
@@ -170,7 +202,7 @@ def read_picture(path, framing):
 def first_transfer(path):
     """The transfer characteristic of a picture as PyAV reads it, or None if it does not."""
     try:
-        return int(next(frame for frame, _ in shown_frames(path, 1)).color_trc)
+        return int(next(frame for frame, _ in shown_frames(path)).color_trc)
     except BadClip:
         return None
 
@@ -210,19 +242,16 @@ def read_video(path, framing, reader):
 
     The packets give each frame's presentation time. PyAV then decodes up to the last chosen frame, which reveals damaged and
     missing frames: decord would return a neighbour instead. If the packets are wrong, the times come from decoding the whole file.
+    Of a window nothing is decoded but its frames and those since the key frame before it, where the container can be sought.
     """
     packets = list_packets(path)
-    stamps, unit, doubt = packets.stamps, packets.unit, packets.doubt
-    indices = choose_frames(seconds(stamps, unit), framing) if stamps else []
-    shown = frame_times(path, packets.kind, indices[-1] + 1 if indices else None)
-    if not indices or shown.stamps != stamps[: len(shown.stamps)]:
-        doubt = doubt or "its packets do not match its frames"
-        shown = frame_times(path, packets.kind)
-        stamps, indices = shown.stamps, choose_frames(seconds(shown.stamps, unit), framing)
+    stamps, indices, place, shown, doubt = verified_frames(path, packets, framing)
+    unit, end = packets.unit, frames_within(seconds(stamps, packets.unit), framing.window)[1]
     turn = picture_turn(shown.first)
     if turn != NO_TURN:
         doubt = doubt or "its picture is rotated or mirrored when it is shown"
     treatment, changes = treatment_of(shown.first, shown.is_interlaced)
+    changes += late_end(seconds(stamps, unit), framing)
     if any(packets.crop):
         treatment["crop"] = packets.crop
         changes.append("cropped by its container")
@@ -230,7 +259,7 @@ def read_video(path, framing, reader):
         doubt = doubt or AS_STORED
     if has_alpha(shown.first):
         doubt = doubt or CAN_BE_TRANSPARENT
-    if shown.is_cropped and moves_by_alignment(path, shown.first):
+    if shown.is_cropped and moves_by_alignment(path, place, shown.first):
         doubt = doubt or "decord crops the left edge of its frames at another pixel"
     left, top, right, bottom = packets.crop
     stored, aspect = (shown.first.width - left - right, shown.first.height - top - bottom), (packets.aspect, 1)
@@ -254,11 +283,43 @@ def read_video(path, framing, reader):
             if reader == "decord":
                 raise
             doubt = str(reason)
-    frames, is_transparent = read_with_pyav(path, unit, turn, facts, framing.background)
+    frames, is_transparent = read_with_pyav(path, place, end, unit, turn, facts, framing.background)
     changes += ["transparent"] if is_transparent else []
     obvious = reader == "pyav" or (changes and doubt in (AS_STORED, CAN_BE_TRANSPARENT))
     tell_changes(facts, changes, framing.background, "" if obvious else doubt)
     return frames, facts | {"reader": "pyav", "decoder": pyav_version()}
+
+
+def verified_frames(path, packets, framing):
+    """(stamps of all frames, indices of the chosen ones, Place to decode from, Decoded, why decord must not read the file or "").
+
+    Raises BadClip for a damaged frame in the window.
+    """
+    stamps, doubt = packets.stamps, packets.doubt
+    if stamps:
+        times = seconds(stamps, packets.unit)
+        indices, first = choose_frames(times, framing), frames_within(times, framing.window)[0]
+        tried = places(packets, first)
+        for place in tried:
+            try:
+                shown = frame_times(path, packets.kind, place, indices[-1] + 1)
+            except BadClip:  # perhaps only from this key frame on
+                if place is tried[-1]:
+                    raise
+                shown = None
+            wanted = stamps[first : indices[-1] + 1]
+            if shown and shown.stamps == (wanted if place.number else wanted[: len(shown.stamps)]):
+                return stamps, indices, place, shown, doubt
+            doubt = doubt or "its frames cannot be decoded from the key frame before its window"
+    doubt = packets.doubt or "its packets do not match its frames"
+    shown, place = frame_times(path, packets.kind), START
+    stamps = shown.stamps
+    times = seconds(stamps, packets.unit)
+    indices, first = choose_frames(times, framing), frames_within(times, framing.window)[0]
+    if framing.window:
+        place = Place(first)
+        shown = frame_times(path, packets.kind, place, indices[-1] + 1)
+    return stamps, indices, place, shown, doubt
 
 
 def pyav_version():
@@ -321,13 +382,17 @@ def read_with_decord(path, times, facts):
     raise Untrusted(reason)
 
 
-def read_with_pyav(path, unit, turn, facts, background):
-    """The frames at facts["indices"], treated and turned upright; and whether anything in them is transparent."""
+def read_with_pyav(path, place, end, unit, turn, facts, background):
+    """The frames at facts["indices"], treated and turned upright; and whether anything in them is transparent.
+
+    place: where to decode from. end: the number after the last frame of the file or window, which a deinterlacer must not look at.
+    """
     chosen, frames, is_transparent = set(facts["indices"]), {}, False
     swap, rows, columns = turn
-    count = max(chosen) + (2 if "deinterlaced" in facts["treatment"] else 1)  # a deinterlacer also looks at the next frame
+    end = min(max(chosen) + (2 if "deinterlaced" in facts["treatment"] else 1), end)  # a deinterlacer also looks at the next frame
     left, top, right, bottom = facts["treatment"].get("crop", (0, 0, 0, 0))
-    for number, frame in treated((frame for frame, _ in shown_frames(path, count)), unit, facts["treatment"], chosen):
+    shown = (frame for frame, _ in shown_frames(path, place, end))
+    for number, frame in treated(shown, place.number, unit, facts["treatment"], chosen):
         picture, had_alpha = rgb_of(frame, background)
         picture = picture[top : frame.height - bottom, left : frame.width - right]
         picture = (picture.swapaxes(0, 1) if swap else picture)[::rows, ::columns]
@@ -344,18 +409,22 @@ def first_line(error):
 def clip_facts(times, indices, stored, framing, aspect=(1, 1)):
     """A clip's facts for the report and the cache; JSON-ready.
 
+    times: of all frames of the file, in seconds. The source's frames and seconds are those of the window.
     stored: (width, height) of the stored picture. aspect: how wide and how high a stored pixel is shown. The source's size is that of
     the picture as it is shown, the box counts stored pixels.
     """
     width, height = stored[0] * float(aspect[0]), stored[1] * float(aspect[1])
     target_height, target_width = choose_size(width, height, framing.sizes)
     box = source_box(width, height, target_width, target_height, framing)
+    first, end = frames_within(times, framing.window)
+    file_end, times = file_seconds(times), times[first:end]
     spacing = float(np.median(np.diff(times))) if len(times) > 1 else 1 / framing.fps
     seconds = float(times[-1] - times[0]) + spacing
     used = min(seconds, len(indices) / framing.fps)
     kept_area = (box[2] - box[0]) * (box[3] - box[1]) / (width * height)
     stretch = (target_width / target_height) / ((box[2] - box[0]) / (box[3] - box[1]))
-    return {
+    window = {"window": [framing.window[0], round(min(framing.window[1], file_end), 3)]} if framing.window else {}
+    return window | {
         "reader": "",
         "source_frames": len(times),
         "source_fps": round((len(times) - 1) / float(times[-1] - times[0]), 3) if len(times) > 1 else 0.0,
@@ -407,5 +476,6 @@ def random_crop(framing, seed, name):
 
 
 def clip_framing(record, framing, seed):
-    """The framing of one clip: a random crop has its own position."""
+    """The framing of one clip: it has its own window, and a random crop its own position."""
+    framing = replace(framing, window=record.window) if record.window else framing
     return random_crop(framing, seed, record.listed) if framing.reshape_mode == "random" else framing

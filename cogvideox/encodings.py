@@ -256,7 +256,7 @@ def plan_encodings(args, folder, facts, data, captions, cache, device, free_memo
 
     free_memory: bytes for encoding on the rank that has least.
     """
-    remember_survey(data.clips, cache)
+    remember_survey(data.clips + data.split, cache)
     parts = {"text_encoder": args.variant, "vae": args.variant, "tokenizer": None, "transformer": args.variant}
     with timed("hash the model's files"):
         found = {part: identify(folder, part, cache, variant) for part, variant in parts.items()}

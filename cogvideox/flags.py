@@ -118,6 +118,13 @@ def add_data_flags(parser):
     flag("--width", 720, "pixels, a multiple of 16 for CogVideoX", at_least=1, free=True)
     flag("--fps", 8.0, "frames per second to sample clips at; CogVideoX 1.0 was trained at 8", above=0, free=True)
     flag("--max_num_frames", 49, "most frames per clip: 4k + 1", at_least=1, free=True)
+    flag(
+        "--windows",
+        "one",
+        "what of a clip is trained: one: its start; slide: windows one after the other; spread: to its end, overlapping",
+        choices=("one", "slide", "spread"),
+        free=True,
+    )
     flag("--eval_share", 0.0, "share of the clips held out of training and scored, such as 0.1", at_least=0, below=1, free=True)
     flag("--eval_data_root", None, "a second data folder like --instance_data_root, all of it held out and scored", free=True)
     flag("--prior_data_root", None, "another one, trained beside the clips with its captions as they are, without --id_token", free=True)
@@ -153,6 +160,9 @@ def check_data_flags(args):
     problems = undecodable(args, "id_token", "encoding_cache_dir", "cache_dir")
     if args.eval_share and args.eval_data_root:
         problems.append("--eval_share and --eval_data_root: both hold clips out; give only one")
+    if args.windows != "one" and (args.skip_frames_start or args.skip_frames_end):
+        rule = "would skip in each window; name the part of a clip in the list (FILE | START-END)"
+        problems.append(f"--windows {args.windows}: --skip_frames_start and --skip_frames_end {rule}")
     args.bucket_sizes, args.bucket_lengths = [], []
     for word in args.bucket:
         if match := re.fullmatch(r"(\d+)x(\d+)", word):

@@ -150,11 +150,11 @@ def treatment_of(frame, interlaced):
     return treatment, words
 
 
-def treated(frames, time_base, treatment, chosen):
-    """(number, frame) of the chosen frames after FFmpeg's filters. frames: from the first on, in order."""
+def treated(frames, first, time_base, treatment, chosen):
+    """(number, frame) of the chosen frames after FFmpeg's filters. frames: from number `first` on, in order."""
     if "deinterlaced" in treatment:  # looks at a frame's neighbours
         frames = filtered(frames, time_base, deinterlacing)
-    frames = (frame for number, frame in enumerate(frames) if number in chosen)
+    frames = (frame for number, frame in enumerate(frames, first) if number in chosen)
     if "tone_mapped" in treatment:  # takes four times as long as decoding
         frames = filtered(frames, time_base, functools.partial(tone_mapping, *treatment["tone_mapped"]))
     yield from zip(sorted(chosen), frames, strict=True)

@@ -47,17 +47,20 @@ class Readers:
         while not self.idle.empty():
             stop(self.idle.get())
 
-    def read(self, path, framing, want_frames=True, reader="auto"):
-        """Decode one file. Returns (facts, frames); frames is None without `want_frames`. Raises BadClip with the reason."""
+    def read(self, path, framing, want_frames=True, reader="auto", times_timeout=1):
+        """Decode one file. Returns (facts, frames); frames is None without `want_frames`. Raises BadClip with the reason.
+
+        times_timeout: how many times the pool's timeout this file may take.
+        """
         request = {"path": str(path), "framing": asdict(framing), "want_frames": want_frames, "reader": reader}
         worker = self.idle.get()
         try:
             worker = worker or self.start()
-            reply, frames = self.exchange(worker, request)
+            reply, frames = self.exchange(worker, request, self.timeout_seconds * times_timeout)
         except TimeoutError:
             stop(worker)
             worker = None
-            raise BadClip(f"not decoded within {self.timeout_seconds:g} seconds (--clip_timeout_seconds)") from None
+            raise BadClip(f"not decoded within {self.timeout_seconds * times_timeout:g} seconds (--clip_timeout_seconds)") from None
         except (EOFError, BrokenPipeError, json.JSONDecodeError):
             reason = describe_end(worker)
             stop(worker)
@@ -103,9 +106,9 @@ class Readers:
             start_new_session=True,
         )
 
-    def exchange(self, worker, request):
+    def exchange(self, worker, request, timeout_seconds):
         """Send one request and wait for its reply. Raises TimeoutError, or EOFError if the worker has exited."""
-        deadline = time.monotonic() + self.timeout_seconds
+        deadline = time.monotonic() + timeout_seconds
         worker.stdin.write(json.dumps(request).encode() + b"\n")
         length = int.from_bytes(read_exactly(worker.stdout, 8, deadline))
         reply = json.loads(bytes(read_exactly(worker.stdout, length, deadline)))
@@ -151,18 +154,27 @@ def describe_end(worker):
     return f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit code {code}"
 
 
-def serve():
-    """Answer requests until stdin closes. Replies go to a private copy of stdout, which no library's print can corrupt."""
+def read_request(request):
+    """`read_clip` of a request."""
+    framing = request["framing"]
+    framing["sizes"] = tuple(map(tuple, framing["sizes"]))
+    framing["lengths"], framing["background"] = tuple(framing["lengths"]), tuple(framing["background"])
+    framing["window"] = framing["window"] and tuple(framing["window"])
+    return read_clip(request["path"], Framing(**framing), request["reader"])
+
+
+def serve(answer=read_request):
+    """Answer requests until stdin closes. Replies go to a private copy of stdout, which no library's print can corrupt.
+
+    answer: request -> (frames or None, facts); it raises BadClip for a file that cannot be used.
+    """
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        framing = request["framing"]
-        framing["sizes"] = tuple(map(tuple, framing["sizes"]))
-        framing["lengths"], framing["background"] = tuple(framing["lengths"]), tuple(framing["background"])
         frames = None
         try:
-            frames, facts = read_clip(request["path"], Framing(**framing), request["reader"])
+            frames, facts = answer(request)
             reply = {"ok": True, "facts": facts}
         except BadClip as error:
             reply = {"ok": False, "reason": str(error)}

@@ -198,7 +198,8 @@ class Scorer:
         self.sets = {"train": spread(data.own, args.eval_clips), "held_out": spread(data.held_out, args.eval_clips)}
         # Only scores of the same model, clips, captions and noise compare.
         settings = [*run_identity, args.seed, args.base_precision, args.mixed_precision]
-        settings += [(data.clips[clip]["sha256"], self.captions[clip]) for clips in self.sets.values() for clip in clips]
+        for clip in (clip for clips in self.sets.values() for clip in clips):
+            settings.append((data.clips[clip]["sha256"], self.captions[clip], *data.clips[clip].get("window", ())))
         self.clips = {name: len(clips) for name, clips in self.sets.items()}
         self.clips["sha256"] = key_of(settings)[:12]
         # A clip's number seeds its noise.

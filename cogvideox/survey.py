@@ -7,8 +7,9 @@ clips are checked once, not at every start.
 import functools
 import json
 import platform
+import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +17,15 @@ from accelerate.utils import gather_object
 
 from cogvideox import versions
 from cogvideox.console import progress, say, warn
-from cogvideox.decode import IMAGE_SUFFIXES, SURVEY_VERSION, VIDEO_SUFFIXES, Framing, clip_framing
-from cogvideox.files import hash_file, key_of, read_json, write_bytes
+from cogvideox.decode import IMAGE_SUFFIXES, SURVEY_VERSION, VIDEO_SUFFIXES, Framing, clip_framing, longest_legal_length
+from cogvideox.files import at_home, hash_file, key_of, read_json, write_bytes
 from cogvideox.folder import UNKNOWN_NOTED, UNKNOWN_REFUSED, text_notes, token_ids, unknown_shares
 from cogvideox.order import choose_held_out
 from cogvideox.stopping import exit_if_requested
+from cogvideox.windows import listed_window, place_windows, seconds_trained
 from dataset import MOST_LEFT_OUT, files_left_out, list_clips, list_eval_clips, list_prior_clips
+
+FEW_WORDS, SAME_WORDS = 20, 10  # of a caption: too few for this model; at the start of two captions that say the same
 
 
 @dataclass
@@ -29,7 +33,8 @@ class Data:
     """The checked clips: parallel lists of records and facts; and the problems as sentences.
 
     held_out: the numbers of the clips that are scored and never trained on; trained: the others, those of --prior_data_root last.
-    prior: the numbers of these; own: of the other trained clips, which the scores and the size of the videos follow.
+    prior: the numbers of these; own: of the other trained clips, which the scores and the size of the videos follow. split: the facts of
+    clips whose windows are in `clips` in their place.
     """
 
     records: list
@@ -38,6 +43,7 @@ class Data:
     framing: Framing
     held_out: list = field(default_factory=list)
     prior: list = field(default_factory=list)
+    split: list = field(default_factory=list)
 
     @functools.cached_property
     def trained(self):
@@ -61,13 +67,17 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     priors, prior_problems, prior_layout = list_prior_clips(args)
     of_data, before_prior = len(records), len(records) + len(others)
     # The prior clips come last: those of the other folders keep their numbers, on which the noise of their scores depends.
-    records, problems = records + others + priors, problems + more_problems + prior_problems
+    listed, problems = records + others + priors, problems + more_problems + prior_problems
     framing, cache = framing_of(args, facts), Path(args.encoding_cache_dir)
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    mine = survey_clips(records[rank::world_size], framing, args.seed, cache, readers, show_progress=rank == 0)
-    barrier()  # one rank may have slower files than another
-    numbered = gather_object(list(zip(range(rank, len(records), world_size), mine, strict=True)))
-    clips = [clip for _, clip in sorted(numbered, key=lambda pair: pair[0])]
+
+    def survey(records):
+        mine = survey_clips(records[rank::world_size], framing, args.seed, cache, readers, show_progress=rank == 0)
+        barrier()  # one rank may have slower files than another
+        numbered = gather_object(list(zip(range(rank, len(records), world_size), mine, strict=True)))
+        return [clip for _, clip in sorted(numbered, key=lambda pair: pair[0])]
+
+    records, clips, parts_of, split = survey_windows(args.windows, listed, framing, survey)
     readings = read_captions(args.id_token, tokenizer, records)
     limit, clips = facts.max_text_seq_length, without_unreadable(clips, readings)
     problems += caption_problems(args.id_token, tokenizer, records, readings, limit)
@@ -79,10 +89,11 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
             f"--bad_videos skip: {len(bad)} of {len(records)} clips are unusable, more than --max_bad_share {args.max_bad_share:g}"
         )
     usable = [i for i, clip in enumerate(clips) if "reason" not in clip]
-    own = [i for i in usable if i < of_data]
-    drawn = {own[i] for i in choose_held_out(len(own), args.eval_share, args.seed)} | {i for i in usable if of_data <= i < before_prior}
+    own = sorted({parts_of[i] for i in usable if parts_of[i] < of_data})  # all windows of a clip are on one side
+    chosen = {own[i] for i in choose_held_out(len(own), args.eval_share, args.seed)}
+    drawn = {i for i in usable if parts_of[i] in chosen or of_data <= parts_of[i] < before_prior}
     held_out = [number for number, i in enumerate(usable) if i in drawn]
-    if own and drawn.issuperset(own):
+    if own and chosen.issuperset(own):
         problems.append(f"--eval_share {args.eval_share:g}: leaves none of {len(own)} clips for training; give a smaller share, or 0")
     if args.train_batch_size > 1 and not args.bucket and shapes_differ([clip for i, clip in enumerate(clips) if i not in drawn]):
         problems.append(
@@ -91,12 +102,12 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
         )
     left_out = []
     if accelerator.is_main_process:
-        left_out += files_left_out(args, args.instance_data_root, records[:of_data], layout)
-        more = files_left_out(args, args.eval_data_root, others, eval_layout)
-        left_out += [str(Path(args.eval_data_root, name)) for name in more]
-        more = files_left_out(args, args.prior_data_root, priors, prior_layout)
-        left_out += [str(Path(args.prior_data_root, name)) for name in more]
-    dataset = describe(records, clips, readings, limit, framing, drawn, left_out, before_prior)
+        left_out += files_left_out(args, args.instance_data_root, listed[:of_data], layout)
+        for root, found, kind in ((args.eval_data_root, others, eval_layout), (args.prior_data_root, priors, prior_layout)):
+            left_out += [str(Path(root, name)) for name in files_left_out(args, root, found, kind)]
+    prior = {i for i, part in enumerate(parts_of) if part >= before_prior}
+    dataset = describe(records, clips, readings, limit, framing, drawn, left_out, args.windows, prior)
+    dataset["remarks"] += caption_audit([listed[i] for i in own], args.id_token, args.instance_data_root)
     dataset = {"source": args.dataset_name or args.instance_data_root, "layout": layout} | dataset | {"problems": problems}
     if accelerator.is_main_process:
         write_bytes(Path(args.output_dir) / "dataset.json", json.dumps(dataset, indent=1).encode())
@@ -114,8 +125,8 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     prompts = [(f"validation prompt {number}", prompt) for number, prompt in enumerate(args.prompts, 1)]
     for note in text_notes(tokenizer, [*prompts, ("--negative_prompt", args.negative_prompt)], limit) if tokenizer and prompts else ():
         warn(note)  # only the videos suffer, so this ends no run
-    prior = [number for number, i in enumerate(usable) if i >= before_prior]
-    return Data([records[i] for i in usable], [clips[i] for i in usable], problems, framing, held_out, prior)
+    prior = [number for number, i in enumerate(usable) if i in prior]
+    return Data([records[i] for i in usable], [clips[i] for i in usable], problems, framing, held_out, prior, split)
 
 
 class Reading(NamedTuple):
@@ -202,7 +213,8 @@ def framing_of(args, facts):
 
 def survey_key(content, framing):
     """The cache key of a file's decoding result: from its content, the framing, and the decoders."""
-    return key_of(SURVEY_VERSION, content, asdict(framing), decoders())
+    settings = {name: value for name, value in asdict(framing).items() if name != "window" or value}
+    return key_of(SURVEY_VERSION, content, settings, decoders())
 
 
 @functools.cache
@@ -211,19 +223,50 @@ def decoders():
     return [versions.installed(name) for name in ("decord", "av", "imageio-ffmpeg")]
 
 
+def survey_windows(kind, records, framing, survey):
+    """Survey the records, and the windows in which --windows `kind` splits them: (records, facts, for each the number of the listed
+    record that it is a part of, facts of the records that were split).
+
+    survey: records -> facts. A record's length, which decides its windows, is known only then.
+    """
+    whole = survey(records)
+    if kind == "one":
+        return records, whole, range(len(records)), []
+    num_frames = max(framing.lengths, default=0) or longest_legal_length(
+        framing.max_num_frames, framing.frames_per_latent, framing.latents_per_patch
+    )
+    parts, split = [], []  # (record, number, facts or None)
+    for number, (record, clip) in enumerate(zip(records, whole, strict=True)):
+        windows = []
+        if "reason" not in clip and clip["source_frames"] > 1:
+            start, end = clip.get("window", (0.0, clip["source_seconds"]))
+            windows = place_windows(kind, start, end, seconds_trained(num_frames, framing.fps, clip["source_fps"]))
+        if len(windows) < 2:  # what is trained without --windows
+            parts.append((record, number, clip))
+            continue
+        split.append(clip)
+        name = record.listed.rpartition("|")[0].rstrip() if record.window else record.listed
+        parts += [(replace(record, listed=listed_window(name, window), window=window), number, None) for window in windows]
+    found = iter(survey([record for record, _, clip in parts if clip is None]) if split else ())
+    facts = [next(found) if clip is None else clip for _, _, clip in parts]
+    return [record for record, _, _ in parts], facts, [number for _, number, _ in parts], split
+
+
 def survey_clips(records, framing, seed, cache, readers, show_progress=True):
     """Decode every record. Returns one facts dict per record, with `sha256`, and `reason` if it is unusable.
 
     Caches only the hashes of files; `remember_survey` stores the results of usable clips.
     """
-    facts, pending = [None] * len(records), []
+    facts, pending, contents = [None] * len(records), [], {}
     for number, record in enumerate(records):
         if record.reason:
             facts[number] = {"reason": record.reason, "path": record.path}
             continue
         own = clip_framing(record, framing, seed)
         try:
-            content = hash_file(record.path, cache)
+            if record.path not in contents:  # a film has hundreds of windows
+                contents[record.path] = hash_file(record.path, cache)
+            content = contents[record.path]
         except OSError as error:  # the main process saw the file: another machine may not
             facts[number] = {"reason": f"cannot be read on {platform.node()} ({error.strerror})", "path": record.path}
             continue
@@ -255,20 +298,20 @@ def remember_survey(facts, cache):
 INNER_FACTS = {"indices", "box", "stored_width", "stored_height", "treatment", "decoder", "note", "survey", "path"}
 
 
-def describe(records, facts, readings, limit, framing, held_out=(), left_out=(), before_prior=None):
+def describe(records, facts, readings, limit, framing, held_out=(), left_out=(), windows="one", prior=()):
     """The content of dataset.json, the source of the text report and the page: {clips, totals, remarks, left_out}, JSON-ready.
 
     facts: one dict per record, from `survey_clips`. readings: of each caption, which is truncated at `limit` tokens. held_out: the
-    numbers of the records that are scored and never trained on. left_out: from `files_left_out`. before_prior: the number of the
-    first record of --prior_data_root (None: there is none).
+    numbers of the records that are scored and never trained on; prior: of those of --prior_data_root. left_out: from
+    `files_left_out`. windows: the value of --windows.
     """
-    clips, before_prior = [], len(records) if before_prior is None else before_prior
+    clips = []
     for number, (record, clip, reading) in enumerate(zip(records, facts, readings, strict=True)):
         described = {"line": record.where, "path": record.listed, "caption": record.caption, "tokens": len(reading.ids)}
         described |= {
             "unknown_percent": round(100 * reading.unknown, 1),
             "is_caption_cut": len(reading.ids) > limit,
-            "split": "held out" if number in held_out else "prior" if number >= before_prior else "trained",
+            "split": "held out" if number in held_out else "prior" if number in prior else "trained",
             "problem": None,
             "notes": [],
         }
@@ -286,7 +329,10 @@ def describe(records, facts, readings, limit, framing, held_out=(), left_out=(),
     alike = alike_to_the_model([clip["caption"] for clip in clips], readings, limit)
     alike = [clips[i] for i in sorted(i for numbers in alike for i in numbers) if not clips[i]["problem"]]
     mute = [clip for clip, reading in zip(clips, readings, strict=True) if not reading.has_letters and not clip["problem"]]
-    found = [*remarks(clips, usable, totals, limit, framing), *caption_remarks(usable, alike, mute, limit), *left_out_remarks(left_out)]
+    listed = len({clip["line"] for clip in clips})
+    found = [f"{listed} clips give {len(clips)} windows (--windows {windows})"] if windows != "one" and clips else []
+    found += [*remarks(clips, usable, totals, limit, framing), *content_remarks(clips, facts)]
+    found += [*caption_remarks(usable, alike, mute, limit), *left_out_remarks(left_out)]
     return {"clips": clips, "totals": totals, "remarks": found, "left_out": list(left_out)}
 
 
@@ -324,7 +370,7 @@ def remarks(clips, usable, totals, limit, framing):
     checks = [
         (
             lambda c: c["used_percent"] < 90,
-            "use less than 90 % of their clip (--max_num_frames, --fps); the caption should match what is left",
+            "use less than 90 % of their clip (--max_num_frames, --fps, --windows); the caption should match what is left",
         ),
         (lambda c: c["frames"] < framing.max_num_frames, f"are shorter than --max_num_frames {framing.max_num_frames}"),
         (lambda c: c["repeated_frames"] > 0, f"have fewer frames per second than --fps {framing.fps:g}: some frames repeat"),
@@ -340,19 +386,34 @@ def remarks(clips, usable, totals, limit, framing):
             yield f"{len(hits)} of {len(usable)} clips {finding}: {some(hits)}"
     if cut := [clip for clip in clips if clip["is_caption_cut"]]:
         yield f"{len(cut)} captions are longer than {limit} tokens and will be truncated: {some(cut)}"
-    contents = Counter(clip["sha256"] for clip in usable)
-    if copies := [clip for clip in usable if contents[clip["sha256"]] > 1]:
-        yield f"{len(copies)} clips have the same content as another: {some(copies)}"
-    captions = Counter(clip["caption"] for clip in usable)
+    captions = Counter(caption for caption, _ in {(clip["caption"], clip["line"]) for clip in usable})  # windows of one line share theirs
     if alike := [clip for clip in usable if captions[clip["caption"]] > 1]:
         yield f"{len(alike)} clips share their caption with another: {some(alike)}"
     if prior := [clip for clip in usable if clip["split"] == "prior"]:
         yield f"{len(prior)} clips are of --prior_data_root: trained with their captions as they are: {some(prior)}"
     if held_out := [clip for clip in usable if clip["split"] == "held out"]:
         yield f"{len(held_out)} clips are held out: scored, and never trained on: {some(held_out, most=len(held_out))}"
-        trained = {clip["sha256"] for clip in usable if clip["split"] != "held out"}
-        if copies := sum(clip["sha256"] in trained for clip in held_out):
-            yield f"{copies} of the held-out clips have the same content as a training clip: their score does not detect memorising"
+
+
+def content_remarks(clips, facts):
+    """Sentences about clips of different lines with the same frames of the same content. clips, facts: as in `describe`."""
+    lines = Counter(content for content, _ in {(clip["sha256"], clip["line"]) for clip in clips if not clip["problem"]})
+    spans = [
+        (clip, {(fact["sha256"], index) for index in range(fact["indices"][0], fact["indices"][-1] + 1)})
+        for clip, fact in zip(clips, facts, strict=True)
+        if not clip["problem"] and lines[clip["sha256"]] > 1
+    ]
+    of_line = {}
+    for clip, span in spans:
+        of_line.setdefault(clip["line"], set()).update(span)
+    uses = Counter(frame for frames in of_line.values() for frame in frames)
+    alike = "overlap" if any("window" in clip for clip, _ in spans) else "have the same content as"
+    if copies := [clip for clip, span in spans if any(uses[frame] > 1 for frame in span)]:
+        yield f"{len(copies)} clips {alike} another{' of the same file' * (alike == 'overlap')}: {some(copies)}"
+    trained = {frame for clip, span in spans if clip["split"] != "held out" for frame in span}
+    if copies := [clip for clip, span in spans if clip["split"] == "held out" and not trained.isdisjoint(span)]:
+        score = "their score does not detect memorising"
+        yield f"{len(copies)} of the held-out clips {alike} a training clip: {score}: {some(copies)}"
 
 
 def caption_remarks(usable, alike, mute, limit):
@@ -366,6 +427,53 @@ def caption_remarks(usable, alike, mute, limit):
         yield f"{len(alike)} captions are the same to the model as another, unlike one ({reason}): {some(alike)}"
     if mute:
         yield f"{len(mute)} captions have no letter: {some(mute)}"
+
+
+def caption_audit(records, id_token=None, root=None):
+    """Sentences about captions that are words as T5 knows them, and yet not what should be trained on. Rules: docs/data.md.
+
+    records: whose captions begin with `id_token`, if there is one. root: the data folder, with what tools.prepare keeps there.
+    """
+    own = [record.caption.removeprefix(f"{id_token} ") if id_token else record.caption for record in records]
+    named = [{"path": record.listed} for record in records]
+    empty = read_placeholders(root)
+    if waiting := [clip for clip, text in zip(named, own, strict=True) if is_placeholder(clip["path"], text, empty)]:
+        yield f"{len(waiting)} captions are placeholders of tools.prepare (python -m tools.caption writes captions): {some(waiting)}"
+    short = [clip for clip, text in zip(named, own, strict=True) if len(text.split()) < FEW_WORDS and clip not in waiting]
+    if short:
+        yield f"{len(short)} captions have fewer than {FEW_WORDS} words; CogVideoX was trained on 90 to 100 (tools.caption): {some(short)}"
+    starts = [" ".join(text.lower().split()[:SAME_WORDS]) for text in own]
+    counts = Counter(start for start, _ in {(start, text) for start, text in zip(starts, own, strict=True)})  # equal ones are told above
+    if alike := [clip for clip, start in zip(named, starts, strict=True) if counts[start] > 1 and clip not in waiting]:
+        yield f"{len(alike)} captions begin with the same {SAME_WORDS} words as another that differs: {some(alike)}"
+    if twice := begin_with(records, id_token, own):
+        yield f"{len(twice)} captions already begin with {id_token}, which --id_token puts there once more: {some(twice)}"
+    is_fused = re.compile(rf"{re.escape(id_token)}[a-z]|\w{re.escape(id_token)}\b" if id_token else r"^[A-Z][A-Z0-9]{2,}[a-z]").search
+    if fused := [(clip, found[0]) for clip, text in zip(named, own, strict=True) if (found := is_fused(text))]:
+        clips = [clip for clip, _ in fused]
+        yield f"{len(fused)} captions have a trigger word without a space after it ({fused[0][1]}... in the first): {some(clips)}"
+
+
+def begin_with(records, id_token, captions=None):
+    """The clips, as `some` takes them, whose own captions already begin with the trigger word."""
+    captions = captions or [record.caption for record in records]
+    pairs = zip(records, captions, strict=True) if id_token else ()
+    return [{"path": record.listed} for record, text in pairs if re.match(rf"{re.escape(id_token)}(?!\w)", text)]
+
+
+def read_placeholders(root):
+    """Clip as listed -> the text that tools.prepare wrote in place of its caption; {} without its file."""
+    try:
+        place = Path(at_home(root or ""))
+        found = read_json((place.parent if place.is_file() else place) / "prepare.json")["placeholders"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_placeholder(listed, caption, placeholders):
+    """Whether a clip's caption is still the text of `read_placeholders`."""
+    return listed in placeholders and caption == " ".join(str(placeholders[listed]).split())
 
 
 def left_out_remarks(names):

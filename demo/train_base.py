@@ -4,6 +4,9 @@ Three seeded stages, a few CPU hours in total: resize the film's frames, train a
 transformer with its T5 encoder, on the shots of `demo/film_shots.txt` and, in colour and without a trigger, the demo's clips: a LoRA of
 the demo has to learn its style only. Curves, reconstructions and samples are written beside the weights. Completed stages are skipped.
 
+`demo/model` was trained in three rounds, with `--start_from` the one before: 3200 steps of 8 clips and 3200 of 16, both without the demo's
+clips, then `--transformer_steps 1000 --seed 3`. demo/base/curves.png is of the first round.
+
 The film is resources/bbb.mp4 in moviepy_10_minutes.zip in the sdist of moviepy 2.2.1 on PyPI:
 `pip download --no-deps --no-binary moviepy moviepy==2.2.1`.
 """

@@ -536,7 +536,8 @@ def test_a_run_on_files_of_any_name_ends_well(oddly_named, train, tmp_path):
 
 def test_a_crop_of_a_plain_name_stays_where_it_was():
     crops = [
-        clip_framing(SimpleNamespace(listed=name), Framing(8, 5, ((32, 48),), reshape_mode="random"), 42) for name in ("a.mp4", "é.mp4")
+        clip_framing(SimpleNamespace(listed=name, window=None), Framing(8, 5, ((32, 48),), reshape_mode="random"), 42)
+        for name in ("a.mp4", "é.mp4")
     ]
     assert [(round(crop.crop_x * 255), round(crop.crop_y * 255)) for crop in crops] == [(207, 21), (3, 5)]
 

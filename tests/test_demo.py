@@ -21,7 +21,7 @@ from demo.make_model import TOKENIZER, make_model
 from demo.measure import WANTED, Pair, brightness_correlation, figures, read_pairs, saturation
 from demo.old_film import old_film, write_dataset, write_demo
 from demo.picture import COLUMNS, FRAME_WIDTH, write_picture
-from demo.train_base import read_shots
+from demo.train_base import TEXT_TOKENS, read_demo_clips, read_shots
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, CLIPS = ROOT / "demo/model", ROOT / "demo/dataset"
@@ -32,7 +32,7 @@ def test_the_base_model_is_a_small_folder_of_the_2b_kind():
     assert sum(path.stat().st_size for path in files) < 20e6
     facts, scheduler = read_facts(MODEL), load_scheduler(MODEL)
     assert (facts.latent_compression, facts.frames_per_latent, facts.latent_channels) == (8, 4, 16)
-    assert facts.max_text_seq_length == 226
+    assert facts.max_text_seq_length == TEXT_TOKENS
     config = json.loads((MODEL / "transformer/config.json").read_text())
     assert not config["use_rotary_positional_embeddings"]
     assert scheduler.config.prediction_type == "v_prediction"
@@ -42,14 +42,16 @@ def test_the_base_model_is_a_small_folder_of_the_2b_kind():
         assert (MODEL / "tokenizer" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_no_frame_of_the_demos_clips_is_trained_on():
-    rows = [line.split("\t") for line in (CLIPS / "film_frames.txt").read_text().splitlines() if not line.startswith("#")]
-    assert sorted(row[0] for row in rows) == sorted((CLIPS / "videos.txt").read_text().split())
-    held_out = {frame for _, first, end in rows for frame in range(int(first), int(end))}
-    trained = [frame for first, end, _ in read_shots() for frame in range(first, end)]
-    assert len(held_out) == 38 * 49
-    assert len(trained) > 9000
-    assert not held_out & set(trained)
+def test_the_base_model_is_trained_on_the_demos_clips_as_they_are_in_the_film():
+    names = [line.split("\t")[0] for line in (CLIPS / "film_frames.txt").read_text().splitlines() if not line.startswith("#")]
+    assert sorted(names) == sorted((CLIPS / "videos.txt").read_text().split())
+    captions = [line.removeprefix("BUNNYTOON ") for line in (CLIPS / "prompts.txt").read_text().splitlines()]
+    assert sorted(caption for _, _, caption in read_demo_clips()) == sorted(captions)
+    of_demo = {frame for first, end, _ in read_demo_clips() for frame in range(first, end)}
+    others = [frame for first, end, _ in read_shots() for frame in range(first, end)]
+    assert len(of_demo) == 38 * 49
+    assert len(others) > 9000
+    assert not of_demo & set(others)
 
 
 def error(vae, frames):

@@ -450,3 +450,31 @@ def test_the_charts_have_round_ticks():
         assert charts.line_chart("x", [("y", "one", odd)])["lines"]
     means = charts.running_mean([(step, 2.0) for step in range(50)], 10)
     assert [value for _, value in means] == pytest.approx([2.0] * 50)
+
+
+def test_the_motion_of_videos_is_a_curve_and_stands_below_each_and_the_one_without_the_trigger_is_named(tmp_path):
+    write_validation(tmp_path, 0, ["OLDFILM a bird"], b"video")
+    write_validation(tmp_path, 4, ["OLDFILM a bird"], b"video")
+    name, more = "00-x-seed42.mp4", "without_trigger/00-a-bird-seed42.mp4"
+    for step in (0, 4):
+        place = tmp_path / f"validation/step-{step:06d}"
+        record = json.loads((place / "videos.json").read_text())
+        record["videos"].append({"prompt": "a bird", "seed": 42, "name": more, "without": "OLDFILM", "partner": name})
+        (place / "videos.json").write_text(json.dumps(record))
+        (place / more).parent.mkdir()
+        (place / more).write_bytes(b"video")
+    first = {"step": 0, "motion": 20.5, "motion_base": 20.5, "motion_data": None, "videos": [{"name": name, "motion": 20.5}]}
+    last = {"step": 4, "motion": 3.25, "motion_base": 20.5, "motion_data": 14.0, "moved_with_trigger": 18.0, "moved_without_trigger": 9.0}
+    lines = [training_line(4), first, last | {"videos": [{"name": name, "motion": 3.25}, {"name": more, "motion": None}, "?"]}]
+    part = report.videos(tmp_path, lines)
+    assert [row["prompt"] for row in part["rows"]] == ["OLDFILM a bird", "without OLDFILM: a bird"]
+    assert [[cell["motion"] for cell in row["cells"]] for row in part["rows"]] == [["motion 20.5", "motion 3.2"], ["", ""]]
+    assert all(cell["source"] for row in part["rows"] for cell in row["cells"])
+    motion, distance = charts.video_charts(lines)
+    assert [label for label, _ in motion["legend"]] == ["videos", "step 0", "training clips"]
+    assert len(motion["lines"][2]["points"].split()) == 2  # the data's is drawn across
+    assert [label for label, _ in distance["legend"]] == ["with the trigger", "without it"]
+    assert charts.video_charts(lines[:1]) == []
+    write_metrics(tmp_path, lines)
+    assert "motion 3.2" in report.page(tmp_path)
+    assert "Motion in grey levels per second" not in report.page(tmp_path / "validation")

@@ -370,15 +370,15 @@ def test_a_run_with_a_trigger_makes_and_measures_the_video_without_it_and_goes_o
 
 @pytest.mark.slow
 def test_two_processes_measure_what_one_does(train, forked, tiny_model, six_clips, encodings, tmp_path):
-    steady = VIDEOS | STEADY_ADAM | {"max_train_steps": 2}
+    steady = VIDEOS | STEADY_ADAM | {"max_train_steps": 2, "learning_rate": 0.5, "rank": 16}
     alone = train(**steady, train_batch_size=2)
     codes, output = forked.run(words(tiny_model, six_clips, tmp_path / "two", encodings, **steady), processes=2)
     assert codes == [0, 0], output
     [one, both] = [motion_lines(folder)[-1] for folder in (alone, tmp_path / "two")]
     assert one.keys() == both.keys()
     for name in ("motion", "motion_base", "motion_data", "moved_with_trigger", "moved_without_trigger"):
-        assert both[name] == pytest.approx(one[name], rel=0.02, abs=0.05), name
-    assert abs(one["moved_with_trigger"] - one["moved_without_trigger"]) > 0.05  # what is compared differs by more
+        assert both[name] == pytest.approx(one[name], rel=0.01, abs=0.01), name
+    assert one["moved_with_trigger"] > 1  # what is compared did change
     assert len(both["videos"]) == 3
 
 

@@ -4,6 +4,7 @@ Needs no model. Prints a table of the clips and a verdict in plain words, writes
 will see of each clip, and ends with exit code 3 if any clip cannot be used.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,14 @@ from cogvideox.folder import COGVIDEOX_2B, load_tokenizer
 from cogvideox.motion import STATIC, motion
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.survey import (
+    caption_audit,
     caption_problems,
     describe,
     framing_of,
     printable,
     read_captions,
     survey_clips,
+    survey_windows,
     table_lines,
     unusable,
     without_unreadable,
@@ -31,6 +34,7 @@ from dataset import files_left_out, list_clips, list_prior_clips
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 MOST_ON_SHEET = 100
 ALIKE = 4.0  # mean difference between thumbnails of two clips, in grey levels of 255
+ALIKE_WORDS, MOST_COMPARED = 0.8, 2000  # share of the different words of two captions; captions that are compared in pairs
 
 
 def thumbnail(frames):
@@ -59,6 +63,26 @@ def look(records, clips, framing, seed, readers):
         distance = np.abs(pictures[i + 1 :] - pictures[i]).mean(axis=1)
         pairs += [(names[i], names[i + 1 + int(j)]) for j in np.nonzero(distance < ALIKE)[0]]
     return rows, static, pairs
+
+
+def alike_captions(records):
+    """A sentence about captions that share ALIKE_WORDS or more of their different words with another.
+
+    Compares the first MOST_COMPARED captions in pairs. Equal captions are told elsewhere.
+    """
+    texts = {}
+    for record in records[:MOST_COMPARED]:
+        texts.setdefault(record.caption, record.listed)
+    words, names = [set(re.findall(r"\w+", text.lower())) for text in texts], list(texts.values())
+    pairs = [
+        (names[i], names[j])
+        for i in range(len(words))
+        for j in range(i + 1, len(words))
+        if len(words[i] & words[j]) >= ALIKE_WORDS * len(words[i] | words[j])
+    ]
+    if pairs:
+        named = ", ".join(f"{printable(a)} and {printable(b)}" for a, b in pairs[:5])
+        yield f"{len(pairs)} pairs of captions have {100 * ALIKE_WORDS:.0f} % of their words in common: {named}"
 
 
 def advice(clips, static, pairs):
@@ -94,16 +118,23 @@ def main(words=None):
     records, problems, layout = list_clips(args)
     priors, prior_problems, _ = list_prior_clips(args)
     left_out, before_prior = files_left_out(args, args.instance_data_root, records, layout), len(records)
-    records, problems = records + priors, problems + prior_problems
+    listed, problems = records + priors, problems + prior_problems
     framing, cache = framing_of(args, COGVIDEOX_2B), Path(args.encoding_cache_dir)
     tokenizer, limit = load_tokenizer(Path(args.tokenizer)), COGVIDEOX_2B.max_text_seq_length
-    readings = read_captions(args.id_token, tokenizer, records)
-    problems += caption_problems(args.id_token, tokenizer, records, readings, limit)
     with Readers(decode_workers(), args.clip_timeout_seconds) as readers:
-        clips = without_unreadable(survey_clips(records, framing, args.seed, cache, readers), readings)
+        records, clips, parts_of, _ = survey_windows(
+            args.windows, listed, framing, lambda records: survey_clips(records, framing, args.seed, cache, readers)
+        )
+        readings = read_captions(args.id_token, tokenizer, records)
+        problems += caption_problems(args.id_token, tokenizer, records, readings, limit)
+        clips = without_unreadable(clips, readings)
         rows, static, pairs = look(records, clips, framing, args.seed, readers)
-    good, own = ([clip for clip in group if "reason" not in clip] for group in (clips, clips[:before_prior]))
-    dataset = describe(records, clips, readings, limit, framing, left_out=left_out, before_prior=before_prior)
+    prior = {i for i, part in enumerate(parts_of) if part >= before_prior}
+    good = [clip for clip in clips if "reason" not in clip]
+    own = [clip for i, clip in enumerate(clips) if "reason" not in clip and i not in prior]
+    dataset = describe(records, clips, readings, limit, framing, left_out=left_out, windows=args.windows, prior=prior)
+    captioned = [listed[part] for part in sorted({parts_of[i] for i, clip in enumerate(clips) if "reason" not in clip and i not in prior})]
+    dataset["remarks"] += [*caption_audit(captioned, args.id_token, args.instance_data_root), *alike_captions(captioned)]
     print(f"{layout} of {args.dataset_name or args.instance_data_root}\n")
     print("\n".join([*table_lines(dataset), "", *dataset["remarks"], *advice(own, static, pairs)]))
     problems += unusable(records, clips)
