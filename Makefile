@@ -79,4 +79,4 @@ check: setup
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo/tiny_model demo/old_film demo/output demo/cache
+	rm -rf $(VENV) $(OLDEST) demo/tiny_model demo/old_film demo/tasks demo/output demo/cache

@@ -14,7 +14,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 README = PAGES[0].read_text()
 FOREIGN_FLAGS = {"--multi_gpu", "--help"}  # accelerate's, argparse's
 FOLDERS = ("cogvideox", "configs", "demo", "docs", "examples", "tests", "tools")
-MADE_BY_COMMANDS = ("demo/output", "demo/old_film", "demo/tiny_model", "demo/cache")
+MADE_BY_COMMANDS = ("demo/output", "demo/old_film", "demo/tasks", "demo/tiny_model", "demo/cache")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 
