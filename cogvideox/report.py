@@ -141,7 +141,7 @@ def read_videos(output_dir):
         jobs = record.get("videos")
         for job in jobs if isinstance(jobs, list) else []:
             if isinstance(job, dict) and "name" in job:
-                trigger = f"without {job['without']}: " if "without" in job else ""
+                trigger = "without the trigger: " if "without" in job else ""
                 labels[str(job["name"])] = (f"{trigger}{job.get('prompt', '')}", job.get("seed"))
         # A file whose name begins with a dot is still being written.
         paths = [path for pattern in ("*.mp4", "without_trigger/*.mp4") for path in folder.glob(pattern)]

@@ -60,7 +60,7 @@ def job_without_trigger(jobs, number, text, prompt, token):
 
 def title_of(job, texts):
     """A job's prompt for people."""
-    return f"without {job['without']}: {texts[job['prompt']]}" if "without" in job else texts[job["prompt"]]
+    return f"without the trigger: {texts[job['prompt']]}" if "without" in job else texts[job["prompt"]]
 
 
 def sample_latents(transformer, scheduler, prompt, negative_prompt, seed, device, **settings):

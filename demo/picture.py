@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from cogvideox.files import write_bytes
 from cogvideox.video import read_video
 
-COLUMNS, FRAME_WIDTH, LABEL_WIDTH, GAP, HEADING_HEIGHT, TEXT_PIXELS = 6, 128, 118, 3, 26, 15
+COLUMNS, FRAME_WIDTH, LABEL_WIDTH, GAP, HEADING_HEIGHT, TEXT_PIXELS = 6, 128, 130, 3, 26, 15
 INK, FAINT = "#1f2328", "#656d76"
 
 
@@ -17,7 +17,7 @@ def write_picture(path, old_film_dir, pairs):
     """Write a run's picture as a PNG, about 900 pixels wide. old_film_dir: the training data folder. pairs: from `measure.read_pairs`."""
     size = pairs[0].base.shape[1:3]
     rows = [
-        ("", "Captioned clips in a style that the base model has never seen; the trigger word is OLDFILM."),
+        ("", "Captioned clips in a style that the base model has never seen; the trigger starts with OLDFILM."),
         ("training clips", training_frames(old_film_dir, size)),
     ]
     for pair in pairs:

@@ -467,7 +467,7 @@ def test_the_motion_of_videos_is_a_curve_and_stands_below_each_and_the_one_witho
     last = {"step": 4, "motion": 3.25, "motion_base": 20.5, "motion_data": 14.0, "moved_with_trigger": 18.0, "moved_without_trigger": 9.0}
     lines = [training_line(4), first, last | {"videos": [{"name": name, "motion": 3.25}, {"name": more, "motion": None}, "?"]}]
     part = report.videos(tmp_path, lines)
-    assert [row["prompt"] for row in part["rows"]] == ["OLDFILM a bird", "without OLDFILM: a bird"]
+    assert [row["prompt"] for row in part["rows"]] == ["OLDFILM a bird", "without the trigger: a bird"]
     assert [[cell["motion"] for cell in row["cells"]] for row in part["rows"]] == [["motion 20.5", "motion 3.2"], ["", ""]]
     assert all(cell["source"] for row in part["rows"] for cell in row["cells"])
     motion, distance = charts.video_charts(lines)

@@ -239,8 +239,8 @@ def test_one_more_video_is_made_without_the_trigger_beside_its_partner_and_only_
         assert len(validator.videos_of(1)) == 4
     listed = json.loads((asked.folder_of(1) / "videos.json").read_text())["videos"][-1]
     assert (listed["prompt"], listed["without"]) == ("a rabbit", "OLDFILM")
-    assert (tmp_path / "asked" / report.NAME).read_text().count("without OLDFILM: a rabbit") > 0
-    assert "without OLDFILM" not in (tmp_path / "plain" / report.NAME).read_text()
+    assert (tmp_path / "asked" / report.NAME).read_text().count("without the trigger: a rabbit") > 0
+    assert "without the trigger" not in (tmp_path / "plain" / report.NAME).read_text()
 
 
 def test_the_video_without_the_trigger_comes_when_its_partner_does_and_not_twice(tmp_path):
@@ -360,7 +360,7 @@ def test_a_run_with_a_trigger_makes_and_measures_the_video_without_it_and_goes_o
         motion_lines(folder)[-1]["trigger_leak"] is not None
     )
     page = (folder / report.NAME).read_text()
-    assert "without OLDFILM: a rabbit" in page
+    assert "without the trigger: a rabbit" in page
     assert "Motion of the videos" in page
     off = train(**VIDEOS, max_train_steps=2, validation_without_trigger=False)
     assert not list(off.rglob("without_trigger"))
