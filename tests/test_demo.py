@@ -89,10 +89,10 @@ def test_saturation_of_known_colours():
 
 def test_brightness_correlates_where_the_picture_stays_without_its_colour():
     frames = read_video(CLIPS / "videos/60.mp4")[:9]
-    assert brightness_correlation(frames, old_film(frames, 3)) > 0.8
+    assert brightness_correlation(frames, old_film(frames, 3)) > 0.5
     assert brightness_correlation(frames, frames // 2) > 0.99
     assert brightness_correlation(frames, 255 - frames) < -0.99
-    assert brightness_correlation(frames, old_film(read_video(CLIPS / "videos/04.mp4")[:9], 3)) < 0.5
+    assert brightness_correlation(frames, old_film(read_video(CLIPS / "videos/04.mp4")[:9], 3)) < 0.4
 
 
 def test_the_picture_shows_the_same_frames_of_base_and_lora_for_each_prompt(tmp_path):

@@ -109,7 +109,7 @@ def result_of(folder):
 
 def losses_of(folder):
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line.get("loss", line.get("eval_train_loss")) for line in lines]
+    return [line.get("loss", line.get("eval_train_loss")) for line in lines if "motion" not in line]  # of steps and scores, not of videos
 
 
 def worst_difference(a, b):
