@@ -437,14 +437,16 @@ def caption_audit(records, id_token=None, root=None):
     own = [record.caption.removeprefix(f"{id_token} ") if id_token else record.caption for record in records]
     named = [{"path": record.listed} for record in records]
     empty = read_placeholders(root)
-    if waiting := [clip for clip, text in zip(named, own, strict=True) if is_placeholder(clip["path"], text, empty)]:
+    waiting = [clip for clip, text in zip(named, own, strict=True) if is_placeholder(clip["path"], text, empty)]
+    if waiting:
         yield f"{len(waiting)} captions are placeholders of tools.prepare (python -m tools.caption writes captions): {some(waiting)}"
-    short = [clip for clip, text in zip(named, own, strict=True) if len(text.split()) < FEW_WORDS and clip not in waiting]
+    told = {clip["path"] for clip in waiting}
+    short = [clip for clip, text in zip(named, own, strict=True) if len(text.split()) < FEW_WORDS and clip["path"] not in told]
     if short:
         yield f"{len(short)} captions have fewer than {FEW_WORDS} words; CogVideoX was trained on 90 to 100 (tools.caption): {some(short)}"
     starts = [" ".join(text.lower().split()[:SAME_WORDS]) for text in own]
     counts = Counter(start for start, _ in {(start, text) for start, text in zip(starts, own, strict=True)})  # equal ones are told above
-    if alike := [clip for clip, start in zip(named, starts, strict=True) if counts[start] > 1 and clip not in waiting]:
+    if alike := [clip for clip, start in zip(named, starts, strict=True) if counts[start] > 1 and clip["path"] not in told]:
         yield f"{len(alike)} captions begin with the same {SAME_WORDS} words as another that differs: {some(alike)}"
     if twice := begin_with(records, id_token, own):
         yield f"{len(twice)} captions already begin with {id_token}, which --id_token puts there once more: {some(twice)}"
