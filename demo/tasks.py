@@ -1,6 +1,6 @@
 """Three things to learn that the demo's base model does not know: `python -m demo.tasks demo/tasks` writes a data folder of each.
 
-Each is a change of the demo's 38 clips: a style (an old film), a subject (a striped ball that bounces through the scene) and a
+Each is a change of the demo's 38 clips: a style (an old film), a subject (a striped ball that rolls through the scene) and a
 motion (the camera rolls clockwise). All randomness is seeded by the clip's number. `sheet.png` shows frames of each.
 """
 
@@ -32,19 +32,20 @@ def ball_picture(radius, angle):
     return Image.fromarray(picture).resize((2 * radius, 2 * radius), Image.BOX)
 
 
-def bouncing_ball(frames, seed):
-    """uint8 frames [F, H, W, 3] with a striped ball that bounces from one side to the other, about half as high as the picture."""
+def rolling_ball(frames, seed):
+    """uint8 frames [F, H, W, 3] with a striped ball, three quarters as high as the picture, that rolls along the ground from left to right.
+
+    The seed changes its size and its way by a few percent: a way that the seed alone decides could not be learned.
+    """
     random = np.random.default_rng(seed)
     count, height, width = frames.shape[:3]
-    radius = round(height * random.uniform(0.2, 0.26))
-    direction, bounces, phase = random.choice([-1, 1]), random.uniform(1.5, 2.5), random.uniform(0, 1)
+    radius, start = round(height * random.uniform(0.37, 0.39)), width * random.uniform(0.3, 0.32)
     changed = []
     for number, time in enumerate(np.linspace(0, 1, count)):
-        across = direction * (time - 0.5) * 0.8 * width
-        up = abs(np.sin(np.pi * (bounces * time + phase))) * (0.9 * height - 2 * radius)
+        across = start + 0.38 * width * time
         frame = Image.fromarray(frames[number])
-        ball = ball_picture(radius, across / radius)
-        frame.paste(ball, (round(width / 2 + across - radius), round(0.97 * height - up - 2 * radius)), ball)
+        ball = ball_picture(radius, (across - start) / radius)
+        frame.paste(ball, (round(across - radius), round(0.97 * height - 2 * radius)), ball)
         changed.append(np.asarray(frame))
     return np.stack(changed)
 
@@ -70,7 +71,7 @@ def camera_roll(frames, seed):
 # name -> (change of frames by a seed, trigger word, what the attribution says of the clips)
 TASKS = {
     "style": (old_film, "OLDFILM", CHANGES),
-    "subject": (bouncing_ball, "BEACHBALL", "The clips here are a further change of those: a striped ball bounces through the picture.\n"),
+    "subject": (rolling_ball, "BEACHBALL", "The clips here are a further change of those: a striped ball rolls through the picture.\n"),
     "motion": (camera_roll, "CAMERAROLL", "The clips here are a further change of those: enlarged, with a camera that rolls.\n"),
 }
 

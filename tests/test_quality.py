@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from cogvideox.video import read_video
-from demo.tasks import TASKS, bouncing_ball, camera_roll, write_task
+from demo.tasks import TASKS, camera_roll, rolling_ball, write_task
 from tests.conftest import ROOT, environment
 from tools import quality
 from tools.benchmark import __main__ as command
-from tools.quality import SETTINGS, reached, rows_of, rows_of_all, target_of, write_halves
+from tools.quality import SETTINGS, course_of, reached, rows_of, rows_of_all, target_of, write_halves
 
 CLIP = ROOT / "demo/dataset/videos/60.mp4"
 
@@ -27,6 +27,18 @@ def test_the_target_is_reached_between_two_scores_as_on_a_line():
     assert reached(course(-0.1, -0.3), 0.2) == pytest.approx((15, 1.5))
     assert reached(course(-0.2, -0.1), 0.2) == pytest.approx((10, 1.0))
     assert reached(course(-0.1, -0.19), 0.2) is None
+
+
+def test_a_runs_seconds_are_its_median_pace_times_its_steps(tmp_path):
+    score = {"eval_held_out_base_loss": 0.5, "eval_train_loss": 0.5, "eval_train_base_loss": 0.5}
+    lines = [{"step": 0, "eval_held_out_loss": 0.5} | score]
+    for step, seconds, loss in ((10, 0.1, 0.45), (20, 9.0, 0.4), (30, 0.2, 0.4)):
+        lines += [{"step": step, "seconds_per_step": seconds}, {"step": step, "eval_held_out_loss": loss} | score]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps, seconds, shares = zip(*course_of(tmp_path), strict=True)
+    assert steps == (0, 10, 20, 30)
+    assert seconds == pytest.approx((0, 2, 4, 6))
+    assert shares == pytest.approx((0, -0.1, -0.2, -0.2))
 
 
 def test_a_ratio_is_the_median_over_the_seeds_and_a_run_that_never_gets_there_counts_as_none():
@@ -70,12 +82,12 @@ def test_a_tasks_clips_depend_on_the_source_and_the_seed_alone(task):
 
 def test_the_ball_is_in_every_frame_and_the_rest_of_the_scene_stays():
     frames = np.full((9, 160, 240, 3), 90, np.uint8)
-    covered = (bouncing_ball(frames, 1) != frames).any(-1)
-    assert covered.mean((1, 2)).min() > 0.05
-    assert covered.mean((1, 2)).max() < 0.25
+    covered = (rolling_ball(frames, 1) != frames).any(-1)
+    assert covered.mean((1, 2)).min() > 0.25
+    assert covered.mean((1, 2)).max() < 0.35
     middles = np.array([np.argwhere(frame).mean(0) for frame in covered])
-    assert np.ptp(middles[:, 1]) > 120  # it crosses the picture
-    assert np.ptp(middles[:, 0]) > 30  # and bounces
+    assert (np.diff(middles[:, 1]) > 5).all()  # it rolls to the right
+    assert np.ptp(middles[:, 0]) < 2
 
 
 def test_the_camera_rolls_by_a_quarter_and_shows_no_empty_corner():

@@ -110,15 +110,14 @@ def train(start, task, name, seed, options, work_dir):
 
 
 def course_of(output_dir):
-    """[(step, seconds of training until then, held-out loss against the base's as a share)] of a run."""
+    """[(step, seconds of training until then, held-out loss against the base's as a share)] of a run.
+
+    The seconds are the run's median seconds per step times the step: what disturbs a part of a run does not count.
+    """
     lines = read_json_lines(output_dir / "metrics.jsonl")
-    seconds, last_step, at = 0.0, 0, {0: 0.0}
-    for line in lines:
-        if "seconds_per_step" in line:
-            seconds, last_step = seconds + line["seconds_per_step"] * (line["step"] - last_step), line["step"]
-            at[last_step] = seconds
+    pace = statistics.median(line["seconds_per_step"] for line in lines if "seconds_per_step" in line)
     return [
-        (line["step"], at[line["step"]], line["eval_held_out_loss"] / line["eval_held_out_base_loss"] - 1) for line in evaluations(lines)
+        (line["step"], pace * line["step"], line["eval_held_out_loss"] / line["eval_held_out_base_loss"] - 1) for line in evaluations(lines)
     ]
 
 
