@@ -235,6 +235,9 @@ def test_a_step_is_logged_then_saved_then_scored_then_shown_and_a_second_run_loo
 
     order = []
 
+    def kind_of(line):
+        return next(kind for kind in ("loss", "motion", "eval_train_loss") if kind in line)
+
     def note(owner, name, word):
         plain = getattr(owner, name)
 
@@ -247,20 +250,22 @@ def test_a_step_is_logged_then_saved_then_scored_then_shown_and_a_second_run_loo
     note(scoring, "base_score", lambda *args: "base")
     note(preview.Preview, "show", lambda *args: "preview")
     note(checkpoint.Checkpointer, "load", lambda *args: "load")
-    note(metrics.Meter, "log", lambda meter, line: f"{'loss' if 'loss' in line else 'score'} {line['step']}")
+    note(metrics.Meter, "log", lambda meter, line: f"{kind_of(line)} {line['step']}")
     note(checkpoint.Saver, "save", lambda saver, step, *args: f"save {step}")
     note(validation, "validate", lambda folder, *args: f"videos {int(folder.name[-6:])}")
     note(report, "refresh", lambda folder: "report")
     flags = {"validation_prompt": "a rabbit", "max_train_steps": 3, "checkpointing_steps": 2, "validation_steps": 2, "eval_clips": 1}
     cache = tmp_path / "cache"
     train(cache=cache, **flags)
-    first_look = ["base", "score 0", "score 2", "report", "videos 0", "report", "videos 2", "report", "preview", "report"]
-    last_look = ["score 3", "report", "videos 3", "report", "report"]
+    scores = ["base", "eval_train_loss 0", "eval_train_loss 2", "report"]
+    first_look = [*scores, "videos 0", "motion 0", "report", "videos 2", "motion 2", "report", "preview", "report"]
+    last_look = ["eval_train_loss 3", "report", "videos 3", "motion 3", "report", "report"]
     assert order == ["load", "loss 1", "loss 2", "save 2", *first_look, "loss 3", "save 3", *last_look]
     order.clear()
     train(cache=cache, **flags)  # the second run finds encodings, base score and base videos in the cache
-    second = ["score 2", "report", "videos 2", "report", "preview", "report"]
-    assert order == ["load", "score 0", "report", "report", "loss 1", "loss 2", "save 2", *second, "loss 3", "save 3", *last_look]
+    second = ["eval_train_loss 2", "report", "videos 2", "motion 2", "report", "preview", "report"]
+    from_cache = ["eval_train_loss 0", "report", "motion 0", "report"]
+    assert order == ["load", *from_cache, "loss 1", "loss 2", "save 2", *second, "loss 3", "save 3", *last_look]
     order.clear()
     train(cache=cache, **flags | {"validation_prompt": "a bird", "eval_clips": 2})  # another prompt and other clips
     assert order[1:4] == ["loss 1", "loss 2", "save 2"]
