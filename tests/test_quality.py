@@ -61,12 +61,12 @@ def test_the_target_is_what_every_seed_of_the_first_settings_reaches():
 
 def test_the_table_of_all_tasks_has_each_tasks_own_target():
     tasks = {
-        "style": {"guide": [course(-0.1, -0.2)], "ours": [course(-0.2, -0.3)]},
+        "style": {"guide": [course(-0.1, -0.2)], "ours": [course(-0.2, -0.3, seconds=0.5)]},
         "motion": {"guide": [course(-0.1, -0.1)], "ours": [course(-0.05, -0.05)]},
     }
     guide, ours = rows_of_all(tasks, {task: target_of(runs["guide"]) for task, runs in tasks.items()})
-    assert list(guide.values()) == ["guide", "1.00", "1.00", "-20.0 %", "-10.0 %"]
-    assert list(ours.values()) == ["ours", "2.00", "0.00", "-30.0 %", "-5.0 %"]
+    assert list(guide.values()) == ["guide", "1.00", "1.00", "1.00", "1.00", "-20.0 %", "-10.0 %"]
+    assert list(ours.values()) == ["ours", "2.00", "0.00", "4.00", "0.00", "-30.0 %", "-5.0 %"]
 
 
 @pytest.mark.parametrize("task", TASKS)
