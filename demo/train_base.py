@@ -12,6 +12,7 @@ The film is resources/bbb.mp4 in moviepy_10_minutes.zip in the sdist of moviepy 
 """
 
 import argparse
+import json
 import shutil
 import subprocess
 import time
@@ -338,6 +339,9 @@ def sample(folder_parts, prompts, seed=0, steps=20, guidance=4.0):
 def write_folder(parts, folder):
     """Write the pipeline folder in fp16, with the real tokenizer's four files."""
     CogVideoXPipeline(**parts).to(torch.float16).save_pretrained(folder)
+    for config in folder.glob("*/config.json"):  # diffusers writes where a part was loaded from
+        kept = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
+        config.write_text(json.dumps(kept, indent=2) + "\n")
     shutil.rmtree(folder / "tokenizer")
     shutil.copytree(TOKENIZER, folder / "tokenizer")
 
