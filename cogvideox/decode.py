@@ -355,6 +355,12 @@ def picture_turn(frame):
     raise BadClip("its picture is rotated by an angle that is not a multiple of 90 degrees")
 
 
+def turned(picture, turn):
+    """A picture [h, w, ...] as it is shown. turn: from `picture_turn`."""
+    swap, rows, columns = turn
+    return (picture.swapaxes(0, 1) if swap else picture)[::rows, ::columns]
+
+
 def read_with_decord(path, times, facts):
     """The frames at facts["indices"]. Raises Untrusted if decord rejects the file, or lists other frames than `times`."""
     try:
@@ -388,15 +394,13 @@ def read_with_pyav(path, place, end, unit, turn, facts, background):
     place: where to decode from. end: the number after the last frame of the file or window, which a deinterlacer must not look at.
     """
     chosen, frames, is_transparent = set(facts["indices"]), {}, False
-    swap, rows, columns = turn
     end = min(max(chosen) + (2 if "deinterlaced" in facts["treatment"] else 1), end)  # a deinterlacer also looks at the next frame
     left, top, right, bottom = facts["treatment"].get("crop", (0, 0, 0, 0))
     shown = (frame for frame, _ in shown_frames(path, place, end))
     for number, frame in treated(shown, place.number, unit, facts["treatment"], chosen):
         picture, had_alpha = rgb_of(frame, background)
         picture = picture[top : frame.height - bottom, left : frame.width - right]
-        picture = (picture.swapaxes(0, 1) if swap else picture)[::rows, ::columns]
-        frames[number], is_transparent = fit(np.ascontiguousarray(picture), facts), is_transparent or had_alpha
+        frames[number], is_transparent = fit(np.ascontiguousarray(turned(picture, turn)), facts), is_transparent or had_alpha
     return np.stack([frames[index] for index in facts["indices"]]), is_transparent
 
 

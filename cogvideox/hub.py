@@ -1,6 +1,8 @@
 """The model card, and the upload of the result. Both read run.json."""
 
+import base64
 import functools
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -30,6 +32,15 @@ def template(name):
     )
     environment.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)  # a JSON string is a valid Python string
     return environment.get_template(name)
+
+
+def page(name, **content):
+    """An HTML page that needs no network: NAME.html.j2 with NAME.css and NAME.js in it, the only script that its policy allows."""
+    from markupsafe import Markup
+
+    style, script = ((TEMPLATES / f"{name}{ending}").read_text(encoding="utf-8") for ending in (".css", ".js"))
+    script_hash = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return template(f"{name}.html.j2").render(**content, style=Markup(style), script=Markup(script), script_hash=script_hash)
 
 
 def snippet(run):

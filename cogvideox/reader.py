@@ -192,7 +192,12 @@ def serve(answer=read_request):
 
 def decode_workers():
     """The number of decoding processes on this machine: at most 4, because encoding is slower than decoding."""
-    return max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+    return min(4, cores())
+
+
+def cores():
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ content, and the macro of the same name in templates/parts.html.j2.
 """
 
 import base64
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -349,8 +348,6 @@ def flag_text(value):
 
 def page(output_dir):
     """The page as HTML text. output_dir: a Path."""
-    from markupsafe import Markup
-
     run, lines, macros = read_run(output_dir), read_lines(output_dir / "metrics.jsonl"), hub.template("parts.html.j2").module
     parts = [
         ("", state, (output_dir, run, lines)),
@@ -368,14 +365,7 @@ def page(output_dir):
         except Exception as error:  # a malformed file costs its part, not the page
             problem = f"{type(error).__name__}: {error}"
         sections.append((heading, content, problem))
-    style, script = ((hub.TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    return hub.template("report.html.j2").render(
-        title=output_dir.name,
-        sections=sections,
-        style=Markup(style),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )
+    return hub.page("report", title=output_dir.name, sections=sections)
 
 
 def write_report(output_dir):

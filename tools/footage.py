@@ -20,7 +20,7 @@ import numpy as np
 
 from cogvideox.console import progress
 from cogvideox.container import BadClip, Place, decoded, frame_times, list_packets, open_video
-from cogvideox.decode import picture_turn
+from cogvideox.decode import picture_turn, turned
 from cogvideox.files import key_of, write_bytes
 from cogvideox.reader import Readers, serve
 
@@ -106,7 +106,7 @@ def examine(path, piece):
                 encode(preview, out, small, seconds)
                 before = grey
             if fine != last_fine:
-                picture = upright(frame.reformat(*fine_size(frame), "gray").to_ndarray(), frame)
+                picture = turned(frame.reformat(*fine_size(frame), "gray").to_ndarray(), picture_turn(frame))
                 found["fine_stamps"].append(frame.pts)
                 found["blur"].append(blur(picture))
                 found["bars"].append(black_bars(picture))
@@ -132,19 +132,13 @@ def small_picture(frame, aspect):
     width, height = frame.width * float(aspect or 1), frame.height
     scale = SMALL / max(width, height)
     size = (max(2, round(width * scale / 2) * 2), max(2, round(height * scale / 2) * 2))
-    return np.ascontiguousarray(upright(frame.reformat(*size, "bgr24", interpolation="AREA").to_ndarray(), frame))
+    return np.ascontiguousarray(turned(frame.reformat(*size, "bgr24", interpolation="AREA").to_ndarray(), picture_turn(frame)))
 
 
 def fine_size(frame):
     """(width, height) for blur and bars, never larger than the frame: enlarging blurs."""
     height = min(FINE_HEIGHT, frame.height)
     return max(16, round(frame.width * height / frame.height / 2) * 2), height
-
-
-def upright(picture, frame):
-    """A picture turned as its frame is shown."""
-    swap, rows, columns = picture_turn(frame)
-    return (picture.swapaxes(0, 1) if swap else picture)[::rows, ::columns]
 
 
 def preview_stream(preview, small, fps):

@@ -19,7 +19,7 @@ from cogvideox import flags, versions
 from cogvideox.console import BAD_DATA, BAD_OUTPUT, fail, progress, say, warn
 from cogvideox.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES, longest_legal_length
 from cogvideox.files import at_home, is_unicode, read_json, why_unwritable, write_bytes
-from cogvideox.reader import decode_workers
+from cogvideox.reader import cores
 from cogvideox.windows import listed_window
 from tools.footage import examine_films, film_key
 from tools.review import pictures_at, write_page, write_strip
@@ -324,9 +324,8 @@ def main(words=None):
 
 def prepare(args, films, choices, pairs, state, output_dir, folder):
     """Everything after the checks."""
-    workers = args.workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else args.workers or decode_workers()
     keys = {film: film_key(film, args.fps) for film in films}
-    bad = examine_films(films, args.fps, folder, args.clip_timeout_seconds, workers)
+    bad = examine_films(films, args.fps, folder, args.clip_timeout_seconds, args.workers or cores())
     for film, reason in bad.items():
         warn(f"{film}: left out: {reason}")
     films = [film for film in films if film not in bad]

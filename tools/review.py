@@ -1,11 +1,8 @@
 """review.html: every window of a data folder as a strip and a playable preview, with what speaks against it; and the list it writes."""
 
-import base64
-import hashlib
 import io
 
 import numpy as np
-from markupsafe import Markup
 from PIL import Image
 
 from cogvideox import hub
@@ -50,17 +47,6 @@ def write_strip(path, preview, window):
 
 def write_page(path, title, summary, windows, short, reasons, command):
     """Write the page. windows: dicts of what the template names. reasons: {reason: (meaning, number of windows)}."""
-    style, script = ((hub.TEMPLATES / name).read_text(encoding="utf-8") for name in ("review.css", "review.js"))
-    page = hub.template("review.html.j2").render(
-        title=title,
-        summary=summary,
-        windows=windows,
-        short=short,
-        reasons=reasons,
-        command=command,
-        store=str(path.resolve()),
-        style=Markup(style),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    )
+    content = {"title": title, "summary": summary, "windows": windows, "short": short, "reasons": reasons, "command": command}
+    page = hub.page("review", **content, store=str(path.resolve()))
     write_bytes(path, page.encode(errors="replace"))

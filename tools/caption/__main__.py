@@ -69,7 +69,7 @@ def check_flags(args):
     problems = []
     if args.dataset_name:
         problems.append("--dataset_name: captions cannot be written into a hub dataset; give a folder or a table as ROOT")
-    if getattr(args, "windows", "one") != "one":
+    if args.windows != "one":
         problems.append(f"--windows {args.windows}: a line has one caption for all its windows; list each window (python -m tools.prepare)")
     if args.endpoint:
         if urlsplit(args.endpoint).scheme not in ("http", "https"):
