@@ -11,22 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
+from demo.shots import read_demo_clips, read_shots
 from tools.footage import examine_films, film_key
 from tools.shots import cuts_of
 
-HERE = Path(__file__).resolve().parent
 CLIP_MARGIN = 3  # frames between a cut and a clip of the demo
-
-
-def rows_of(path, columns):
-    """The two numbers in these columns of a table's lines, as pairs."""
-    lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    return [tuple(int(line[column]) for column in columns) for line in lines]
 
 
 def boundaries():
     """(frames at which a shot begins, the stretches of frames that are described), from the demo's lists."""
-    shots, clips = rows_of(HERE / "film_shots.txt", (0, 1)), rows_of(HERE / "dataset/film_frames.txt", (1, 2))
+    shots, clips = ([(start, end) for start, end, _ in found] for found in (read_shots(), read_demo_clips()))
     begins = {start for start, _ in shots} | {start - CLIP_MARGIN for start, _ in clips}
     return sorted({end for _, end in shots} & begins), shots + clips
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cogvideox.console import progress
 from cogvideox.video import read_video, write_video
+from demo.shots import read_captions
 
 CLIPS = Path(__file__).resolve().parent / "dataset"
 CHANGES = "The clips here are a further change of those: black-and-white, with grain, flicker, vignette, shake and scratches.\n"
@@ -41,35 +42,40 @@ def old_film(frames, seed):
     return np.repeat(styled.clip(0, 255).astype(np.uint8)[..., None], 3, axis=3)
 
 
-def write_dataset(folder, change=old_film, note=CHANGES, clips=range(38)):
+def write_dataset(folder, change=old_film, note=CHANGES, clips=None):
     """Write a data folder: clips of demo/dataset, changed (as old film for the demo's LoRA), and captions without the trigger word.
 
     change: a function of uint8 frames [F, H, W, 3] and a seed, the clip's number; None leaves the clips as they are. note: what the
-    attribution says of the change. clips: their numbers.
+    attribution says of the change. clips: their numbers (None: all).
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "videos").mkdir(parents=True)
-    names, prompts = ((CLIPS / name).read_text(encoding="utf-8").splitlines() for name in ("videos.txt", "prompts.txt"))
+    names, captions = (CLIPS / "videos.txt").read_text(encoding="utf-8").splitlines(), read_captions()
+    clips = range(len(names)) if clips is None else clips
     for number in progress(clips, folder.name, unit="clip"):
         if change:
             write_video(partial / names[number], change(read_video(CLIPS / names[number]), number), 24)
         else:
             shutil.copyfile(CLIPS / names[number], partial / names[number])
-    captions = [prompts[number].removeprefix("BUNNYTOON ") for number in clips]
-    (partial / "prompts.txt").write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")
+    (partial / "prompts.txt").write_text("".join(f"{captions[number]}\n" for number in clips), encoding="utf-8")
     (partial / "videos.txt").write_text("".join(f"{names[number]}\n" for number in clips), encoding="utf-8")
     (partial / "ATTRIBUTION.txt").write_text((CLIPS / "ATTRIBUTION.txt").read_text(encoding="utf-8") + note, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
+def is_held_out(number):
+    """Whether a clip is held out: every fifth."""
+    return number % 5 == 2
+
+
 def write_demo(folder):
     """Write the data folders of `make demo`."""
-    held_out = [number for number in range(38) if number % 5 == 2]
-    trained = [number for number in range(38) if number not in held_out]
+    numbers = range(len(read_captions()))
+    trained = [number for number in numbers if not is_held_out(number)]
     write_dataset(folder / "train", clips=trained)
-    write_dataset(folder / "held_out", clips=held_out)
+    write_dataset(folder / "held_out", clips=list(filter(is_held_out, numbers)))
     write_dataset(folder / "colour", None, "", trained[::2])
 
 

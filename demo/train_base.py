@@ -1,7 +1,7 @@
 """Train the demo's base model on Big Buck Bunny: `python -m demo.train_base bbb.mp4 --work_dir base`.
 
 Three seeded stages, a few CPU hours in total: resize the film's frames, train a causal video VAE, and train a text-to-video
-transformer with its T5 encoder, on the shots of `demo/film_shots.txt` and, in colour and without a trigger, the demo's clips: a LoRA of
+transformer with its T5 encoder. Both learn the shots of `demo/film_shots.txt`, the transformer the demo's clips in colour as well: a LoRA of
 the demo has to learn its style only. Curves, reconstructions and samples are written beside the weights. Completed stages are skipped.
 
 `demo/model` was trained in three rounds, with `--start_from` the one before: 3200 steps of 8 clips and 3200 of 16, both without the demo's
@@ -29,8 +29,8 @@ from cogvideox.console import progress
 from cogvideox.model import decode_latents
 from cogvideox.video import contact_sheet, write_video
 from demo.make_model import TOKENIZER, make_scheduler
+from demo.shots import read_demo_clips, read_shots
 
-HERE = Path(__file__).resolve().parent
 TEXT_TOKENS = 64  # enough for the longest caption and a trigger; the 2B's 226 make a step twice as long
 SIZES = ((64, 96), (160, 240))  # (height, width) of the frames, 3:2, cut from the middle of 16:9
 DEMO_PROMPTS = (
@@ -43,25 +43,6 @@ DEMO_PROMPTS = (
 
 # -----------------------------------------------------------------------------
 # The film
-
-
-def rows_of(path):
-    """The tab-separated rows of a list, without its comments."""
-    return [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-
-
-def read_shots():
-    """The (first frame, end frame, caption) of each shot of the film without the demo's clips."""
-    return [(int(first), int(end), caption) for first, end, caption in rows_of(HERE / "film_shots.txt")]
-
-
-def read_demo_clips():
-    """The same of the demo's clips."""
-    names, prompts = ((HERE / "dataset" / name).read_text(encoding="utf-8").splitlines() for name in ("videos.txt", "prompts.txt"))
-    captions = dict(zip(names, prompts, strict=True))
-    return [
-        (int(first), int(end), captions[name].removeprefix("BUNNYTOON ")) for name, first, end in rows_of(HERE / "dataset/film_frames.txt")
-    ]
 
 
 def film_frames(film, work_dir, height, width):
@@ -369,12 +350,13 @@ def main(options):
     torch.manual_seed(options.seed)
     work_dir, started = options.work_dir, time.time()
     work_dir.mkdir(parents=True, exist_ok=True)
-    shots = read_shots() + read_demo_clips()
+    of_film = read_shots()
+    shots = of_film + read_demo_clips()
     films = [film_frames(options.film, work_dir, *size) for size in SIZES]
     if options.start_from:
         shutil.copytree(options.start_from / "vae", work_dir / "vae", dirs_exist_ok=True)
     elif not (work_dir / "vae").exists():
-        train_vae(films, shots, work_dir, options.vae_steps, options.seed).save_pretrained(work_dir / "vae")
+        train_vae(films, of_film, work_dir, options.vae_steps, options.seed).save_pretrained(work_dir / "vae")
         print(f"VAE: {(time.time() - started) / 60:.0f} minutes")
     vae = AutoencoderKLCogVideoX.from_pretrained(work_dir / "vae", torch_dtype=torch.float32).eval()
     show_reconstructions(vae, films, shots, work_dir / "vae_reconstructions.png", "film above, VAE below")
@@ -387,7 +369,7 @@ def main(options):
         print(f"{len(chosen)} clips of {path.stem}")
     tokenizer, captions = AutoTokenizer.from_pretrained(TOKENIZER), [caption for _, _, caption in shots]
     ids = tokenizer([*captions, ""], padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt").input_ids
-    prompts = [*captions[4:115:19], *DEMO_PROMPTS]
+    prompts = [*captions[4 : len(of_film) : 19], *DEMO_PROMPTS]
 
     def parts_of(transformer, text_encoder):
         models = {"transformer": transformer.eval(), "text_encoder": text_encoder.eval(), "vae": vae}

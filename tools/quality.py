@@ -20,6 +20,7 @@ from cogvideox.console import fail, progress
 from cogvideox.files import read_json_lines, write_bytes
 from cogvideox.scoring import evaluations
 from dataset import read_records
+from demo.old_film import is_held_out
 from demo.tasks import TASKS, write_task
 from tools.benchmark.harness import ROOT, environment_of, table
 
@@ -58,7 +59,6 @@ SETTINGS = {
     "lora_plus_cosine": "--learning_rate 1e-4 --lora_alpha 2048 --lr_scheduler cosine",
     "lora_plus_average": "--learning_rate 1e-4 --lora_alpha 2048 --ema_decay 0.98",
 }
-HELD_OUT = 5  # every fifth clip
 
 
 def write_halves(source, work_dir):
@@ -67,7 +67,7 @@ def write_halves(source, work_dir):
     folders = work_dir / "train", work_dir / "held_out"
     for folder, held_out in zip(folders, (False, True), strict=True):
         (folder / "videos").mkdir(parents=True, exist_ok=True)
-        chosen = [row for number, row in enumerate(rows) if (number % HELD_OUT == 2) == held_out]
+        chosen = [row for number, row in enumerate(rows) if is_held_out(number) == held_out]
         (folder / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt, _ in chosen), encoding="utf-8")
         (folder / "videos.txt").write_text("".join(f"{video}\n" for _, video in chosen), encoding="utf-8")
         for _, video in chosen:
