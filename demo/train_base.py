@@ -1,8 +1,9 @@
 """Train the demo's base model on Big Buck Bunny: `python -m demo.train_base bbb.mp4 --work_dir base`.
 
 Three seeded stages, a few CPU hours in total: resize the film's frames, train a causal video VAE, and train a text-to-video
-transformer with its T5 encoder. Both learn the shots of `demo/film_shots.txt`, the transformer the demo's clips in colour as well: a LoRA of
-the demo has to learn its style only. Curves, reconstructions and samples are written beside the weights. Completed stages are skipped.
+transformer with its T5 encoder. Both learn the shots of `demo/film_shots.txt`; the transformer also learns the demo's clips, in colour and
+without a trigger, so that a LoRA of the demo has to learn its style only. Curves, reconstructions and samples are written beside the
+weights. Completed stages are skipped.
 
 `demo/model` was trained in three rounds, with `--start_from` the one before: 3200 steps of 8 clips and 3200 of 16, both without the demo's
 clips, then `--transformer_steps 1000 --seed 3`. demo/base/curves.png is of the first round.
