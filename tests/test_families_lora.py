@@ -227,7 +227,7 @@ def test_what_tells_the_families_apart_is_told_and_the_shapes_judge_a_file_that_
         assert lora.other_family(nameless, folder) is None
     save_file(load_file(written(with_lora("1.5-I2V"), tmp_path / "other")), nameless)
     said = "\n".join(lora_file.check_fit(nameless, lora.read_layers(nameless), folder))
-    assert "2 of its 23 layers are not in" in said  # ofs_embedding
+    assert "2 of its 24 layers are not in" in said  # ofs_embedding
     assert "patch_embed.proj maps 256 to 64 values in the LoRA and 128 to 64 in the model" in said
 
 

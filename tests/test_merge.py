@@ -13,7 +13,7 @@ from cogvideox.folder import stored_dtype
 from cogvideox.lora import LORA_FILE
 from demo.make_model import make_model
 from tests.conftest import same
-from tests.test_export_comfyui import ATTENTION, make_lora, refused
+from tests.test_export_comfyui import ATTENTION, make_lora, nameless, refused
 from tools import merge
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -195,6 +195,8 @@ def test_all_mistakes_are_told_at_once(tiny_model, tmp_path, capsys):
         assert words in said
     assert "base model itself" in refused(merge.main, capsys, *line(tiny_model, lora, tiny_model, "--overwrite"))
     other = make_model(tmp_path / "wide", vae_channels=8, head_width=16, layers=1, heads=4)
+    assert "this LoRA was trained on" in refused(merge.main, capsys, *line(other, lora, tmp_path / "out"))
+    nameless(lora)
     said = refused(merge.main, capsys, *line(other, lora, tmp_path / "out"))
     assert "4 of its 8 layers are not in" in said
     assert "32 to 32 values in the LoRA and 64 to 64" in said
