@@ -13,30 +13,22 @@ import train_cogvideox_lora as script
 from cogvideox import lora
 from cogvideox.folder import check_targets, is_target, linear_layers
 from cogvideox.lora import LORA_FILE
-from tests.conftest import words
+from cogvideox.model import bare_pipeline
+from demo.make_model import TRANSFORMERS
+from tests.conftest import FAMILIES, words
+from tests.test_merge import output_of, predicted
 from tools import export_comfyui, lora_file
 
-# What the configs of the real models say about their layers.
-OF_5B = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
-OF_15 = OF_5B | {"patch_size_t": 2, "patch_bias": False, "sample_frames": 81}
-REAL = {
-    "2B": {},
-    "5B": OF_5B,
-    "5B-I2V": OF_5B | {"in_channels": 32, "use_learned_positional_embeddings": True},
-    "1.5": OF_15 | {"sample_height": 96, "sample_width": 170},
-    "1.5-I2V": OF_15 | {"in_channels": 32, "ofs_embed_dim": 512, "sample_height": 300, "sample_width": 300},
-}
 TINY = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 2, "text_embed_dim": 32, "time_embed_dim": 64}
 TINY |= {"sample_height": 4, "sample_width": 6, "sample_frames": 9, "max_text_seq_length": 8}
-WIDE = [family for family in REAL if family != "2B"]  # the layers of one have the shapes of the others'
-each_family = pytest.mark.parametrize("family", REAL)
+WIDE = [family for family in FAMILIES if family != "2b"]  # the layers of one have the shapes of the others'
+each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def tiny(family):
     """A transformer with the family's layers, all small, and the same weights at each call."""
     torch.manual_seed(0)
-    small = TINY | ({"ofs_embed_dim": TINY["time_embed_dim"]} if "ofs_embed_dim" in REAL[family] else {})
-    return CogVideoXTransformer3DModel(**REAL[family] | small).eval()
+    return CogVideoXTransformer3DModel(**TINY | TRANSFORMERS[family]).eval()
 
 
 def folder_of(family, folder):
@@ -49,30 +41,6 @@ def kinds(transformer):
     """The names of its linear layers, the blocks' without their block: what --target_modules takes for all of them."""
     linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     return sorted({re.sub(r"transformer_blocks\.\d+\.", "", name) for name in linear})
-
-
-def pipeline_of(transformer):
-    """The stock pipeline that the family is used with."""
-    kind = CogVideoXPipeline if transformer.config.in_channels == transformer.config.out_channels else CogVideoXImageToVideoPipeline
-    return kind(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=None)
-
-
-def predicted(transformer):
-    """What a tiny transformer makes of a fixed input."""
-    config, generator = transformer.config, torch.Generator().manual_seed(0)
-    frames = 2 * (config.patch_size_t or 1)
-    shape = 1, frames if config.patch_size_t else 3, config.in_channels, config.sample_height, config.sample_width
-    inputs = {
-        "hidden_states": torch.randn(shape, generator=generator),
-        "encoder_hidden_states": torch.randn(1, config.max_text_seq_length, config.text_embed_dim, generator=generator),
-        "timestep": torch.tensor([500]),
-    }
-    if config.use_rotary_positional_embeddings:
-        pixels = config.sample_height * 8, config.sample_width * 8
-        inputs["image_rotary_emb"] = pipeline_of(transformer)._prepare_rotary_positional_embeddings(*pixels, shape[1], "cpu")
-    if config.ofs_embed_dim:
-        inputs["ofs"] = torch.tensor([2.0])
-    return transformer(**inputs).sample
 
 
 def with_lora(family, targets=None, rank=4, alpha=8.0):
@@ -92,9 +60,10 @@ def written(transformer, folder):
 def loaded(family, file):
     """(output with a LoRA file that the stock pipeline has loaded, how many of its weights are used)."""
     transformer = tiny(family)
-    pipeline_of(transformer).load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="lora")
-    with torch.no_grad():
-        return predicted(transformer), len(get_peft_model_state_dict(transformer, adapter_name="lora"))
+    pipeline = bare_pipeline(transformer)
+    assert type(pipeline) is (CogVideoXImageToVideoPipeline if family.endswith("i2v") else CogVideoXPipeline)
+    pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="lora")
+    return predicted(transformer), len(get_peft_model_state_dict(transformer, adapter_name="lora"))
 
 
 # -----------------------------------------------------------------------------
@@ -104,7 +73,7 @@ def loaded(family, file):
 @each_family
 def test_a_lora_on_every_linear_layer_is_trained_and_the_stock_pipeline_loads_all_of_it(family, tmp_path):
     transformer = with_lora(family)
-    predicted(transformer).square().mean().backward()
+    output_of(transformer).square().mean().backward()
     still = [name for name, weight in transformer.named_parameters() if ".lora_B." in name and not weight.grad.any()]
     assert still == []
     generator = torch.Generator().manual_seed(1)
@@ -112,8 +81,7 @@ def test_a_lora_on_every_linear_layer_is_trained_and_the_stock_pipeline_loads_al
         if ".lora_B." in name:
             weight.data = 0.05 * torch.randn(weight.shape, generator=generator)
     file = written(transformer, tmp_path)
-    with torch.no_grad():
-        base, trained = predicted(tiny(family)), predicted(transformer)
+    base, trained = predicted(tiny(family)), predicted(transformer)
     output, used = loaded(family, file)
     weights = load_file(file)
     layers = [name for name, module in tiny(family).named_modules() if isinstance(module, torch.nn.Linear)]
@@ -134,13 +102,11 @@ FOR_15_I2V = FOR_15 | {"ofs_embedding_linear_1", "ofs_embedding_linear_2"}
 
 
 @each_family
-def test_every_linear_layer_of_the_real_model_has_its_name_in_comfyui(family):
-    with torch.device("meta"):
-        real = CogVideoXTransformer3DModel(**REAL[family])
-    assert kinds(real) == kinds(tiny(family))
-    names = [export_comfyui.comfyui_name(name) for name, module in real.named_modules() if isinstance(module, torch.nn.Linear)]
+def test_every_linear_layer_has_its_name_in_comfyui(family):
+    linear = [name for name, module in tiny(family).named_modules() if isinstance(module, torch.nn.Linear)]
+    names = [export_comfyui.comfyui_name(name) for name in linear]
     assert len(set(names)) == len(names)
-    expected = COMFYUI | {"1.5": FOR_15, "1.5-I2V": FOR_15_I2V}.get(family, set())
+    expected = COMFYUI | {"1.5-5b": FOR_15, "1.5-5b-i2v": FOR_15_I2V}.get(family, set())
     assert {re.sub(r"\.\d+\.", ".N.", name.removeprefix("diffusion_model.")) for name in names} == expected
 
 
@@ -208,15 +174,15 @@ def test_a_lora_of_another_family_of_the_same_width_is_refused_in_words(made, us
 
 
 SAID = {
-    "5B": "a text-to-video model of CogVideoX 1.0 with 16 input channels",
-    "5B-I2V": "an image-to-video model of CogVideoX 1.0 with 32 input channels",
-    "1.5": "a text-to-video model of CogVideoX1.5 with 16 input channels",
-    "1.5-I2V": "an image-to-video model of CogVideoX1.5 with 32 input channels",
+    "5b": "a text-to-video model of CogVideoX 1.0 with 16 input channels",
+    "5b-i2v": "an image-to-video model of CogVideoX 1.0 with 32 input channels",
+    "1.5-5b": "a text-to-video model of CogVideoX1.5 with 16 input channels",
+    "1.5-5b-i2v": "an image-to-video model of CogVideoX1.5 with 32 input channels",
 }
 
 
 def test_what_tells_the_families_apart_is_told_and_the_shapes_judge_a_file_that_names_no_base(tmp_path):
-    file, folder = written(with_lora("5B-I2V", ["to_q"]), tmp_path), folder_of("1.5", tmp_path)
+    file, folder = written(with_lora("5b-i2v", ["to_q"]), tmp_path), folder_of("1.5-5b", tmp_path)
     [problem] = lora_file.check_fit(file, lora.read_layers(file), folder)
     for words_of_one in ("in_channels 32 and 16", "patch_size_t None and 2", "use_learned_positional_embeddings True and False"):
         assert words_of_one in problem
@@ -225,14 +191,14 @@ def test_what_tells_the_families_apart_is_told_and_the_shapes_judge_a_file_that_
     for note in ("no JSON", "[1]", "{}", '{"another": 1}'):
         save_file(load_file(file), nameless, {"base": note})
         assert lora.other_family(nameless, folder) is None
-    save_file(load_file(written(with_lora("1.5-I2V"), tmp_path / "other")), nameless)
+    save_file(load_file(written(with_lora("1.5-5b-i2v"), tmp_path / "other")), nameless)
     said = "\n".join(lora_file.check_fit(nameless, lora.read_layers(nameless), folder))
     assert "2 of its 24 layers are not in" in said  # ofs_embedding
     assert "patch_embed.proj maps 256 to 64 values in the LoRA and 128 to 64 in the model" in said
 
 
 def test_the_values_of_a_config_that_lacks_them_are_those_of_diffusers_class(tmp_path):
-    folder, file = folder_of("2B", tmp_path), written(with_lora("2B", ["to_q"]), tmp_path)
+    folder, file = folder_of("2b", tmp_path), written(with_lora("2b", ["to_q"]), tmp_path)
     config = json.loads((folder / "transformer/config.json").read_text())
     for name in ("patch_size_t", "ofs_embed_dim", "use_learned_positional_embeddings", "in_channels", "out_channels"):
         del config[name]  # as the folders of older releases of diffusers have it
