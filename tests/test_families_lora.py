@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 
 import train_cogvideox_lora as script
 from cogvideox import lora
+from cogvideox.files import read_json
 from cogvideox.folder import check_targets, is_target, linear_layers
 from cogvideox.lora import LORA_FILE
 from cogvideox.model import bare_pipeline
 from demo.make_model import TRANSFORMERS
-from tests.conftest import FAMILIES, words
+from tests.conftest import FAMILIES, lora_of, words
 from tests.test_merge import output_of, predicted
 from tools import export_comfyui, lora_file
 
@@ -92,6 +93,18 @@ def test_a_lora_on_every_linear_layer_is_trained_and_the_stock_pipeline_loads_al
         save_file(weights | {f"transformer.{name}.lora_B.weight": 0 * weights[f"transformer.{name}.lora_B.weight"]}, tmp_path / "less")
         (tmp_path / "less").rename(tmp_path / "less.safetensors")
         assert (loaded(family, tmp_path / "less.safetensors")[0] - trained).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@each_family
+def test_a_run_trains_every_linear_layer_and_its_file_names_the_family(family, family_model, train, capsys):
+    model = family_model(family)
+    folder = train(model=model, target_modules=kinds(CogVideoXTransformer3DModel.from_config(read_json(model / "transformer/config.json"))))
+    assert "PASS" in capsys.readouterr().err
+    layers = lora.read_layers(folder / LORA_FILE)
+    assert {name: sizes for name, (_, *sizes) in layers.items()} == {name: [*sizes] for name, sizes in linear_layers(model).items()}
+    assert all(weight.any() for weight in lora_of(folder).values())
+    assert lora.trained_on(folder / LORA_FILE) == lora.base_facts(read_json(model / "transformer/config.json"))
 
 
 # ComfyUI's names (0.33), found by loading exports in its own classes.

@@ -37,10 +37,14 @@ OUTSIDE = {f"{part}_embedding.linear_{n}": f"{part}_embedding_linear_{n}" for pa
 OUTSIDE |= {name: name for name in ("patch_embed.proj", "patch_embed.text_proj", "norm_out.linear", "proj_out")}
 STRENGTH = "strength 1.0 is the trained strength; docs/comfyui.md says which node takes which file"
 OF_THE_2B = (
-    "this LoRA is of the CogVideoX-2B, and ComfyUI's own nodes compute that model wrongly without a LoRA already: they leave its "
-    "positions out, and the output is off by 62 to 110 % of its largest value. A checkpoint that carries patch_embed.pos_embedding "
+    "this LoRA is of the CogVideoX-2B, and ComfyUI's own nodes (0.33) compute that model wrongly without a LoRA already: they leave its "
+    "sincos positions out, and the output is off by 62 to 110 % of its largest value. A checkpoint that carries patch_embed.pos_embedding "
     "agrees with diffusers to 2.5e-7, at 60x90 latents (480 x 720 pixels) only. Otherwise use the CogVideoX wrapper nodes, "
     f"with the trainer's own {LORA_FILE}"
+)
+OF_THE_5B = (
+    "this LoRA is of a rotary model of CogVideoX 1.0, and ComfyUI's own nodes (0.33) give that model other positions than diffusers, with "
+    f"or without a LoRA. Use the CogVideoX wrapper nodes, with the trainer's own {LORA_FILE}"
 )
 WIDTH_OF_THE_2B = 1920
 
@@ -57,12 +61,13 @@ def comfyui_name(layer):
     )
 
 
-def is_of_the_2b(file):
-    """Whether a LoRA was trained on a model with sincos positions, by its metadata; without that, by the width of its layers."""
-    rotary = trained_on(file).get("use_rotary_positional_embeddings")
-    if rotary is not None:
-        return not rotary
-    return any(size % WIDTH_OF_THE_2B == 0 for _, *sizes in read_layers(file).values() for size in sizes)
+def remarks(file):
+    """What ComfyUI's own nodes do wrongly with the model of a LoRA, as sentences. A file that names no base is judged by its widths."""
+    base = trained_on(file)
+    sizes = [size for _, *both in read_layers(file).values() for size in both]
+    if not base.get("use_rotary_positional_embeddings", all(size % WIDTH_OF_THE_2B for size in sizes)):
+        return [OF_THE_2B]
+    return [OF_THE_5B] if base and not base.get("patch_size_t") else []
 
 
 def exported(file):
@@ -130,8 +135,8 @@ def main(words=None):
         fail(1, f"{output}: its updates differ from the trained ones by up to {difference:.1e} of {largest:.1e}")
     print(f"{output}: {compared} weights are changed as trained (read back; the largest difference is {difference:.1e} of {largest:.1e})")
     print(STRENGTH)
-    if is_of_the_2b(file):
-        warn(OF_THE_2B)
+    for remark in remarks(file):
+        warn(remark)
 
 
 if __name__ == "__main__":
