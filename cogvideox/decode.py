@@ -483,3 +483,12 @@ def clip_framing(record, framing, seed):
     """The framing of one clip: it has its own window, and a random crop its own position."""
     framing = replace(framing, window=record.window) if record.window else framing
     return random_crop(framing, seed, record.listed) if framing.reshape_mode == "random" else framing
+
+
+def image_request(record, framing, seed, size):
+    """(path, framing) to decode a clip's image as one frame of `size` (height, width): its own image, cropped as the clip, or else the
+    clip's first frame."""
+    framing = replace(clip_framing(record, framing, seed), max_num_frames=1, sizes=(size,), lengths=(), latents_per_patch=1)
+    if record.image is None:
+        return record.path, framing
+    return record.image, replace(framing, window=None, skip_frames_start=0, skip_frames_end=0)

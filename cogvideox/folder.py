@@ -33,6 +33,7 @@ class ModelFacts:
     latent_compression: int  # pixels per latent, in height and width
     scaling_factor: float  # scales latents to unit variance: 1.15258426 for the 2B, 0.7 for the 5B
     head_width: int = 64  # numbers per token and attention head
+    image_channels: int = 0  # of the latent of the image that the transformer reads beside the video's; 0: text-to-video
 
 
 COGVIDEOX_2B = ModelFacts(16, 4, 1, 226, 16, 8, 1.15258426)  # data is checked against these if the model cannot be read
@@ -213,6 +214,7 @@ def facts_of(transformer, vae):
         latent_compression=compression,
         scaling_factor=vae.get("scaling_factor", 1.15258426),
         head_width=transformer.get("attention_head_dim", 64),
+        image_channels=transformer.get("in_channels", 16) - transformer.get("out_channels", 16),
     )
 
 
@@ -307,6 +309,7 @@ def open_model(args):
         if not problems:
             facts, tokenizer = read_facts(folder), load_tokenizer(folder)
             problems += check_targets(folder, args.target_modules) if args.training_type == "lora" else []
+            problems += unread_images(args, facts)
     except ValueError as error:
         problems.append(str(error))
     args.mixed_precision, problem = choose_precision(args.mixed_precision, None if problems else folder, args.variant)
@@ -323,6 +326,13 @@ def open_model(args):
     )
     problems += check_geometry(facts, *shape, names=("--validation_height", "--validation_width", "--validation_frames"))
     return folder, facts, tokenizer, list(dict.fromkeys(problems))  # two flags may give the same size
+
+
+def unread_images(args, facts):
+    """A sentence for each flag that gives images to a model that reads none."""
+    given = [(name, value) for name in ("image_column", "validation_images") if (value := getattr(args, name))]
+    rule = "would do nothing, because this model is text-to-video and reads no image; leave it out"
+    return [f"--{name} {value}: {rule}" for name, value in given if not facts.image_channels]
 
 
 def linear_layers(folder):
