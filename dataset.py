@@ -25,7 +25,7 @@ from torch.utils.data import Dataset, default_collate
 
 from cogvideox.decode import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from cogvideox.files import at_home, is_unicode, write_bytes
-from cogvideox.model import sample_latents
+from cogvideox.model import pad_latents, sample_latents
 from cogvideox.order import sampled_timestep, seeded_generator
 from cogvideox.windows import listed_window, split_line, window_of
 
@@ -594,10 +594,11 @@ def near_name(root, listed):
 
 
 class TrainingClips(Dataset):
-    """The inputs of the loss at each position, as CPU tensors: latents, noise, timestep and prompt embedding.
+    """The inputs of the loss at each position, as CPU tensors: latents, noise, timestep, prompt embedding and the image's latents.
 
-    encodings: has `moments(clip, flipped)` [2C, F', H', W'] and `prompt(clip or None)` [T, D]; None is the empty caption.
-    clip_of: position -> clip, as `clip_at`. timestep_sampling: as in `sampled_timestep`.
+    encodings: has `moments(clip, flipped)` [2C, F', H', W'], `prompt(clip or None)` [T, D], where None is the empty caption, and for
+    an image-to-video model `image(clip, flipped)` [N, 2C, H', W']. clip_of: position -> clip, as `clip_at`. facts:
+    folder.ModelFacts. timestep_sampling: as in `sampled_timestep`.
     """
 
     def __init__(
@@ -605,16 +606,17 @@ class TrainingClips(Dataset):
         encodings,
         clip_of,
         seed,
-        scaling_factor,
+        facts,
         num_train_timesteps,
         caption_dropout=0.0,
         random_flip=False,
         timestep_sampling="uniform",
+        image_dropout=0.0,
     ):
         self.timestep_sampling = timestep_sampling
-        self.encodings, self.clip_of, self.seed, self.scaling_factor = encodings, clip_of, seed, scaling_factor
+        self.encodings, self.clip_of, self.seed, self.facts = encodings, clip_of, seed, facts
         self.num_train_timesteps = num_train_timesteps
-        self.caption_dropout, self.random_flip = caption_dropout, random_flip
+        self.caption_dropout, self.random_flip, self.image_dropout = caption_dropout, random_flip, image_dropout
 
     def __getitem__(self, position):
         return self.item(self.clip_of(position), position)
@@ -625,15 +627,35 @@ class TrainingClips(Dataset):
         timestep = sampled_timestep(self.timestep_sampling, self.seed, position, self.num_train_timesteps, generator)
         # Always drawn, so that enabling one option does not change the noise of the others.
         drop, flip = torch.rand(2, generator=generator).tolist()
-        moments = self.encodings.moments(clip, flipped=self.random_flip and flip < 0.5)
-        latents = sample_latents(moments, self.scaling_factor, generator)
+        flipped = self.random_flip and flip < 0.5
+        latents = sample_latents(self.encodings.moments(clip, flipped=flipped), self.facts.scaling_factor, generator)
+        latents = pad_latents(latents, self.facts.latents_per_patch)
         return {
             "latents": latents,  # [F', C, H', W'], fp32
             "noise": torch.randn(latents.shape, generator=generator),
             "timestep": timestep,
             "prompt": self.encodings.prompt(None if drop < self.caption_dropout else clip),  # [T, D], the encoder's dtype
+            "image": self.image(clip, flipped, position, latents.shape),
             "position": position,
         }
+
+    def image(self, clip, flipped, position, shape):
+        """The image's latents [F', I, H', W'] beside those of a clip of `shape`: the image in the first frame, zeros in the others, as in
+        CogVideoXImageToVideoPipeline.prepare_latents; I = 0 for a text-to-video model.
+
+        With the probability of `image_dropout` all are zeros. That is drawn apart from the caption's dropout: in the pipeline both
+        branches of guidance have the image, so dropping both at once would train a state that is never sampled.
+        """
+        image = torch.zeros(shape[0], self.facts.image_channels, *shape[2:])
+        if not self.facts.image_channels:
+            return image
+        generator = seeded_generator(self.seed, "image", position)
+        drop = torch.rand((), generator=generator).item()
+        draws = self.encodings.image(clip, flipped=flipped)  # of the image with noise of different strengths
+        chosen = draws[torch.randint(len(draws), (), generator=generator)]
+        if drop >= self.image_dropout:
+            image[0] = sample_latents(chosen[:, None], self.facts.image_scaling_factor, generator)[0]
+        return image
 
     def largest_batch(self, plan, clips, batch_size):
         """A batch of the trained clip with the most latents, at the run's first positions. clips: facts of each clip.

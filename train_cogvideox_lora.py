@@ -13,6 +13,7 @@ fine-tuning, transformer/ (an ordinary diffusers folder); README.md (the model c
 metrics.jsonl, loss.png, dataset_report.txt, best/ (the lowest held-out loss), validation/step-*/, checkpoint-*/.
 """
 
+import argparse
 import functools
 import gc
 import importlib.util
@@ -41,6 +42,7 @@ OPTIMIZER_NAMES = ("adamw", "adam", "prodigy", "adamw8bit", "adam8bit")
 SCHEDULE_NAMES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 PRECISION_NAMES, BASE_PRECISIONS = ("no", "fp16", "bf16"), ("stored", "fp8", "int8", "nf4")
 SAMPLERS = ("stored", "ddim", "dpm")
+SAMPLER_HELP = "sampler: the model's own (stored), ddim or dpm, which needs fewer steps (default: dpm; the 2B: stored)"
 TIMESTEP_SAMPLINGS = ("uniform", "spread", "logit_normal")
 CHECKPOINTING_HELP = "recompute activations: auto (of as few blocks as fit), none, all, attention (all but attention outputs), N blocks"
 ATTENTION_BACKENDS = ("auto", "default", "flash", "flash3", "efficient", "cudnn", "math")
@@ -100,9 +102,15 @@ def build_parser():
     )
     flag("--validation_without_trigger", True, "one more video each time: of the first prompt with the id token, without it", free=True)
     flag("--num_inference_steps", 50, "denoising steps", at_least=1, free=True)
-    flag("--validation_scheduler", "stored", "sampler: the model's own, ddim or dpm (needs fewer steps)", choices=SAMPLERS, free=True)
+    flag("--validation_scheduler", None, SAMPLER_HELP, choices=SAMPLERS, free=True)
     flag("--guidance_scale", 6.0, "classifier-free guidance; 1: off", at_least=0, free=True)
-    flag("--use_dynamic_cfg", False, "increase the guidance over the denoising steps", free=True)
+    flag(
+        "--use_dynamic_cfg",
+        None,
+        "increase the guidance over the denoising steps (default: on; the 2B: off)",
+        action=argparse.BooleanOptionalAction,
+        free=True,
+    )
     flag("--negative_prompt", "", "negative prompt of the videos", free=True)
     flag("--validation_height", None, "pixels (default: --height)", type=int, at_least=1, free=True)
     flag("--validation_width", None, "pixels (default: --width)", type=int, at_least=1, free=True)
@@ -153,6 +161,7 @@ def build_parser():
 
     flag = flags.flag_group(parser, "loss and rarely changed")
     flag("--caption_dropout", 0.0, "probability of an empty caption; CogVideoX was trained with 0.1", at_least=0, at_most=1)
+    flag("--noised_image_dropout", 0.05, "probability of no image (image-to-video models only)", at_least=0, at_most=1)
     flag("--timestep_sampling", "uniform", "uniform, spread (stratified over consecutive clips), logit_normal", choices=TIMESTEP_SAMPLINGS)
     flag("--snr_gamma", None, "gamma of min-SNR loss weighting, such as 5 (default: unweighted)", type=float, above=0)
     flag("--max_skipped_steps", 10, "abort after N consecutive steps with a non-finite gradient", at_least=1, free=True)
@@ -291,7 +300,7 @@ from cogvideox.launch import (
     use_deterministic_algorithms,
 )
 from cogvideox.linear import hold_linears
-from cogvideox.model import blocks_to_recompute, checkpoint_blocks, compile_blocks, load_scheduler, load_vae, rotary_tables
+from cogvideox.model import blocks_to_recompute, checkpoint_blocks, compile_blocks, constant_inputs, load_scheduler, load_vae
 from cogvideox.offload import offload_blocks
 from cogvideox.optimizer import make_optimizer, make_schedule, step_size
 from cogvideox.order import Plan, positions_of, seeded_generator
@@ -305,22 +314,24 @@ from dataset import TrainingClips, lacking_shared_memory, one_ahead
 # Loss
 
 
-def velocity_loss(transformer, scheduler, batch, rotary, dtype):
+def velocity_loss(transformer, scheduler, batch, constant, dtype):
     """The velocity error of each clip of a batch, [B], in fp32.
 
     v = sqrt(abar) noise - sqrt(1 - abar) latents (Salimans & Ho, 2022, "Progressive distillation", appendix D). The
     weighted x0 error of other CogVideoX trainers, |x0_hat - x0|^2 / (1 - abar), is algebraically equal. Computed directly, it
     needs no division by 1 - abar (0.0025 at t = 0), which in bf16 puts a floor of 0.07 under the loss.
+
+    constant: of `constant_inputs`. The image's latents stand beside the noisy ones, in channels of their own: none for text-to-video.
     """
     latents, noise, timestep = batch["latents"], batch["noise"], batch["timestep"]  # [B, F, C, H, W] twice, [B]
     noisy = scheduler.add_noise(latents, noise, timestep)  # fp32: add_noise rounds its schedule to its input's dtype
     target = scheduler.get_velocity(latents, noise, timestep)
     predicted = transformer(
-        hidden_states=noisy.to(dtype),
+        hidden_states=torch.cat([noisy, batch["image"]], dim=2).to(dtype),
         encoder_hidden_states=batch["prompt"].to(dtype),
         timestep=timestep,
-        image_rotary_emb=rotary,
         return_dict=False,
+        **constant,
     )[0]
     return (predicted.float() - target).pow(2).mean(dim=(1, 2, 3, 4))
 
@@ -407,11 +418,11 @@ def prepare_transformer(transformer, args, accelerator, dtype, hold=True):
 
 def make_losses(args, transformer, scheduler, dtype, device):
     """(compute_loss, clip_losses): functions of (model, batch) that return the training loss and the unweighted loss of each clip."""
-    rotary_of = rotary_tables(transformer, device)
+    constant_of = constant_inputs(transformer, device)
     weights = loss_weights(scheduler, args.snr_gamma, device) if args.snr_gamma else None
 
     def clip_losses(model, batch):
-        return velocity_loss(model, scheduler, batch, rotary_of(batch), dtype)
+        return velocity_loss(model, scheduler, batch, constant_of(batch), dtype)
 
     def compute_loss(model, batch):
         losses = clip_losses(model, batch)
@@ -484,8 +495,8 @@ def main(args):
     compute_loss, clip_losses = make_losses(args, transformer, scheduler, dtype, device)
     num_timesteps = scheduler.config.num_train_timesteps
     clips = TrainingClips(
-        encodings, plan.clip_of, args.seed, facts.scaling_factor, num_timesteps, args.caption_dropout, args.random_flip,
-        args.timestep_sampling,
+        encodings, plan.clip_of, args.seed, facts, num_timesteps, args.caption_dropout, args.random_flip, args.timestep_sampling,
+        args.noised_image_dropout,
     )  # fmt: skip
 
     # Rehearsal: an error of the first save or video shows up in the first minute, not after ten hours.
@@ -507,9 +518,7 @@ def main(args):
     vae = functools.partial(load_vae, folder, device, args.variant, args.enable_slicing, args.enable_tiling)
     data_motion = functools.partial(motion.of_data, args, data)
     validator = validation.Validator(args, trained, scheduler, encodings, vae, data.most_common_shape(), plan, base_identity, data_motion)
-    scorer = scoring.Scorer(
-        args, trained, clip_losses, encodings, data, facts.scaling_factor, num_timesteps, tuple(identities.values()), base_identity
-    )
+    scorer = scoring.Scorer(args, trained, clip_losses, encodings, data, facts, num_timesteps, tuple(identities.values()), base_identity)
     scorer.follow(checkpointer, validator)
     say_price = functools.partial(
         price.say_price_of, args, plan, measured, transformer, folder, facts, batch["latents"].shape[1:], accelerator.num_processes,

@@ -59,11 +59,11 @@ class Framing:
 def longest_legal_length(num_frames, frames_per_latent=4, latents_per_patch=1):
     """The longest clip of at most `num_frames` that the VAE (4k + 1) and the temporal patch accept; 0 if there is none.
 
-    AutoencoderKLCogVideoX maps 4k + 1 frames to k + 1 latents; k + 1 must be a multiple of `patch_size_t`.
+    AutoencoderKLCogVideoX maps 4k + 1 frames to k + 1 latents. With a temporal patch of p latents, k is a multiple of p: the
+    transformer then takes p - 1 more latents in front (`pad_latents`), as CogVideoX 1.5 was trained.
     """
-    latents = (num_frames - 1) // frames_per_latent + 1 if num_frames > 0 else 0
-    latents -= latents % latents_per_patch
-    return (latents - 1) * frames_per_latent + 1 if latents > 0 else 0
+    step = frames_per_latent * latents_per_patch
+    return num_frames - (num_frames - 1) % step if num_frames > 0 else 0
 
 
 def frames_within(times, window):
@@ -117,8 +117,7 @@ def choose_frames(times, framing):
     if framing.lengths:
         legal = max((n for n in framing.lengths if n <= legal), default=0)
     if legal == 0:
-        needed = min(framing.lengths) if framing.lengths else (framing.latents_per_patch - 1) * framing.frames_per_latent + 1
-        raise BadClip(f"{count} frames at {framing.fps:g} fps, at least {needed} are needed")
+        raise BadClip(f"{count} frames at {framing.fps:g} fps, at least {min(framing.lengths)} are needed")
     targets = window[0] + np.arange(legal) / framing.fps
     right = np.clip(np.searchsorted(window, targets), 1, max(len(window) - 1, 1))
     left = right - 1
@@ -178,8 +177,6 @@ def read_picture(path, framing):
             if picture.format == "PNG" and png_transfer(path) in HDR_TRANSFERS:
                 raise BadClip("an HDR picture; convert it to SDR first")
             times = picture_times(picture)
-            if len(times) == 1 and framing.latents_per_patch > 1:
-                raise BadClip("an image is one frame; this model needs at least 5")
             if len(times) == 1 and framing.window:
                 raise BadClip("a picture has no windows")
             indices = choose_frames(times, framing) if len(times) > 1 else [0]

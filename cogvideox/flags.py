@@ -114,10 +114,10 @@ def add_data_flags(parser):
     flag = flag_group(parser, "data")
     flag("--instance_data_root", None, "data folder: prompts.txt and videos.txt (or a table, or a text file per clip)", free=True)
     flag("--id_token", None, "trigger word, put before every training caption with a space", free=True)
-    flag("--height", 480, "pixels, a multiple of 16 for CogVideoX", at_least=1, free=True)
-    flag("--width", 720, "pixels, a multiple of 16 for CogVideoX", at_least=1, free=True)
-    flag("--fps", 8.0, "frames per second to sample clips at; CogVideoX 1.0 was trained at 8", above=0, free=True)
-    flag("--max_num_frames", 49, "most frames per clip: 4k + 1", at_least=1, free=True)
+    flag("--height", None, "pixels, a multiple of 16 (default: the model's; 480, 1.5: 768)", type=int, at_least=1, free=True)
+    flag("--width", None, "pixels, a multiple of 16 (default: the model's; 720, 1.5: 1360)", type=int, at_least=1, free=True)
+    flag("--fps", None, "frames per second to sample clips at (default: 8; 1.5: 16)", type=float, above=0, free=True)
+    flag("--max_num_frames", None, "most frames per clip: 4k + 1; 1.5: 8k + 1 (default: 49; 1.5: 81)", type=int, at_least=1, free=True)
     flag(
         "--windows",
         "one",

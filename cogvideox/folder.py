@@ -1,6 +1,7 @@
 """Checking a CogVideoX model folder from its configs and file headers, without reading weights."""
 
 import json
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
-from cogvideox.console import Bar, say
+from cogvideox.console import Bar, say, warn
 from cogvideox.decode import longest_legal_length
 from cogvideox.files import at_home, key_of, read_json
 
@@ -33,10 +34,17 @@ class ModelFacts:
     latent_compression: int  # pixels per latent, in height and width
     scaling_factor: float  # scales latents to unit variance: 1.15258426 for the 2B, 0.7 for the 5B
     head_width: int = 64  # numbers per token and attention head
-    image_channels: int = 0  # of the latent of the image that the transformer reads beside the video's; 0: text-to-video
+    image_channels: int = 0  # channels of the condition image's latent beside the noisy ones; 0: text-to-video
+    image_scaling_factor: float = 1.15258426  # scales the image's latent
+    sample_size: tuple[int, int] = (480, 720)  # height and width that the model was made for, in pixels
+    sample_frames: int = 49
+    fps: float = 8.0
+    positions: str = "sincos"  # or rotary, slice, learned: `positions_of`
+    grid_size: tuple[int, int] = (480, 720)  # pixels for which the model has positions, where they are not stretched
 
 
 COGVIDEOX_2B = ModelFacts(16, 4, 1, 226, 16, 8, 1.15258426)  # data is checked against these if the model cannot be read
+MADE_FOR_15 = (768, 1360)  # pixels; the grid of positions of 1.5's image-to-video model is larger (300 x 300 latents in its config)
 
 
 def find_model(name_or_path, revision=None, variant=None, cache_dir=None, token=None):
@@ -188,10 +196,11 @@ def unsupported_family(transformer, scheduler):
     problems = []
     if transformer.get("_class_name", "CogVideoXTransformer3DModel") != "CogVideoXTransformer3DModel":
         problems.append(f"its transformer is a {transformer['_class_name']}; this script trains CogVideoXTransformer3DModel")
-    elif transformer.get("in_channels", 16) != transformer.get("out_channels", 16) or transformer.get("ofs_embed_dim"):
-        problems.append("this is an image-to-video model (more input channels than output channels); this script trains text-to-video only")
-    elif transformer.get("use_learned_positional_embeddings"):
-        problems.append("this model has learned positions, which fix the clip size; this script trains sincos and rotary models only")
+    elif (channels := (transformer.get("in_channels", 16), transformer.get("out_channels", 16))) not in ((16, 16), (32, 16)):
+        problems.append(
+            f"its transformer maps {channels[0]} channels to {channels[1]}; this script trains text-to-video models (16 to 16) and "
+            "image-to-video models (32 to 16, the image's latent beside the noisy one)"
+        )
     if scheduler.get("prediction_type") != "v_prediction":
         problems.append(f"its scheduler predicts {scheduler.get('prediction_type')!r}; this script trains v_prediction models only")
     return problems
@@ -205,17 +214,36 @@ def read_facts(folder):
 def facts_of(transformer, vae):
     """ModelFacts from two configs, with the defaults of the diffusers classes."""
     compression = 2 ** (len(vae.get("block_out_channels", (128, 256, 256, 512))) - 1)
+    latents_per_patch, scaling_factor = transformer.get("patch_size_t") or 1, vae.get("scaling_factor", 1.15258426)
+    grid_size = tuple(transformer.get(name, latents) * compression for name, latents in (("sample_height", 60), ("sample_width", 90)))
     return ModelFacts(
         spatial_multiple=compression * transformer.get("patch_size", 2),
         frames_per_latent=int(vae.get("temporal_compression_ratio", 4)),
-        latents_per_patch=transformer.get("patch_size_t") or 1,
+        latents_per_patch=latents_per_patch,
         max_text_seq_length=transformer.get("max_text_seq_length", 226),
         latent_channels=vae.get("latent_channels", 16),
         latent_compression=compression,
-        scaling_factor=vae.get("scaling_factor", 1.15258426),
+        scaling_factor=scaling_factor,
         head_width=transformer.get("attention_head_dim", 64),
         image_channels=transformer.get("in_channels", 16) - transformer.get("out_channels", 16),
+        # As CogVideoXImageToVideoPipeline.prepare_latents has it. Video latents are multiplied by the factor in every model.
+        image_scaling_factor=1 / scaling_factor if vae.get("invert_scale_latents") else scaling_factor,
+        sample_size=tuple(map(min, grid_size, MADE_FOR_15)) if latents_per_patch > 1 else grid_size,
+        sample_frames=transformer.get("sample_frames", 49),
+        fps=16.0 if latents_per_patch > 1 else 8.0,  # in no config; the authors' README says it of 1.5
+        positions=positions_of(transformer),
+        grid_size=grid_size,
     )
+
+
+def positions_of(transformer):
+    """How a transformer of this config tells tokens apart: by sincos values (the 2B), rotary ones (the 5B), a slice of a rotary grid of
+    fixed size (1.5), or rotary ones and a learned table (5B-I2V)."""
+    if transformer.get("use_learned_positional_embeddings"):
+        return "learned"
+    if not transformer.get("use_rotary_positional_embeddings"):
+        return "sincos"
+    return "slice" if transformer.get("patch_size_t") else "rotary"
 
 
 def latent_shape(facts, frames, height, width):
@@ -228,7 +256,7 @@ def latent_shape(facts, frames, height, width):
 def patches_of(config, shape):
     """The video tokens of a clip with latents of `shape` [F', C, H', W']. config: the transformer's."""
     frames, _, height, width = shape
-    return frames // (config.patch_size_t or 1) * (height // config.patch_size) * (width // config.patch_size)
+    return -(-frames // (config.patch_size_t or 1)) * (height // config.patch_size) * (width // config.patch_size)
 
 
 def check_geometry(facts, height, width, num_frames, names=("--height", "--width", "--max_num_frames")):
@@ -240,15 +268,75 @@ def check_geometry(facts, height, width, num_frames, names=("--height", "--width
             lower, upper = value - value % step, value - value % step + step
             offer = f"{lower} or {upper}" if lower else str(upper)
             problems.append(f"{name} {value}: this model needs multiples of {step}; the nearest are {offer}")
-    legal = longest_legal_length(num_frames, facts.frames_per_latent, facts.latents_per_patch)
+    legal, step = longest_legal_length(num_frames, facts.frames_per_latent, facts.latents_per_patch), clip_step(facts)
     if legal != num_frames:
-        step = facts.frames_per_latent * facts.latents_per_patch
-        offer = f"{legal} or {legal + step}" if legal else str(facts.frames_per_latent * (facts.latents_per_patch - 1) + 1)
-        rule = f"{facts.frames_per_latent}k + 1 frames" + (
-            f", k + 1 a multiple of {facts.latents_per_patch}" if facts.latents_per_patch > 1 else ""
+        problems.append(f"{names[2]} {num_frames}: this model needs {step}k + 1 frames; the nearest are {legal} or {legal + step}")
+    return problems or check_positions(facts, height, width, num_frames, names)
+
+
+def check_positions(facts, height, width, num_frames, names):
+    """A sentence if a clip has tokens for which this model has no positions, in a list."""
+    rows, columns, frames = (*facts.grid_size, facts.sample_frames)
+    if facts.positions == "slice" and (height > rows or width > columns):
+        return [
+            f"{names[0]} {height}, {names[1]} {width}: this model has positions for {rows} x {columns} pixels at most, and its pipeline "
+            "fails above; use a smaller size"
+        ]
+    if facts.positions == "learned" and ((height, width) != (rows, columns) or num_frames > frames):
+        return [
+            f"{names[0]} {height}, {names[1]} {width}, {names[2]} {num_frames}: this model has learned positions, for {rows} x {columns} "
+            f"pixels and at most {frames} frames; use these"
+        ]
+    return []
+
+
+def clip_step(facts):
+    """By how many frames the legal lengths of a clip differ: 4 for CogVideoX 1.0, 8 for 1.5."""
+    return facts.frames_per_latent * facts.latents_per_patch
+
+
+def geometry_notes(facts, height, width, num_frames):
+    """What training or sampling at a size that the model was not made for means, as sentences."""
+    notes, size = [], f"{height} x {width}"
+    made = f"{facts.sample_size[0]} x {facts.sample_size[1]}"
+    if facts.positions == "slice" and not fits_15(facts, height, width):
+        notes.append(
+            f"{size}: this model was made for {made}, and its positions are not stretched: a smaller clip uses the top left corner of "
+            "them, and the others are never trained"
         )
-        problems.append(f"{names[2]} {num_frames}: this model needs {rule}; the nearest are {offer}")
-    return problems
+    elif facts.positions in ("sincos", "rotary") and (height, width) != facts.sample_size:
+        notes.append(f"{size}: this model was made for {made}; its positions are stretched to the size, so expect a loss of quality")
+    if num_frames > facts.sample_frames:
+        notes.append(f"{num_frames} frames: this model was made for {facts.sample_frames}; it has not seen later positions in time")
+    if facts.positions == "slice" and (num_frames - 1) % 16:
+        notes.append(f"{num_frames} frames: this model was trained on 16N + 1 frames, such as {facts.sample_frames}")
+    if facts.positions == "learned" and num_frames < facts.sample_frames:
+        notes.append(
+            f"{num_frames} frames: they get the first of this model's learned positions, as in the authors' training; a stock pipeline "
+            f"computes other ones at that length, so make videos of {facts.sample_frames} frames with the result"
+        )
+    return notes
+
+
+def fits_15(facts, height, width):
+    """Whether a size is one that a model with a slice grid was made for: text-to-video has one, image-to-video a range (its README)."""
+    short, long = sorted((height, width))
+    in_range = facts.image_channels and (short, facts.sample_size[1] >= long) == (facts.sample_size[0], True)
+    return (height, width) == facts.sample_size or in_range
+
+
+def fill_in_defaults(args, facts):
+    """Fill in the flags whose default comes from the model: size, length, frame rate, sampler and dynamic guidance.
+
+    The 2B is sampled by its own scheduler (DDIM) with a constant guidance, the rotary models by DPM with a dynamic one: what the
+    authors' own demo (inference/cli_demo.py of CogVideo) advises for each.
+    """
+    rotary = facts.positions != "sincos"
+    advised = {"height": facts.sample_size[0], "width": facts.sample_size[1], "max_num_frames": facts.sample_frames, "fps": facts.fps}
+    advised |= {"validation_scheduler": "dpm" if rotary else "stored", "use_dynamic_cfg": rotary}
+    for name, value in advised.items():
+        if hasattr(args, name) and getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def load_tokenizer(folder):
@@ -296,6 +384,13 @@ def text_notes(tokenizer, named, limit):
 # Checking it for a run
 
 
+def largest_shape(args):
+    """(frames, height, width) of the largest clip allowed by the flags."""
+    sizes = getattr(args, "bucket_sizes", None) or [(args.height, args.width)]
+    frames = max(getattr(args, "bucket_lengths", None) or [args.max_num_frames])
+    return (frames, *max(sizes, key=math.prod))
+
+
 def open_model(args):
     """The model's folder, ModelFacts and tokenizer, and all problems found in configs and headers.
 
@@ -314,17 +409,17 @@ def open_model(args):
         problems.append(str(error))
     args.mixed_precision, problem = choose_precision(args.mixed_precision, None if problems else folder, args.variant)
     problems += [problem] if problem else []
+    fill_in_defaults(args, facts)
     for height, width in args.bucket_sizes or [(args.height, args.width)]:
         for frames in args.bucket_lengths or [args.max_num_frames]:
             names = ("--bucket",) * 3 if args.bucket else ("--height", "--width", "--max_num_frames")
             problems += check_geometry(facts, height, width, frames, names)
-    pixels = facts.spatial_multiple  # the default is the clips' size, which was checked above
-    shape = (
-        args.validation_height or pixels,
-        args.validation_width or pixels,
-        args.validation_frames or 1 + 4 * (facts.latents_per_patch - 1),
-    )
-    problems += check_geometry(facts, *shape, names=("--validation_height", "--validation_width", "--validation_frames"))
+    clip = largest_shape(args)  # the default is the clips' size
+    shown = (args.validation_frames or clip[0], args.validation_height or clip[1], args.validation_width or clip[2])
+    if shown != clip:
+        problems += check_geometry(facts, *shown[1:], shown[0], names=("--validation_height", "--validation_width", "--validation_frames"))
+    for note in [] if problems else dict.fromkeys(geometry_notes(facts, *clip[1:], clip[0]) + geometry_notes(facts, *shown[1:], shown[0])):
+        warn(note)
     return folder, facts, tokenizer, list(dict.fromkeys(problems))  # two flags may give the same size
 
 

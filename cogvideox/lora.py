@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from diffusers import CogVideoXPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -19,7 +18,7 @@ from cogvideox.engine import trained_state, trained_weights, write_trained
 from cogvideox.files import LORA_FILE, lora_path, write_durably
 from cogvideox.folder import linear_layers, safetensors_header
 from cogvideox.launch import problem_of_any_rank
-from cogvideox.model import load_transformer
+from cogvideox.model import bare_pipeline, constant_inputs, load_transformer
 
 # Shared interface with sft.py: the result's name and files, and the file of the trained weights.
 RESULT, FILES, WEIGHTS = LORA_FILE, [LORA_FILE], "adapter.safetensors"
@@ -305,16 +304,15 @@ def check_export(folder, transformer):
     config, parameter = transformer.config, next(transformer.parameters())
     generator = torch.Generator().manual_seed(0)
     patch, frames = 2 * config.patch_size, config.patch_size_t or 1
+    size = (config.sample_height, config.sample_width) if config.use_learned_positional_embeddings else (patch, patch)
     inputs = {
-        "hidden_states": torch.randn(1, frames, config.in_channels, patch, patch, generator=generator).to(parameter),
+        "hidden_states": torch.randn(1, frames, config.in_channels, *size, generator=generator).to(parameter),
         "encoder_hidden_states": torch.randn(1, config.max_text_seq_length, config.text_embed_dim, generator=generator).to(parameter),
         "timestep": torch.tensor([500], device=parameter.device),
         "return_dict": False,
     }
-    pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=None)
-    if config.use_rotary_positional_embeddings:
-        pixels = patch * pipeline.vae_scale_factor_spatial
-        inputs["image_rotary_emb"] = pipeline._prepare_rotary_positional_embeddings(pixels, pixels, frames, parameter.device)
+    pipeline = bare_pipeline(transformer)
+    inputs |= constant_inputs(transformer, parameter.device)({"latents": inputs["hidden_states"]})
     trainable = [p for p in transformer.parameters() if p.requires_grad]
     was_training = transformer.training
     transformer.eval()

@@ -29,8 +29,8 @@ from cogvideox import linear, lora, offload
 from cogvideox.console import say
 from cogvideox.engine import engine_of
 from cogvideox.files import read_json
-from cogvideox.folder import PRECISIONS, facts_of, latent_shape, stored_precision
-from cogvideox.model import blocks_to_recompute, checkpoint_blocks, decode_latents, encode_frames, keep_position_tables, rotary_tables
+from cogvideox.folder import PRECISIONS, facts_of, largest_shape, latent_shape, stored_precision
+from cogvideox.model import blocks_to_recompute, checkpoint_blocks, constant_inputs, decode_latents, encode_frames, keep_position_tables
 from cogvideox.rehearsal import free_bytes
 
 # bitsandbytes keeps the states of smaller parameters in fp32.
@@ -221,19 +221,23 @@ def prepare_transformer(transformer, args, device):
 
 
 def latents_of(configs, frames, height, width):
-    """[F', C, H', W'] of a clip's latents."""
-    return latent_shape(facts_of(configs["transformer"], configs["vae"]), frames, height, width)
+    """[F', C, H', W'] of a clip's latents in a batch, with those in front that fill the temporal patch."""
+    facts = facts_of(configs["transformer"], configs["vae"])
+    latent_frames, *rest = latent_shape(facts, frames, height, width)
+    return latent_frames + -latent_frames % facts.latents_per_patch, *rest
 
 
 def make_batch(configs, clips, shape):
     """The loader's batch of clips with latents of `shape` [F', C, H', W'], without data."""
     transformer, text_dtype = configs["transformer"], PRECISIONS[configs["dtypes"]["text_encoder"]]
     tokens, width = transformer.get("max_text_seq_length", 226), transformer.get("text_embed_dim", 4096)
+    image_channels = transformer.get("in_channels", 16) - transformer.get("out_channels", 16)
     return {
         "latents": torch.empty(clips, *shape),
         "noise": torch.empty(clips, *shape),
         "timestep": torch.zeros(clips, dtype=torch.int64),
         "prompt": torch.empty(clips, tokens, width, dtype=text_dtype),
+        "image": torch.empty(clips, shape[0], image_channels, *shape[2:]),
         "position": torch.zeros(clips, dtype=torch.int64),
     }
 
@@ -253,7 +257,7 @@ def step_pieces(configs, args, compute_loss, shape, recomputed, keep_attention, 
         base = ledger.live - adapters
         checkpoint_blocks(transformer, recomputed, keep_attention)
         batch = make_batch(configs, args.train_batch_size, shape)
-        rotary = rotary_tables(transformer, torch.device("cpu"))(batch)
+        constant = constant_inputs(transformer, torch.device("cpu"))(batch)
         gradients = [0]
         for parameter in parameters:
             if args.gradient_accumulation_steps > 1:
@@ -288,7 +292,7 @@ def step_pieces(configs, args, compute_loss, shape, recomputed, keep_attention, 
         if args.gradient_accumulation_steps > 1:
             start["batch"] -= adapters
         mark("inputs")
-        loss = compute_loss(transformer, CogVideoXDDIMScheduler(), batch, rotary, PRECISIONS[args.mixed_precision]).mean()
+        loss = compute_loss(transformer, CogVideoXDDIMScheduler(), batch, constant, PRECISIONS[args.mixed_precision]).mean()
         in_backward.append(True)
         loss.backward()
         del loss
@@ -464,28 +468,21 @@ def sampling_bytes(configs, args, shape, device="cuda"):
         transformer.eval()
         before = ledger.live
         batch = make_batch(configs, clips, latents_of(configs, *shape))
-        rotary = rotary_tables(transformer, torch.device("cpu"))(batch)
+        constant = constant_inputs(transformer, torch.device("cpu"))(batch)
         dtype = PRECISIONS[args.mixed_precision]
         ledger.mark("sampling")
         transformer(
-            hidden_states=batch["latents"].to(dtype),
+            hidden_states=torch.cat([batch["latents"].to(dtype), batch["image"].to(dtype)], dim=2),
             encoder_hidden_states=batch["prompt"].to(dtype),
             timestep=batch["timestep"],
-            image_rotary_emb=rotary,
             return_dict=False,
+            **constant,
         )
         return ledger.high - before
 
 
 # -----------------------------------------------------------------------------
 # The run
-
-
-def largest_shape(args):
-    """(frames, height, width) of the largest clip allowed by the flags."""
-    sizes = getattr(args, "bucket_sizes", None) or [(args.height, args.width)]
-    frames = max(getattr(args, "bucket_lengths", None) or [args.max_num_frames])
-    return (frames, *max(sizes, key=math.prod))
 
 
 def memory_for_encoding(device):

@@ -5,7 +5,14 @@ import importlib
 
 import torch
 import torch.utils.checkpoint
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import T5EncoderModel
 
@@ -78,13 +85,25 @@ def load_transformer(folder, dtype, variant=None, device="cpu"):
 def keep_position_tables(patch_embed, shapes=8):
     """Cache the sincos table per size: diffusers recomputes it in every forward pass, in float64, except for the default size.
 
-    At 49 x 480 x 640 that takes more than half a second of a CPU core. A no-op if diffusers renames its private function.
+    At 49 x 480 x 640 that takes more than half a second of a CPU core. A no-op if diffusers renames its private function. For
+    another number of frames, diffusers replaces a learned table by sincos values that the model has never seen; here a shorter clip
+    gets the first rows of the table, as in the authors' training.
     """
     if make := getattr(patch_embed, "_get_positional_embeddings", None):
         dtype = patch_embed.proj.weight.dtype  # the table is cast to it when it is added
         if hasattr(patch_embed, "pos_embedding"):  # the default size's: 273 MB in float64
             patch_embed.pos_embedding = patch_embed.pos_embedding.to(dtype)
-        patch_embed._get_positional_embeddings = functools.lru_cache(shapes)(lambda *args, **kwargs: make(*args, **kwargs).to(dtype))
+        if patch_embed.use_learned_positional_embeddings:
+            patch_embed._get_positional_embeddings = functools.partial(first_positions, patch_embed)
+        elif patch_embed.use_positional_embeddings:
+            patch_embed._get_positional_embeddings = functools.lru_cache(shapes)(lambda *args, **kwargs: make(*args, **kwargs).to(dtype))
+
+
+def first_positions(patch_embed, height, width, frames, device=None):
+    """The learned positions [1, T + patches, D] of a clip of fewer frames than the table's. height, width: latents."""
+    latent_frames = (frames - 1) // patch_embed.temporal_compression_ratio + 1
+    patches = latent_frames * (height // patch_embed.patch_size) * (width // patch_embed.patch_size)
+    return patch_embed.pos_embedding[:, : patch_embed.max_text_seq_length + patches]
 
 
 def load_scheduler(folder):
@@ -147,21 +166,52 @@ def decode_latents(vae, latents):
     return ((video / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
 
 
-def rotary_tables(transformer, device):
-    """A function from a batch to the (cos, sin) tables of a rotary model, computed by the pipeline and cached by shape.
+# -----------------------------------------------------------------------------
+# What the stock pipeline gives the transformer beside noisy latents, text and timestep
 
-    It returns None for a sincos model (the 2B), which adds its positions inside the transformer.
+OFS = 2.0  # the only value that CogVideoXImageToVideoPipeline gives to models with an `ofs` embedding
+
+
+def pad_latents(latents, latents_per_patch):
+    """Repeat the first latent of [F', C, H', W'] until the frames are a multiple of the temporal patch.
+
+    CogVideoX 1.5 was trained so, and its pipeline throws these frames away after sampling.
     """
+    return torch.cat([latents[:1]] * (-len(latents) % latents_per_patch) + [latents])
+
+
+def pipeline_class(config):
+    """The stock pipeline of a transformer with this config."""
+    return CogVideoXImageToVideoPipeline if config["in_channels"] != config["out_channels"] else CogVideoXPipeline
+
+
+def bare_pipeline(transformer, **parts):
+    """The stock pipeline of a transformer, with no other part than those given."""
+    absent = {"tokenizer": None, "text_encoder": None, "vae": None, "scheduler": None}
+    return pipeline_class(transformer.config)(transformer=transformer, **(absent | parts))
+
+
+def constant_inputs(transformer, device):
+    """A function from a batch to the inputs of the transformer that its shape decides: {"image_rotary_emb": ..., "ofs": ...}.
+
+    The (cos, sin) tables are computed by the pipeline and cached by shape; None for a sincos model (the 2B), which adds its positions
+    inside the transformer. ofs: [1], or None for a model without it.
+    """
+    ofs = torch.full((1,), OFS, device=device) if transformer.config.ofs_embed_dim else None
     if not transformer.config.use_rotary_positional_embeddings:
-        return lambda batch: None
-    pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=None)
+        return lambda batch: {"image_rotary_emb": None, "ofs": ofs}
+    pipeline = bare_pipeline(transformer)
 
     @functools.lru_cache(maxsize=8)
     def tables(latent_frames, latent_height, latent_width):
         pixels = pipeline.vae_scale_factor_spatial
         return pipeline._prepare_rotary_positional_embeddings(latent_height * pixels, latent_width * pixels, latent_frames, device)
 
-    return lambda batch: tables(batch["latents"].shape[1], *batch["latents"].shape[3:])
+    return lambda batch: {"image_rotary_emb": tables(batch["latents"].shape[1], *batch["latents"].shape[3:]), "ofs": ofs}
+
+
+# -----------------------------------------------------------------------------
+# Gradient checkpointing and compilation
 
 
 def blocks_to_recompute(setting, blocks):

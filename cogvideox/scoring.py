@@ -41,8 +41,11 @@ class WithCaptionOf:
     def prompt(self, clip):
         return self.encodings.prompt(self.clip)
 
+    def image(self, clip, flipped=False):
+        return self.encodings.image(clip, flipped)
 
-def score(accelerator, transformer, losses, encodings, sets, captions, seed, scaling_factor, num_train_timesteps, with_gap):
+
+def score(accelerator, transformer, losses, encodings, sets, captions, seed, facts, num_train_timesteps, with_gap):
     """The mean loss of each set of clips in each band of timesteps, {"train": [...], "held_out": [...] or None}, and "gap".
 
     losses: batch -> loss of each clip. sets: {"train": clips, "held_out": clips}. captions: clip -> its caption. gap: with
@@ -61,7 +64,7 @@ def score(accelerator, transformer, losses, encodings, sets, captions, seed, sca
             if stop_noticed():
                 break
             _, clip, other, band = jobs[number]
-            source = TrainingClips(WithCaptionOf(encodings, other), None, f"{seed}/fixed/{band}", scaling_factor, num_train_timesteps)
+            source = TrainingClips(WithCaptionOf(encodings, other), None, f"{seed}/fixed/{band}", facts, num_train_timesteps)
             item = source.item(clip, position=clip) | {"timestep": torch.tensor(middle_of(band, num_train_timesteps))}
             batch = {name: value.to(accelerator.device) for name, value in default_collate([item]).items()}
             results[number] = losses(batch)[0]
@@ -191,9 +194,9 @@ class Scorer:
     base_identity: `base_model.identity_of`. Every rank calls every method and scores its share.
     """
 
-    def __init__(self, args, trained, clip_losses, encodings, data, scaling_factor, num_train_timesteps, run_identity=(), base_identity=""):
+    def __init__(self, args, trained, clip_losses, encodings, data, facts, num_train_timesteps, run_identity=(), base_identity=""):
         self.args, self.trained, self.clip_losses, self.encodings = args, trained, clip_losses, encodings
-        self.noise, self.num_train_timesteps = (args.seed, scaling_factor, num_train_timesteps), num_train_timesteps
+        self.noise, self.num_train_timesteps = (args.seed, facts, num_train_timesteps), num_train_timesteps
         self.output_dir, self.captions = Path(args.output_dir), [record.caption for record in data.records]
         self.sets = {"train": spread(data.own, args.eval_clips), "held_out": spread(data.held_out, args.eval_clips)}
         # Only scores of the same model, clips, captions and noise compare.
@@ -205,7 +208,7 @@ class Scorer:
         # A clip's number seeds its noise.
         entries = [[(clip, encodings.clip_keys[clip], encodings.prompt_keys[clip]) for clip in clips] for clips in self.sets.values()]
         images = [[encodings.image_keys[clip] for clip in clips] for clips in self.sets.values()] if encodings.image_keys else ()
-        self.base_key = key_of("base score", base_identity, BANDS, *self.noise, entries, *images)
+        self.base_key = key_of("base score", base_identity, BANDS, args.seed, facts.scaling_factor, num_train_timesteps, entries, *images)
         self.lines, self.meter, self.checkpointer, self.validator = [], None, None, None
         self.base = base_of(self.earlier_lines()) if args.resume_from_checkpoint else None
         if args.eval_clips and not self.base:

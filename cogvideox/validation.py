@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 from cogvideox import base_model, metrics, motion, report
 from cogvideox.console import say, timed, warn
 from cogvideox.files import key_of, read_json, write_bytes
 from cogvideox.launch import free
-from cogvideox.model import decode_latents
+from cogvideox.model import bare_pipeline, decode_latents
 from cogvideox.stopping import interruptible, raise_if_noticed
 from cogvideox.video import contact_sheet, read_video, write_video
 
@@ -65,7 +65,7 @@ def title_of(job, texts):
 
 def sample_latents(transformer, scheduler, prompt, negative_prompt, seed, device, **settings):
     """Latents [F', C, H', W'] of one video from the stock pipeline. prompt, negative_prompt: embeddings [T, D]."""
-    pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=copy.deepcopy(scheduler))
+    pipeline = bare_pipeline(transformer, scheduler=copy.deepcopy(scheduler))
     pipeline.set_progress_bar_config(disable=True)
     result = pipeline(
         prompt_embeds=prompt[None].to(device),

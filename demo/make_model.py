@@ -1,7 +1,7 @@
-"""Write a tiny random CogVideoX folder in the real layout: `python -m demo.make_model demo/tiny_model`.
+"""Write a tiny random CogVideoX folder in the real layout: `python -m demo.make_model demo/tiny_model --family 2b`.
 
-The real tokenizer, a T5 encoder, the causal video VAE with the real 4 x 8 x 8 compression, a transformer and the 2B's scheduler,
-all seeded. It cannot generate video, but it runs the same code as the real weights, on a CPU.
+The real tokenizer, a T5 encoder, the causal video VAE with the real 4 x 8 x 8 compression, a transformer and a scheduler with the
+settings of the family, all seeded. It cannot generate video, but it runs the same code as the real weights, on a CPU.
 """
 
 import argparse
@@ -9,14 +9,31 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
+from cogvideox.model import pipeline_class
+
 TOKENIZER = Path(__file__).resolve().parent / "tokenizer"
+ROTARY, IMAGE = {"use_rotary_positional_embeddings": True}, {"in_channels": 32}
+PATCH_15 = ROTARY | {"patch_size_t": 2, "patch_bias": False}
+# How the transformers and VAEs of the family differ from those of the 2B, which are the defaults of diffusers' classes.
+TRANSFORMERS = {
+    "2b": {},
+    "5b": ROTARY,
+    "1.5-5b": PATCH_15,
+    "5b-i2v": ROTARY | IMAGE | {"use_learned_positional_embeddings": True},
+    "1.5-5b-i2v": PATCH_15 | IMAGE | {"ofs_embed_dim": 64},
+}
+OF_5B = {"scaling_factor": 0.7}
+VAES = {"2b": {}, "5b": OF_5B, "1.5-5b": OF_5B | {"invert_scale_latents": True}, "5b-i2v": OF_5B}
+VAES["1.5-5b-i2v"] = VAES["1.5-5b"]
 
 
-def make_model(folder, seed=0, dtype=torch.float32, text_width=32, vae_channels=16, layers=2, heads=2, head_width=32, **transformer):
-    """Create and save the folder; returns its path. `transformer` overrides the transformer's config (rope, patches)."""
+def make_model(
+    folder, seed=0, dtype=torch.float32, text_width=32, vae_channels=16, layers=2, heads=2, head_width=32, family="2b", **transformer
+):  # fmt: skip
+    """Create and save the folder; returns its path. family: of TRANSFORMERS. `transformer` overrides the transformer's config."""
     folder = Path(folder)
     torch.manual_seed(seed)
     text_encoder = T5EncoderModel(
@@ -31,9 +48,9 @@ def make_model(folder, seed=0, dtype=torch.float32, text_width=32, vae_channels=
             tie_word_embeddings=False,
         )
     )
-    vae = AutoencoderKLCogVideoX(block_out_channels=(vae_channels,) * 4, layers_per_block=1, norm_num_groups=4)
+    vae = AutoencoderKLCogVideoX(block_out_channels=(vae_channels,) * 4, layers_per_block=1, norm_num_groups=4, **VAES[family])
     imitate_trained_moments(vae)
-    settings = {"sample_width": 12, "sample_height": 8, "sample_frames": 17} | transformer
+    settings = {"sample_width": 12, "sample_height": 8, "sample_frames": 17} | TRANSFORMERS[family] | transformer
     model = CogVideoXTransformer3DModel(
         num_attention_heads=heads,
         attention_head_dim=head_width,
@@ -43,7 +60,10 @@ def make_model(folder, seed=0, dtype=torch.float32, text_width=32, vae_channels=
         **settings,
     )
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    pipeline = CogVideoXPipeline(tokenizer, text_encoder, vae, model, make_scheduler()).to(dtype=dtype)
+    if model.config.use_learned_positional_embeddings:  # the table of a new model holds sincos values, which a test takes for computed ones
+        model.patch_embed.pos_embedding.normal_(0, 0.5)
+    scheduler = make_scheduler(snr_shift_scale=3.0 if family == "2b" else 1.0)
+    pipeline = pipeline_class(model.config)(tokenizer, text_encoder, vae, model, scheduler).to(dtype=dtype)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)
@@ -52,8 +72,8 @@ def make_model(folder, seed=0, dtype=torch.float32, text_width=32, vae_channels=
     return folder
 
 
-def make_scheduler():
-    """The 2B's scheduler."""
+def make_scheduler(snr_shift_scale=3.0):
+    """The scheduler of the family, by default the 2B's."""
     return CogVideoXDDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -61,7 +81,7 @@ def make_scheduler():
         clip_sample=False,
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
-        snr_shift_scale=3.0,
+        snr_shift_scale=snr_shift_scale,
         timestep_spacing="trailing",
     )
 
@@ -86,5 +106,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", default="demo/tiny_model")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--family", choices=list(TRANSFORMERS), default="2b")
     options = parser.parse_args()
-    print(f"wrote {make_model(options.folder, options.seed)}")
+    print(f"wrote {make_model(options.folder, options.seed, family=options.family)}")

@@ -1,5 +1,6 @@
 """Fixtures: a tiny real CogVideoX folder, real clips, and the whole script run in this process."""
 
+import functools
 import gc
 import os
 import shutil
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 import train_cogvideox_lora as script
 from cogvideox import metrics
-from demo.make_model import make_model
+from demo.make_model import TRANSFORMERS, make_model
 from tests import shortcuts
 from tests.forked import ForkServer
 
@@ -84,17 +85,46 @@ def tiny_model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("models") / "tiny", vae_channels=8, heads=2, head_width=16)
 
 
+FAMILIES = list(TRANSFORMERS)
+CLIP = {"sample_frames": 9, "sample_height": 4, "sample_width": 6}  # of `words`: the size for which a learned table has positions
+
+
 @pytest.fixture(scope="session")
-def rotary_model(tmp_path_factory):
+def family_model(tiny_model, tmp_path_factory):
+    """A function from the name of a family to a random model of it."""
+
+    @functools.cache
+    def make(family):
+        if family == "2b":
+            return tiny_model
+        size = CLIP if "i2v" in family else {}
+        return make_model(tmp_path_factory.mktemp("models") / family, vae_channels=8, head_width=32, family=family, **size)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def rotary_model(family_model):
     """A random model of the 5B's kind."""
-    return make_model(tmp_path_factory.mktemp("models") / "rotary", vae_channels=8, head_width=32, use_rotary_positional_embeddings=True)
+    return family_model("5b")
 
 
 @pytest.fixture(scope="session")
-def temporal_patch_model(tmp_path_factory):
+def temporal_patch_model(family_model):
     """A random model of the 1.5's kind: rotary, latents taken two by two."""
-    settings = {"use_rotary_positional_embeddings": True, "patch_size_t": 2, "patch_bias": False}
-    return make_model(tmp_path_factory.mktemp("models") / "temporal", vae_channels=8, head_width=32, **settings)
+    return family_model("1.5-5b")
+
+
+@pytest.fixture(scope="session")
+def image_model(family_model):
+    """A random image-to-video model of the 5B's kind, with learned positions for clips of `words`."""
+    return family_model("5b-i2v")
+
+
+@pytest.fixture(scope="session")
+def image_15_model(family_model):
+    """A random image-to-video model of the 1.5's kind."""
+    return family_model("1.5-5b-i2v")
 
 
 @pytest.fixture(scope="session")

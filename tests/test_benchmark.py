@@ -59,7 +59,7 @@ def batch_of(seed):
     generator = torch.Generator().manual_seed(seed)
     latents, noise = torch.randn(2, 2, 3, 16, 8, 12, generator=generator)
     prompt = torch.randn(2, 226, 32, generator=generator)
-    return {"latents": latents, "noise": noise, "timestep": torch.tensor([300, 900]), "prompt": prompt}
+    return {"latents": latents, "noise": noise, "timestep": torch.tensor([300, 900]), "prompt": prompt, "image": latents[:, :, :0]}
 
 
 @pytest.mark.numeric
@@ -69,7 +69,7 @@ def test_the_baselines_loss_is_ours():
         torch.nn.init.normal_(parameter, std=0.1)
 
     def both(batch):
-        ours = velocity_loss(transformer, scheduler, batch, None, torch.float32).mean().item()
+        ours = velocity_loss(transformer, scheduler, batch, {}, torch.float32).mean().item()
         names = "latents", "noise", "timestep", "prompt"
         return ours, reference.weighted_x0_loss(transformer, scheduler, *(batch[name] for name in names)).item()
 

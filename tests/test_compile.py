@@ -62,8 +62,8 @@ def gradients(transformer, shape=(2, 4, 6), seed=0):
     prompt, timestep = torch.randn(1, 226, 32).bfloat16(), torch.tensor([10])
     transformer.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        rotary = model.rotary_tables(transformer, torch.device("cpu"))(batch)
-        outputs = transformer(batch["latents"], prompt, timestep, image_rotary_emb=rotary, return_dict=False)[0]
+        constant = model.constant_inputs(transformer, torch.device("cpu"))(batch)
+        outputs = transformer(batch["latents"], prompt, timestep, return_dict=False, **constant)[0]
     outputs.float().square().sum().backward()
     return [p.grad for p in transformer.parameters() if p.requires_grad]
 

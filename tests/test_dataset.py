@@ -226,7 +226,8 @@ def test_skipped_frames_are_left_out_and_too_many_are_told():
 
 
 @pytest.mark.parametrize(
-    ("frames", "plain", "by_two"), [(0, 0, 0), (1, 1, 0), (4, 1, 0), (5, 5, 5), (12, 9, 5), (49, 49, 45), (53, 53, 53)]
+    ("frames", "plain", "by_two"),
+    [(0, 0, 0), (1, 1, 1), (4, 1, 1), (5, 5, 1), (12, 9, 9), (49, 49, 49), (53, 53, 49), (81, 81, 81), (85, 85, 81)],
 )
 def test_a_clip_is_cut_to_the_longest_legal_length(frames, plain, by_two):
     assert longest_legal_length(frames) == plain

@@ -74,7 +74,7 @@ def on_gpu(args, quantized="stored"):
 def batch_on_gpu(frames=2):
     latents = torch.zeros(1, frames, 16, 4, 6, device=GPU)
     prompt, timestep = torch.zeros(1, 226, 32, dtype=torch.float32, device=GPU), torch.zeros(1, dtype=torch.int64, device=GPU)
-    return {"latents": latents, "noise": latents, "prompt": prompt, "timestep": timestep}
+    return {"latents": latents, "noise": latents, "prompt": prompt, "timestep": timestep, "image": latents[:, :, :0]}
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -162,4 +162,4 @@ def test_the_watch_finds_two_devices():
 
 def test_rotary_tables_follow_the_batch(rotary_model):
     transformer = model.load_transformer(rotary_model, torch.float32)
-    assert {table.device for table in model.rotary_tables(transformer, GPU)(batch_on_gpu())} == {GPU}
+    assert {table.device for table in model.constant_inputs(transformer, GPU)(batch_on_gpu())["image_rotary_emb"]} == {GPU}

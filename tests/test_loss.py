@@ -35,6 +35,7 @@ def batch(timesteps, dtype=torch.float64):
         "noise": torch.randn(shape, generator=generator, dtype=dtype),
         "timestep": torch.tensor(timesteps),
         "prompt": torch.zeros(len(timesteps), 2, 2, dtype=dtype),
+        "image": torch.zeros(len(timesteps), 3, 0, 4, 6, dtype=dtype),
     }
 
 
@@ -65,7 +66,7 @@ def test_the_velocity_loss_is_the_weighted_x0_loss_of_the_trainers_before():
     weighted = x0_error / (1 - schedule.alphas_cumprod[values["timestep"]])
     ours = double_velocity_loss(answer, schedule, values)
     torch.testing.assert_close(ours, weighted, rtol=1e-9, atol=0)
-    torch.testing.assert_close(script.velocity_loss(Answers(answer), schedule, values, None, torch.float64), ours, rtol=1e-5, atol=0)
+    torch.testing.assert_close(script.velocity_loss(Answers(answer), schedule, values, {}, torch.float64), ours, rtol=1e-5, atol=0)
     other = scheduler(shift=1.0)  # the 5B's noise: a different loss, so the comparison can fail
     other.alphas_cumprod = other.alphas_cumprod.double()
     assert not torch.allclose(double_velocity_loss(answer, other, values), weighted, rtol=1e-3)
@@ -75,15 +76,15 @@ def test_a_perfect_prediction_has_no_loss_at_any_timestep_even_in_bf16():
     schedule, values = scheduler(), batch([0, 1, 2, 500, 999], torch.float32)
     target = schedule.get_velocity(values["latents"], values["noise"], values["timestep"])
     model = Answers(target)
-    assert script.velocity_loss(model, schedule, values, None, torch.bfloat16).max() < 1e-10
+    assert script.velocity_loss(model, schedule, values, {}, torch.bfloat16).max() < 1e-10
     assert model.asked.dtype == torch.bfloat16
-    assert script.velocity_loss(Answers(target + 0.1), schedule, values, None, torch.bfloat16).min() > 0.009
+    assert script.velocity_loss(Answers(target + 0.1), schedule, values, {}, torch.bfloat16).min() > 0.009
 
 
 def test_noise_is_added_in_fp32_whatever_the_model_computes_in():
     schedule, values = scheduler(), batch([0, 3, 999], torch.float32)
     model = Answers(torch.zeros_like(values["latents"]))
-    script.velocity_loss(model, schedule, values, None, torch.bfloat16)
+    script.velocity_loss(model, schedule, values, {}, torch.bfloat16)
     exact = schedule.add_noise(values["latents"].double(), values["noise"].double(), values["timestep"])
     half = schedule.add_noise(values["latents"].bfloat16(), values["noise"].bfloat16(), values["timestep"])
     assert (
@@ -108,7 +109,7 @@ def test_gradients_reach_the_lora_alone(tiny_model):
     transformer = load_transformer(tiny_model, torch.float32)
     parameters = add_lora(transformer, 4, 4.0, 0.0, ["to_q", "to_k", "to_v", "to_out.0"], seed=0)
     values = batch([500], torch.float32) | {"prompt": torch.randn(1, 226, 32)}
-    script.velocity_loss(transformer.train(), scheduler(), values, None, torch.float32).sum().backward()
+    script.velocity_loss(transformer.train(), scheduler(), values, {}, torch.float32).sum().backward()
     with_gradient = {name for name, p in transformer.named_parameters() if p.grad is not None}
     assert len(with_gradient) == len(parameters) == 16
     assert all(".lora_" in name for name in with_gradient)
@@ -157,11 +158,12 @@ def test_a_base_stored_in_fp16_keeps_its_loss_in_fp16_and_less_so_in_bf16():
         "noise": torch.randn(shape, generator=generator),
         "prompt": torch.randn(8, config.max_text_seq_length, config.text_embed_dim, generator=generator) / 10,
         "timestep": torch.arange(62, 1000, 125),
+        "image": torch.zeros(8, 5, 0, 8, 12),
     }
     losses = {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         with torch.no_grad():
-            losses[dtype] = script.velocity_loss(load_transformer(folder, dtype), load_scheduler(folder), values, None, dtype)
+            losses[dtype] = script.velocity_loss(load_transformer(folder, dtype), load_scheduler(folder), values, {}, dtype)
     exact = losses.pop(torch.float32)
     off = {dtype: ((loss - exact) / exact).abs().max().item() for dtype, loss in losses.items()}
     for dtype, value in off.items():

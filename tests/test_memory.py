@@ -56,9 +56,9 @@ def measured_step(config, args, shape):
     transformer, _ = real_transformer(config, args)
     batch = memory.make_batch(configs_of(**config), args.train_batch_size, shape)
     batch = {name: torch.zeros_like(tensor) for name, tensor in batch.items()}
-    rotary = model.rotary_tables(transformer, torch.device("cpu"))(batch)
+    constant = model.constant_inputs(transformer, torch.device("cpu"))(batch)
     dtype, scheduler = memory.PRECISIONS[args.mixed_precision], CogVideoXDDIMScheduler()
-    return peak_above(lambda: script.velocity_loss(transformer, scheduler, batch, rotary, dtype).mean().backward())
+    return peak_above(lambda: script.velocity_loss(transformer, scheduler, batch, constant, dtype).mean().backward())
 
 
 def predicted_step(config, args, shape, device="cpu"):
@@ -328,7 +328,7 @@ def test_a_step_of_the_whole_2b_runs_and_takes_what_is_predicted():
     losses, scheduler = [], CogVideoXDDIMScheduler()
 
     def step():
-        loss = script.velocity_loss(transformer, scheduler, batch, None, torch.float32).mean()
+        loss = script.velocity_loss(transformer, scheduler, batch, {}, torch.float32).mean()
         losses.append(loss.item())
         loss.backward()
 

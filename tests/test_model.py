@@ -68,46 +68,6 @@ def test_latents_are_decoded_as_the_pipeline_decodes_them(tiny_model, pipeline):
     assert [len(model.decode_latents(vae, latents[:n])) for n in (1, 2, 3)] == [1, 5, 9]
 
 
-def test_rotary_tables_are_the_pipelines_own_and_none_for_a_sincos_model(tiny_model, rotary_model, temporal_patch_model):
-    batch = {"latents": torch.zeros(1, 4, 16, 4, 6)}
-    assert model.rotary_tables(model.load_transformer(tiny_model, torch.float32), "cpu")(batch) is None
-    for folder in (rotary_model, temporal_patch_model):
-        stock = CogVideoXPipeline.from_pretrained(folder)
-        cos, sin = model.rotary_tables(stock.transformer, "cpu")(batch)
-        theirs = stock._prepare_rotary_positional_embeddings(32, 48, 4, torch.device("cpu"))
-        assert torch.equal(cos, theirs[0])
-        assert torch.equal(sin, theirs[1])
-        assert cos.std() > 0
-
-
-def test_a_training_forward_equals_the_pipelines_forward(rotary_model):
-    """One denoising step of the pipeline against our call, for a landscape, a portrait and another size."""
-    stock = CogVideoXPipeline.from_pretrained(rotary_model)
-    stock.set_progress_bar_config(disable=True)
-    for height, width in ((32, 48), (48, 32), (64, 64)):
-        seen = {}
-
-        def keep(hidden_states, encoder_hidden_states, timestep, image_rotary_emb, seen=seen, **rest):
-            out = type(stock.transformer).forward(
-                stock.transformer,
-                hidden_states=hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                timestep=timestep,
-                image_rotary_emb=image_rotary_emb,
-                **rest,
-            )
-            seen.update(hidden=hidden_states, prompt=encoder_hidden_states, timestep=timestep, out=out[0])
-            return out
-
-        stock.transformer.forward = keep
-        stock("a rabbit", height=height, width=width, num_frames=9, num_inference_steps=1, guidance_scale=1, output_type="latent")
-        del stock.transformer.forward
-        rotary = model.rotary_tables(stock.transformer, "cpu")({"latents": seen["hidden"]})
-        with torch.no_grad():
-            ours = stock.transformer(seen["hidden"], seen["prompt"], seen["timestep"], image_rotary_emb=rotary, return_dict=False)[0]
-        assert torch.equal(ours, seen["out"])
-
-
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "fp16"), (torch.bfloat16, "bf16"), (torch.float32, "no")])
 def test_the_stored_dtype_decides_whatever_the_folder_is_called(tmp_path, dtype, name):
     for folder in ("cogvideox-5b-2b", "model"):

@@ -1,13 +1,17 @@
 """Which clip a position holds and what noise it gets."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from cogvideox.folder import COGVIDEOX_2B
 from cogvideox.order import clip_at, epoch_length, epoch_order, positions_of, sampled_timestep, seeded_generator
 from dataset import TrainingClips
 from tests.stand_ins import Noise, plan_of
 
 FIVE = (0,) * 5
+UNSCALED = replace(COGVIDEOX_2B, scaling_factor=1.0)
 
 
 class Stored:
@@ -22,7 +26,7 @@ class Stored:
 
 def clips(**settings):
     seed = settings.pop("seed", 1)
-    return TrainingClips(Stored(), lambda position: clip_at(seed, position, FIVE, 1), seed, 1.0, 1000, **settings)
+    return TrainingClips(Stored(), lambda position: clip_at(seed, position, FIVE, 1), seed, UNSCALED, 1000, **settings)
 
 
 def test_every_epoch_holds_every_clip_once_and_no_two_epochs_are_alike():
@@ -138,6 +142,6 @@ def test_the_rehearsed_clip_is_a_largest_one_and_the_first_of_the_run_if_that_is
 
     plan = plan_of(clips=4)
     clips = [{"frames": count, "height": 32, "width": 48} for count in frames]
-    TrainingClips(Asked(), plan.clip_of, 42, 1.0, 1000).largest_batch(plan, clips, 1)
+    TrainingClips(Asked(), plan.clip_of, 42, UNSCALED, 1000).largest_batch(plan, clips, 1)
     assert plan.clip_of(0) not in (0, 2)  # neither the first in the list nor the longest one
     assert asked == [plan.clip_of(0) if chosen == "first" else chosen]

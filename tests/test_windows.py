@@ -188,9 +188,9 @@ def test_a_window_has_the_same_frames_as_a_file_of_them():
 )
 def test_a_window_that_cannot_be_trained_is_named(window, reason):
     times = np.arange(240) / 24
-    assert len(choose_frames(times, framing(window=(5.0, 5.75), latents_per_patch=2))) == 5
+    assert len(choose_frames(times, framing(window=(5.0, 5.75), lengths=(5,)))) == 5
     with pytest.raises(BadClip, match=reason):
-        choose_frames(times, framing(window=window, latents_per_patch=2))
+        choose_frames(times, framing(window=window, lengths=(5,)))
 
 
 def test_clip_framing_gives_each_window_its_own_frames_and_random_crop():

@@ -152,7 +152,7 @@ def our_batches(stored, seed, accelerator, batch_size, steps, scheduler):
 
     rank, processes = accelerator.process_index, accelerator.num_processes
     plan = order.Plan(seed, tuple(range(CLIPS)), (0,) * CLIPS, batch_size * processes, CLIPS, steps)
-    clips = TrainingClips(stored, plan.clip_of, seed, COGVIDEOX_2B.scaling_factor, scheduler.config.num_train_timesteps)
+    clips = TrainingClips(stored, plan.clip_of, seed, COGVIDEOX_2B, scheduler.config.num_train_timesteps)
     return iter(DataLoader(clips, batch_sampler=list(order.positions_of(rank, processes, batch_size, 1, 0, steps))))
 
 

@@ -130,7 +130,7 @@ def score_clips(run, clips):
     timesteps = run.scheduler.config.num_train_timesteps
     return scoring.score(
         run.trained.accelerator, run.trained.transformer, losses, run.encodings, sets, captions, run.args.seed,
-        COGVIDEOX_2B.scaling_factor, timesteps, with_gap=False,
+        COGVIDEOX_2B, timesteps, with_gap=False,
     )  # fmt: skip
 
 
