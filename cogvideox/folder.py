@@ -404,6 +404,7 @@ def open_model(args):
         if not problems:
             facts, tokenizer = read_facts(folder), load_tokenizer(folder)
             problems += check_targets(folder, args.target_modules) if args.training_type == "lora" else []
+            problems += unread_images(args, facts)
     except ValueError as error:
         problems.append(str(error))
     args.mixed_precision, problem = choose_precision(args.mixed_precision, None if problems else folder, args.variant)
@@ -420,6 +421,13 @@ def open_model(args):
     for note in [] if problems else dict.fromkeys(geometry_notes(facts, *clip[1:], clip[0]) + geometry_notes(facts, *shown[1:], shown[0])):
         warn(note)
     return folder, facts, tokenizer, list(dict.fromkeys(problems))  # two flags may give the same size
+
+
+def unread_images(args, facts):
+    """A sentence for each flag that gives images to a model that reads none."""
+    given = [(name, value) for name in ("image_column", "validation_images") if (value := getattr(args, name))]
+    rule = "would do nothing, because this model is text-to-video and reads no image; leave it out"
+    return [f"--{name} {value}: {rule}" for name, value in given if not facts.image_channels]
 
 
 def linear_layers(folder):

@@ -498,10 +498,16 @@ def untiled_encoding_bytes(configs, shape, slicing=True):
 
 
 def encoding_bytes(configs, args, room=None):
-    """The peak of encoding clips, in bytes: whole, or in tiles with --enable_tiling where `room` bytes are too few (None: enough)."""
+    """The peak of encoding clips, in bytes: whole, or in tiles with --enable_tiling where `room` bytes are too few (None: enough).
+
+    An image-to-video model's images are encoded whole, which takes more than a clip in tiles does, and less than a clip whole.
+    """
     clip, slicing = largest_shape(args), args.enable_slicing
     tiled = args.enable_tiling and room is not None and untiled_encoding_bytes(configs, clip, slicing) > room
-    return sum(vae_bytes(configs, "encode", clip, slicing, tiled))
+    peak = sum(vae_bytes(configs, "encode", clip, slicing, tiled))
+    if tiled and facts_of(configs["transformer"], configs["vae"]).image_channels:
+        peak = max(peak, sum(vae_bytes(configs, "encode", (1, *clip[1:]), slicing, tiling=False)))
+    return peak
 
 
 def phase_parts(configs, args, device="cuda", room=None):
