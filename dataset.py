@@ -46,8 +46,8 @@ MOST_LEFT_OUT = 1000  # names of files that are not trained on: a data folder ma
 @dataclass(frozen=True)
 class Record:
     """One clip of the data: its place in the lists (for messages), the file as listed, with its window, the file on disk (an absolute
-    path), its caption, why it cannot be used (None: it can), and its window as (start, end) in seconds after the file's first frame
-    (None: the whole file)."""
+    path), its caption, why it cannot be used (None: it can), its window as (start, end) in seconds after the file's first frame
+    (None: the whole file), and the absolute path of its own image (None: its first frame)."""
 
     where: str
     listed: str
@@ -55,6 +55,7 @@ class Record:
     caption: str
     reason: str | None = None
     window: tuple[float, float] | None = None
+    image: str | None = None
 
 
 # -----------------------------------------------------------------------------
@@ -70,10 +71,13 @@ def list_clips(args, root=None):
         records, problems, layout = read_hub_dataset(args)
     else:
         root = root or args.instance_data_root
-        records, problems, layout = read_records(root, args.caption_column, args.video_column, args.allow_external_paths)
+        columns = args.caption_column, args.video_column
+        records, problems, layout = read_records(root, *columns, args.allow_external_paths, image_column=args.image_column)
     if args.id_token:
         records = [replace(r, caption=f"{args.id_token} {r.caption}") for r in records]
-    return [r if r.reason else replace(r, path=decodable(r.path, args.encoding_cache_dir)) for r in records], problems, layout
+    cache = args.encoding_cache_dir
+    usable = [r if r.reason else replace(r, path=decodable(r.path, cache), image=r.image and decodable(r.image, cache)) for r in records]
+    return usable, problems, layout
 
 
 def decodable(path, cache):
@@ -110,7 +114,8 @@ def list_second_folder(args, flag):
 
 
 def read_hub_dataset(args):
-    """Records of a dataset loaded with the datasets package. Videos are file names, or bytes, which are written to disk once."""
+    """Records of a dataset loaded with the datasets package. Videos and images are file names, or bytes, which are written to disk
+    once."""
     import datasets
 
     source = f"--dataset_name {args.dataset_name}"
@@ -118,30 +123,45 @@ def read_hub_dataset(args):
         rows = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir, split="train")
     except Exception as error:  # the package raises many kinds of errors
         return [], [f"{source}: cannot be loaded ({str(error).splitlines()[0]})"], "datasets"
-    columns, problem = choose_columns(rows.column_names, args.caption_column, args.video_column)
+    columns, problem = choose_columns(rows.column_names, args.caption_column, args.video_column, args.image_column)
     if problem:
         return [], [f"{source}: {problem}"], "datasets"
-    if isinstance(rows.features[columns[1]], datasets.Video):
-        rows = rows.cast_column(columns[1], datasets.Video(decode=False))
+    for column in columns[1:]:
+        if isinstance(kind := rows.features[column], (datasets.Video, datasets.Image)):
+            rows = rows.cast_column(column, type(kind)(decode=False))
     records, problems = [], []
     for number, row in enumerate(rows, 1):
-        where, video, name = f"{args.dataset_name}:{number}", row[columns[1]], None
-        if isinstance(video, dict) and video.get("bytes"):
-            name = video.get("path") or where
-            path = Path(args.encoding_cache_dir) / "unpacked" / hashlib.sha256(video["bytes"]).hexdigest()
-            path = path.with_suffix(Path(video.get("path") or "clip.mp4").suffix)
-            if not path.exists():
-                write_bytes(path, video["bytes"])
-            video = {"path": str(path)}
-        listed, caption, window, faults = cells_of(row | {columns[1]: video.get("path") if isinstance(video, dict) else video}, columns)
+        where = f"{args.dataset_name}:{number}"
+        endings = zip(columns[1:], (".mp4", ".png"), strict=False)  # the columns of videos and, if asked for, of images
+        files = [unpacked(row[column], args.encoding_cache_dir, where, ending) for column, ending in endings]
+        cells = row | dict(zip(columns[1:], [file for file, _ in files], strict=True))
+        listed, caption, window, image, faults = cells_of(cells, columns)
         problems += [f"{where}: {fault}" for fault in faults]
         if not faults:
-            records.append(record_of(Path.cwd(), where, listed, caption, window, allow_external_paths=True, name=name))
+            record = record_of(Path.cwd(), where, listed, caption, window, allow_external_paths=True, name=files[0][1], image=image)
+            records.append(record)
     return records, problems, "datasets"
 
 
-def read_records(root, caption_column=None, video_column=None, allow_external_paths=False, may_lack_captions=False):
-    """Read the (file, caption) pairs of a data folder or table. may_lack_captions: a missing caption is "", and not a problem.
+def unpacked(cell, cache, where, ending):
+    """(file, name to show) of a cell of a hub dataset. Bytes are written to the cache, under `ending` if they come without a name; a
+    file's name is shown as it is: None."""
+    if not isinstance(cell, dict):
+        return cell, None
+    if not cell.get("bytes"):
+        return cell.get("path"), None
+    name = cell.get("path") or where
+    path = Path(cache) / "unpacked" / hashlib.sha256(cell["bytes"]).hexdigest()
+    path = path.with_suffix(Path(cell.get("path") or f"x{ending}").suffix)
+    if not path.exists():
+        write_bytes(path, cell["bytes"])
+    return str(path), name
+
+
+def read_records(root, caption_column=None, video_column=None, allow_external_paths=False, may_lack_captions=False, image_column=None):
+    """Read the (file, caption) pairs of a data folder or table, with the images of `image_column`, a file or a table's column.
+
+    may_lack_captions: a missing caption is "", and not a problem.
 
     Four layouts are detected: `prompts.txt` + `videos.txt` (or the names given), a table (`metadata.csv|jsonl|parquet|json`, or
     such a file as `root`) with one column each, `videos/` + `labels/NAME.txt` (the layout of the SAT trainer), and clips with a
@@ -161,18 +181,21 @@ def read_records(root, caption_column=None, video_column=None, allow_external_pa
         # metadata.json comes last: a folder of another layout may hold one that is about something else.
         table = find_table(root, TABLE_KINDS[:-1]) or (None if has_labels(root) else find_table(root, TABLE_KINDS[-1:]))
     if table is not None:
-        rows, problems = read_table(table, caption_column, video_column, may_lack_captions)
+        rows, problems = read_table(table, caption_column, video_column, may_lack_captions, image_column)
         root, layout = table.parent, table.name
     elif not (root / caption_file).exists() and (has_labels(root) or (may_lack_captions and not (root / video_file).exists())):
         rows, problems = read_label_files(root, may_lack_captions)
         layout = TEXT_FILES
+        if image_column:
+            rule = "has no list of clips to which an image could be assigned; use prompts.txt and videos.txt, or a table"
+            problems.append(f"--image_column {image_column}: {root} ({layout}) {rule}")
     else:
-        rows, problems = read_line_files(root, caption_file, video_file, may_lack_captions)
+        rows, problems = read_line_files(root, caption_file, video_file, may_lack_captions, image_column)
         layout = LINE_FILES
     records = []
-    for where, listed, caption, window in rows:
+    for where, listed, caption, window, image in rows:
         try:
-            records.append(record_of(root, where, listed, caption, window, allow_external_paths))
+            records.append(record_of(root, where, listed, caption, window, allow_external_paths, image=image))
         except ValueError as error:
             problems.append(f"{where}: {error}")
     if not rows and not problems:
@@ -180,25 +203,31 @@ def read_records(root, caption_column=None, video_column=None, allow_external_pa
     return records, problems, layout
 
 
-def record_of(root, where, listed, caption, window, allow_external_paths, name=None):
-    """The Record of one entry of a list. window: from the columns of a table, or None. name: shown instead of the file.
+def record_of(root, where, listed, caption, window, allow_external_paths, name=None, image=None):
+    """The Record of one entry of a list. window: from the columns of a table, or None. name: shown instead of the file. image: the
+    listed image, or None.
 
     `FILE | START-END` is a window, unless a file has that name. Raises ValueError for a wrong window.
     """
     path, reason = locate(root, listed, allow_external_paths)
     if window:
-        return Record(where, listed_window(name or listed, window), str(path), caption, reason, window)
-    if "|" in listed and not os.path.lexists(path):
+        listed = listed_window(name or listed, window)
+    elif "|" in listed and not os.path.lexists(path):
         file, window = split_line(listed)
         path, reason = locate(root, file, allow_external_paths)
-    return Record(where, name or listed, str(path), caption, reason, window)
+    record = Record(where, listed if window else name or listed, str(path), caption, reason, window)
+    if image is None:
+        return record
+    path, fault = locate_image(root, image, allow_external_paths)
+    reasons = [reason] * bool(reason) + [f"its image {image}: {fault}"] * bool(fault)
+    return replace(record, reason="; ".join(reasons) or None, image=str(path))
 
 
-def read_line_files(root, caption_file, video_file, may_lack_captions=False):
-    """Pair two text files line by line. Returns ([(where, listed file, caption, None)], problems)."""
+def read_line_files(root, caption_file, video_file, may_lack_captions=False, image_file=None):
+    """Pair two text files line by line, or three with one of images. Returns ([(where, listed file, caption, None, image)], problems)."""
     problems, lines = [], {caption_file: []}
     is_blank = may_lack_captions and (not os.path.lexists(root / caption_file) or not (root / caption_file).read_bytes().strip())
-    for name in (caption_file, video_file)[is_blank:]:
+    for name in (caption_file, video_file, *([image_file] if image_file else []))[is_blank:]:
         lines[name] = read_lines(root, name, problems)
     if problems:
         return [], problems
@@ -215,8 +244,13 @@ def read_line_files(root, caption_file, video_file, may_lack_captions=False):
             f"{caption_file} has {len(captions)} lines, {video_file} {len(videos)}: "
             f"{long}:{first} ({lines[long][first - 1][:60]!r}) has no partner in {short}"
         )
-    pairs = zip(captions, videos, strict=False)
-    return [(f"{video_file}:{n}", v, c, None) for n, (c, v) in enumerate(pairs, 1) if v and (c or may_lack_captions)], problems
+    images = lines[image_file] if image_file else [None] * len(videos)
+    if image_file and len(images) != len(videos):
+        rule = "every clip needs an image; without --image_column it is the clip's first frame"
+        problems.append(f"{image_file} has {len(images)} lines, {video_file} {len(videos)}: {rule}")
+    problems += [f"{image_file}:{number}: empty line; every clip needs an image" for number, line in enumerate(images, 1) if line == ""]
+    rows = enumerate(zip(captions, videos, images, strict=False), 1)
+    return [(f"{video_file}:{n}", v, c, None, i) for n, (c, v, i) in rows if v and i != "" and (c or may_lack_captions)], problems
 
 
 def read_lines(root, name, problems):
@@ -231,7 +265,7 @@ def read_lines(root, name, problems):
         tables = [other for other in names if Path(other).suffix.lower() in TABLE_KINDS]
         hint = f"; there is {near[0]}" if near else ""
         hint = hint or (f"; there is {tables[0]}: a table is given as --instance_data_root" if tables else "")
-        problems.append(f"{path}: no such file (--caption_column and --video_column name the two lists){hint}")
+        problems.append(f"{path}: no such file (--caption_column, --video_column and --image_column name the lists){hint}")
         return []
     try:
         text = read_text(path)
@@ -261,8 +295,8 @@ def find_table(root, kinds):
     return next((root / f"metadata{kind}" for kind in kinds if (root / f"metadata{kind}").is_file()), None)
 
 
-def read_table(path, caption_column=None, video_column=None, may_lack_captions=False):
-    """Rows of a CSV, JSONL, Parquet or JSON file. Returns ([(where, listed file, caption, window or None)], problems)."""
+def read_table(path, caption_column=None, video_column=None, may_lack_captions=False, image_column=None):
+    """Rows of a CSV, JSONL, Parquet or JSON file. Returns ([(where, listed file, caption, window or None, image or None)], problems)."""
     problems = []
     try:
         names, rows = table_rows(path, problems)
@@ -270,34 +304,37 @@ def read_table(path, caption_column=None, video_column=None, may_lack_captions=F
         return [], [f"{path}: cannot be read as {path.suffix[1:]} ({error})"]
     if not rows:
         return [], problems or [f"{path}: no rows"]
-    columns, problem = choose_columns(names, caption_column, video_column)
+    columns, problem = choose_columns(names, caption_column, video_column, image_column)
     if problem:
         return [], [f"{path}: {problem}", *problems]
     pairs = []
     for number, row in rows:
-        listed, caption, window, faults = cells_of(row, columns, may_lack_captions)
+        listed, caption, window, image, faults = cells_of(row, columns, may_lack_captions)
         problems += [f"{path.name}:{number}: {fault}" for fault in faults]
         if not faults:
-            pairs.append((f"{path.name}:{number}", listed, caption, window))
+            pairs.append((f"{path.name}:{number}", listed, caption, window, image))
     return pairs, problems
 
 
-def choose_columns(names, caption_column=None, video_column=None):
-    """((caption column, video column), None), or (None, the problem). Without a flag the first known name that is there."""
+def choose_columns(names, caption_column=None, video_column=None, image_column=None):
+    """([caption column, video column], None), or (None, the problem). Without a flag the first known name that is there; the column of
+    images comes third, with its flag only."""
     columns, missing = [], []
-    for asked, known in ((caption_column, CAPTION_COLUMNS), (video_column, VIDEO_COLUMNS)):
+    asked_for = [(caption_column, CAPTION_COLUMNS), (video_column, VIDEO_COLUMNS)] + ([(image_column, ())] if image_column else [])
+    for asked, known in asked_for:
         columns.append(asked or next((name for name in known if name in names), known[0]))
         missing += [columns[-1]] if columns[-1] not in names else []
     if missing:
         has = ", ".join(map(str, dict.fromkeys(names)))
-        return None, f"no column {', '.join(missing)} (it has: {has}); name them with --caption_column and --video_column"
+        return None, f"no column {', '.join(missing)} (it has: {has}); --caption_column, --video_column and --image_column name them"
     if double := [name for name in columns if names.count(name) > 1]:
         return None, f"two columns are called {double[0]}"
     return columns, None
 
 
 def cells_of(row, columns, may_lack_captions=False):
-    """(file, caption, window or None, faults) of a table's row: what is not a text, or empty, or no window, as sentences."""
+    """(file, caption, window or None, image or None, faults) of a table's row: what is not a text, or empty, or no window, as
+    sentences. columns: from `choose_columns`."""
     texts, faults = [], []
     for column in columns:
         value = row.get(column)
@@ -321,7 +358,7 @@ def cells_of(row, columns, may_lack_captions=False):
         window = window_cells(row)
     except ValueError as error:
         faults.append(str(error))
-    return texts[1], " ".join(texts[0].split()), window, faults
+    return texts[1], " ".join(texts[0].split()), window, texts[2] if len(columns) > 2 else None, faults
 
 
 def window_cells(row):
@@ -444,7 +481,7 @@ def read_label_files(root, may_lack_captions=False):
             problems.append(f"{listed}: the caption {text.relative_to(root)} cannot be read ({reason})")
             continue
         if caption or may_lack_captions:
-            pairs.append((listed, listed, caption, None))
+            pairs.append((listed, listed, caption, None, None))
         else:
             problems.append(f"{listed}: the caption {text.relative_to(root)} is empty")
     return pairs, problems
@@ -463,10 +500,12 @@ def files_left_out(args, root, records, layout):
     seen -= {os.path.realpath(root)}
     root = Path(root).absolute()
     lists = [args.caption_column or "prompts.txt", args.video_column or "videos.txt"] if layout == LINE_FILES else [layout]
+    lists += [args.image_column] if args.image_column and layout == LINE_FILES else []
     lists += [JOURNAL, *PREPARED]
     folder = root if root.is_dir() else root.parent
     paths = [folder / record.listed for record in records]
-    read = {file_identity(path) for path in [*(record.path for record in records), *(folder / name for name in lists)]}
+    images = [record.image for record in records if record.image]
+    read = {file_identity(path) for path in [*(record.path for record in records), *images, *(folder / name for name in lists)]}
     read |= {file_identity(caption_file(folder, path)) for path in paths if layout == TEXT_FILES}
     read.discard(None)
     own = sorted({Path(os.path.normpath(path.parent)) for path in paths})  # a linked folder is not walked from above
@@ -522,6 +561,14 @@ def locate(root, listed, allow_external_paths):
     if not os.access(resolved, os.R_OK):
         return path, "permission denied"
     return path, None
+
+
+def locate_image(root, listed, allow_external_paths):
+    """`locate` of a file that has to be a picture."""
+    path, reason = locate(root, listed, allow_external_paths)
+    if not reason and Path(listed).suffix.lower() not in IMAGE_SUFFIXES:
+        reason = f"not an image by its name, which would end in {', '.join(sorted(IMAGE_SUFFIXES))}"
+    return path, reason
 
 
 def near_name(root, listed):

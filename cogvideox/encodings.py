@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import json
+import math
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -21,16 +22,20 @@ from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save
 
 from cogvideox.console import BAD_DATA, BAD_FLAGS, BAD_OUTPUT, fail, progress, say, timed, warn
-from cogvideox.decode import ENCODING_VERSION, clip_framing
+from cogvideox.decode import ENCODING_VERSION, Framing, clip_framing, image_request
 from cogvideox.files import entry_path, hash_file, key_of, read_json, still_missing, write_bytes
 from cogvideox.folder import PRECISIONS, component_note, latent_shape, stored_dtype, weight_files
 from cogvideox.launch import free
 from cogvideox.memory import memory_for_encoding, untiled_encoding_bytes
-from cogvideox.model import encode_captions, encode_frames, load_text_encoder, load_vae, usable_dtype
+from cogvideox.model import encode_captions, encode_frames, encode_pixels, load_text_encoder, load_vae, usable_dtype
+from cogvideox.order import seeded_generator
 from cogvideox.stopping import exit_if_requested, interruptible
 from cogvideox.survey import remember_survey
 
 LARGE_TEXT_ENCODER = 2**27  # bytes of weights from which a CPU takes long enough for a caption to encode it on demand
+
+IMAGE_DRAWS = 8  # encodings of each image, each with noise of its own
+IMAGE_NOISE = (-3.0, 0.5)  # mean and standard deviation of log sigma, in pixels from -1 to 1 (add_noise_to_first_frame of the authors' SAT)
 
 PRECISION_NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
 CAPTIONS_PER_T5 = 200  # fewer captions are not worth loading T5 on one more rank
@@ -69,6 +74,17 @@ def clip_key(facts, vae_identity, dtype, slicing, tiling, flipped, decoder=""):
     frames = {name: facts[name] for name in ("sha256", "indices", "height", "width", "box", "reader")}
     frames |= {name: value for name, value in (("treatment", facts["treatment"]), ("decoder", decoder)) if value}
     return key_of(ENCODING_VERSION, "clip", frames, vae_identity, str(dtype), slicing, tiling, flipped)
+
+
+def image_content(facts):
+    """What the picture of an image depends on. facts: of the image, or of the clip whose first frame it is."""
+    content = {name: facts[name] for name in ("sha256", "height", "width", "box", "reader")} | {"index": facts["indices"][0]}
+    return content | ({"treatment": facts["treatment"]} if facts["treatment"] else {})
+
+
+def image_key(facts, vae_identity, dtype, flipped, decoder=""):
+    """The name of an image's entry: from its picture, the decoder, the noise, and the VAE. It is encoded whole, whatever the clips are."""
+    return key_of(ENCODING_VERSION, "image", image_content(facts), decoder, vae_identity, str(dtype), flipped, IMAGE_DRAWS, IMAGE_NOISE)
 
 
 def caption_key(caption, text_identity, dtype, max_text_seq_length):
@@ -123,12 +139,16 @@ class Encodings:
 
     clip_keys, flipped_keys, prompt_keys: the key of each clip, mirrored clip and clip's caption. caption_keys: caption -> key, also
     of the empty caption and of the validation prompts. vae: everything that a decoded video depends on besides its latents.
-    on_demand: a `CaptionsOnDemand`, or None if every caption is stored.
+    on_demand: a `CaptionsOnDemand`, or None if every caption is stored. image_keys, flipped_image_keys: the key of each clip's image and
+    of its mirrored image, for an image-to-video model.
     """
 
-    def __init__(self, cache, clip_keys, flipped_keys, prompt_keys, caption_keys, vae=(), on_demand=None):
+    def __init__(
+        self, cache, clip_keys, flipped_keys, prompt_keys, caption_keys, vae=(), on_demand=None, image_keys=(), flipped_image_keys=()
+    ):
         self.cache, self.caption_keys, self.vae, self.on_demand = cache, caption_keys, vae, on_demand
         self.clip_keys, self.flipped_keys, self.prompt_keys = clip_keys, flipped_keys, prompt_keys
+        self.image_keys, self.flipped_image_keys = image_keys, flipped_image_keys
 
     def __len__(self):
         return len(self.clip_keys)
@@ -137,6 +157,11 @@ class Encodings:
         """Moments [2C, F', H', W'] of a clip's posterior."""
         keys = self.flipped_keys if flipped else self.clip_keys
         return read_entry(entry_path(self.cache, "clips", keys[clip]))
+
+    def image(self, clip, flipped=False):
+        """Moments [IMAGE_DRAWS, 2C, H', W'] of the posteriors of a clip's image, each with other noise on its pixels."""
+        keys = self.flipped_image_keys if flipped else self.image_keys
+        return read_entry(entry_path(self.cache, "images", keys[clip]))
 
     def prompt(self, clip):
         """The embedding [T, D] of a clip's caption, or of the empty caption for None."""
@@ -201,9 +226,9 @@ def missing_entries(cache, kind, shapes):
 def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier):
     """Encode the missing entries on all ranks. Returns (Encodings, identities).
 
-    T5 is loaded only if a caption is missing, then the VAE only if a clip is; both are freed before this returns (T5 not where
-    captions are encoded on demand). identities: a hash of all trained clips, their captions and how they were encoded, and one of
-    the transformer's weights.
+    T5 is loaded only if a caption is missing, then the VAE only if a clip or an image is; both are freed before this returns (T5 not where
+    captions are encoded on demand). identities: a hash of all trained clips, their captions, their images (of an image-to-video model)
+    and how they were encoded, and one of the transformer's weights.
     """
     cache, rank, world_size = Path(args.encoding_cache_dir), accelerator.process_index, accelerator.num_processes
     device, variant, length = accelerator.device, args.variant, facts.max_text_seq_length
@@ -212,17 +237,12 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
     # Only rank 0 checks the cache, and all ranks use its answer: another run may be filling the same cache.
     free_memory = min(gather_object([memory_for_encoding(device)]))
     plan = [plan_encodings(args, folder, facts, data, captions, cache, device, free_memory)] if accelerator.is_main_process else [None]
-    keys, clip_keys, missing_captions, missing_clips, vae, tiling, identities, problems = broadcast_object_list(plan)[0]
+    keys, clip_keys, image_keys, *missing, vae, tiling, identities, problems = broadcast_object_list(plan)[0]
     if problems:
         fail(BAD_FLAGS, problems)
-    jobs = {}
-    for flipped, row in enumerate(clip_keys):
-        for record, clip, key in zip(data.records, data.clips, row, strict=True):
-            if key in missing_clips:
-                jobs[key] = (key, record.path, clip_framing(record, data.framing, args.seed), bool(flipped), clip["frames"], record.listed)
-    total_clips, total_captions = len({key for row in clip_keys for key in row}), len(set(keys.values()))
-    cached = f"{total_clips - len(jobs)} of {total_clips} clips and {total_captions - len(missing_captions)} of {total_captions} captions"
-    say(f"\nencodings in {cache}: {cached} are cached; {tiling.reason}")
+    missing_captions, missing_clips, missing_images = missing
+    jobs = plan_jobs(args, data, clip_keys, image_keys, missing_clips, missing_images)
+    say(f"\nencodings in {cache}: {cached_text((keys.values(),), clip_keys, image_keys, *missing)}; {tiling.reason}")
 
     def load_text():
         return tokenizer, load_text_encoder(folder, device, variant)
@@ -242,21 +262,23 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
             failures += fill_captions(cache, missing_captions, load_text, length, rank, world_size)
         free(device)
     with timed("encode the clips"):
-        failures += fill_clips(cache, list(jobs.values()), load_encoder, readers, barrier, rank, world_size)
+        failures += fill_clips(cache, jobs, load_encoder, readers, barrier, rank, world_size)
     if failures := gather_object(failures):
         fail(BAD_OUTPUT if any("--encoding_cache_dir" in failure for failure in failures) else BAD_DATA, list(dict.fromkeys(failures)))
     free(device)
     prompt_keys = [keys[record.caption] for record in data.records]
-    encodings = Encodings(cache, clip_keys[0], clip_keys[-1], prompt_keys, keys, vae, on_demand)
+    images = (image_keys[0], image_keys[-1]) if image_keys else ()
+    encodings = Encodings(cache, clip_keys[0], clip_keys[-1], prompt_keys, keys, vae, on_demand, *images)
     return encodings, identities
 
 
 def plan_encodings(args, folder, facts, data, captions, cache, device, free_memory):
-    """The keys of all captions and clips, which are missing, and the Tiling. Returns problems as sentences, and raises none.
+    """The keys of all captions, clips and images, which are missing, and the Tiling. Returns problems as sentences, and raises none.
 
-    free_memory: bytes for encoding on the rank that has least.
+    free_memory: bytes for encoding on the rank that has least. Images are encoded whole whatever the clips are: their rows of keys are
+    empty for a text-to-video model.
     """
-    remember_survey(data.clips + data.split, cache)
+    remember_survey(data.clips + data.split + [image for image in data.images if image], cache)
     parts = {"text_encoder": args.variant, "vae": args.variant, "tokenizer": None, "transformer": args.variant}
     with timed("hash the model's files"):
         found = {part: identify(folder, part, cache, variant) for part, variant in parts.items()}
@@ -272,25 +294,86 @@ def plan_encodings(args, folder, facts, data, captions, cache, device, free_memo
     without_decoder = {t: [[clip_key(clip, *vae[:3], t, flipped) for clip in data.clips] for flipped in flips] for t in kinds}
     caption_shape = (facts.max_text_seq_length, read_json(folder / "text_encoder/config.json").get("d_model", 512))
     missing_captions = missing_entries(cache, "captions", dict.fromkeys(keys.values(), caption_shape))
+    pictures = [image or clip for image, clip in zip(data.images, data.clips, strict=True)] if facts.image_channels else []
+    image_keys = [[image_key(p, *vae[:2], flipped, p["decoder"]) for p in pictures] for flipped in flips] if pictures else []
+    shapes = {key: (IMAGE_DRAWS, *image_shape(p, facts)) for row in image_keys for key, p in zip(row, pictures, strict=True)}
+    missing_images = set(missing_entries(cache, "images", shapes))
+    trained_images = [[image_key(pictures[clip], *vae[:2], flipped) for clip in data.trained] for flipped in flips] if pictures else []
     missing, trained_clips = {}, {}
     for tiled, both in rows.items():
         shapes = {key: moments_shape(clip, facts) for row in both for key, clip in zip(row, data.clips, strict=True)}
         missing[tiled] = set(missing_entries(cache, "clips", shapes))
         prompts = [keys[data.records[clip].caption] for clip in data.trained]
-        trained_clips[tiled] = key_of([[row[clip] for clip in data.trained] for row in without_decoder[tiled]], prompts)
+        trained = [[row[clip] for clip in data.trained] for row in without_decoder[tiled]]
+        trained_clips[tiled] = key_of(trained, prompts, *([trained_images] if trained_images else []))
     stored = clips_of_checkpoints(args)
     resumed = next((tiled for tiled, identity in trained_clips.items() if identity in stored), None)
     needed = functools.partial(untiled_bytes, folder, vae[1], data.clips, args.enable_slicing)
     tiling = choose_tiling({tiled: len(keys) for tiled, keys in missing.items()}, resumed, needed, free_memory)
     clip_keys, missing_clips, problems = rows[tiling.used], missing[tiling.used], []
     say_encoded_again(cache, data, clip_keys[0], without_decoder[tiling.used][0], missing_clips)
-    for part, needed in (("text_encoder", missing_captions), ("vae", missing_clips or args.prompts)):
+    for part, needed in (("text_encoder", missing_captions), ("vae", missing_clips or missing_images or args.prompts)):
         problem = weight_files(folder / part, args.variant)[1]
         if problem and needed:
             problems.append(f"{problem}; {len(needed)} {'captions' if part == 'text_encoder' else 'clips or videos'} need them")
     vae = (vae_identity, str(vae[1]), args.enable_slicing, args.enable_tiling)
     identities = {"clips": trained_clips[tiling.used], "transformer": transformer_identity}
-    return keys, clip_keys, missing_captions, missing_clips, vae, tiling, identities, problems
+    return keys, clip_keys, image_keys, missing_captions, missing_clips, missing_images, vae, tiling, identities, problems
+
+
+class Job(NamedTuple):
+    """A file to decode, and what is made of it: the keys of the missing entries of the clip and of the image, which is the first frame.
+
+    frames: of the clip. name: shown. content: of the image, which seeds its noise.
+    """
+
+    path: str
+    framing: Framing
+    flipped: bool
+    frames: int
+    name: str
+    clip: str | None
+    image: str | None = None
+    content: str = ""
+
+    def size(self):
+        """The frames that the VAE encodes."""
+        return (self.frames if self.clip else 0) + (IMAGE_DRAWS if self.image else 0)
+
+    def last_entry(self):
+        """(kind, key) of the entry that is written last."""
+        return ("images", self.image) if self.image else ("clips", self.clip)
+
+
+def plan_jobs(args, data, clip_keys, image_keys, missing_clips, missing_images):
+    """The Jobs of all missing entries. A clip's first frame is encoded from the same decoding as the clip.
+
+    clip_keys, image_keys: rows of keys, unflipped and flipped. Clips with the same content share an entry, which one job makes.
+    """
+    jobs, missing_clips, missing_images = [], set(missing_clips), set(missing_images)
+    for flipped, row in enumerate(clip_keys):
+        for number, (record, clip, key) in enumerate(zip(data.records, data.clips, row, strict=True)):
+            picture, image = data.images[number] or clip, image_keys[flipped][number] if image_keys else None
+            key, image = key if key in missing_clips else None, image if image in missing_images else None
+            missing_clips.discard(key)
+            missing_images.discard(image)
+            whole = record.path, clip_framing(record, data.framing, args.seed), bool(flipped), clip["frames"], record.listed
+            content = key_of(image_content(picture)) if image else ""
+            if image and record.image:
+                alone = image_request(record, data.framing, args.seed, (clip["height"], clip["width"]))
+                jobs.append(Job(*alone, bool(flipped), 1, record.image, None, image, content))
+                image = None
+            if key or image:
+                jobs.append(Job(*whole, key, image, content))
+    return jobs
+
+
+def cached_text(captions, clips, images, missing_captions, missing_clips, missing_images):
+    """How many of the entries are cached, in words. captions, clips, images: rows of their keys."""
+    captions, clips, images = ({key for row in rows for key in row} for rows in (captions, clips, images))
+    counts = [("clips", clips, missing_clips), ("images", images, missing_images), ("captions", captions, missing_captions)]
+    *first, last = [f"{len(keys) - len(missing)} of {len(keys)} {kind}" for kind, keys, missing in counts if keys]
+    return f"{', '.join(first)} and {last} are cached"
 
 
 def say_encoded_again(cache, data, keys, without_decoder, missing):
@@ -361,6 +444,12 @@ def untiled_bytes(folder, dtype, clips, slicing):
     largest = max(clips, key=lambda clip: (clip["height"] * clip["width"], clip["frames"]))
     configs = {"vae": read_json(folder / "vae/config.json"), "dtypes": {"vae": PRECISION_NAMES[dtype]}}
     return untiled_encoding_bytes(configs, (largest["frames"], largest["height"], largest["width"]), slicing)
+
+
+def image_shape(image, facts):
+    """[2C, H', W'] of the posterior of one image. image: facts of its size."""
+    channels, _, height, width = moments_shape({"frames": 1, "height": image["height"], "width": image["width"]}, facts)
+    return channels, height, width
 
 
 def moments_shape(clip, facts):
@@ -438,15 +527,16 @@ def encode_caption(cache, key, caption, tokenizer, text_encoder, max_text_seq_le
 
 
 def fill_clips(cache, jobs, load, readers, barrier, rank=0, world_size=1):
-    """Encode this rank's share of the missing clips while the readers decode the next ones.
+    """Encode this rank's share of the missing clips and images while the readers decode the next ones.
 
-    jobs: [(key, path, framing, flipped, frames, name)] of the missing clips, the same list on every rank. load: () -> VAE.
+    jobs: of the missing entries, the same list on every rank. load: () -> VAE.
     barrier: waits for the other ranks without a timeout, and fails if one has died. Returns this rank's failures as sentences.
     """
-    failures, mine = [], share([job[4] for job in jobs], rank, world_size)
+    failures, mine = [], share([job.size() for job in jobs], rank, world_size)
     bar = progress(total=len(jobs), desc="encoding clips", unit="clip", disable=rank != 0 or not jobs)
     done = threading.Event()
-    watcher = threading.Thread(target=show_all_ranks, args=(bar, cache, [job[0] for job in jobs], done), daemon=True)
+    paths = [entry_path(cache, *job.last_entry()) for job in jobs]
+    watcher = threading.Thread(target=show_all_ranks, args=(bar, paths, done), daemon=True)
     if rank == 0 and jobs:
         watcher.start()
     if mine:
@@ -465,38 +555,66 @@ def fill_clips(cache, jobs, load, readers, barrier, rank=0, world_size=1):
 
 
 def encode_share(cache, jobs, vae, readers):
-    """Encode and store clips, one by one, while the readers decode the next ones. Returns failures as sentences."""
-    failures, decoded = [], readers.read_all([(path, framing) for _, path, framing, *_ in jobs])
+    """Encode and store clips and images, one by one, while the readers decode the next ones. Returns failures as sentences."""
+    failures, decoded = [], readers.read_all([(job.path, job.framing) for job in jobs])
     with reused_heap() as give_back:
-        for (key, _, _, flipped, _, name), (_, frames, reason) in zip(jobs, decoded, strict=False):
+        for job, (_, frames, reason) in zip(jobs, decoded, strict=False):
             exit_if_requested()
             if reason:
-                failures.append(f"{name}: decoded when it was checked, but not now: {reason}")
+                failures.append(f"{job.name}: decoded when it was checked, but not now: {reason}")
                 continue
-            frames = np.flip(frames, axis=2) if flipped else frames
+            frames = np.flip(frames, axis=2) if job.flipped else frames
             try:
                 with interruptible(vae.encoder):
-                    moments = encode_frames(vae, frames)
-                write_entry(entry_path(cache, "clips", key), moments)
+                    made = {("clips", job.clip): encode_frames(vae, frames)} if job.clip else {}
+                    made |= {("images", job.image): encode_image(vae, frames[0], job.content)} if job.image else {}
+                for entry, moments in made.items():
+                    write_entry(entry_path(cache, *entry), moments)
             except InterruptedError:
                 exit_if_requested()
             except ValueError as error:
-                failures.append(f"{name}: {error}")
+                failures.append(f"{job.name}: {error}")
                 continue
             except OSError as error:
-                failures.append(f"--encoding_cache_dir {cache}: {name} could not be stored ({error.strerror})")
+                failures.append(f"--encoding_cache_dir {cache}: {job.name} could not be stored ({error.strerror})")
                 break  # the next clip would not fit either
-            del frames, moments
+            del frames, made
             give_back()
     return failures
 
 
-def show_all_ranks(bar, cache, keys, done):
-    """In a thread of rank 0: advance its bar as all ranks write entries, until `done` is set."""
-    pending = set(keys)
+def encode_image(vae, frame, content):
+    """The posteriors of one picture under noise: moments [IMAGE_DRAWS, 2C, H', W'], from a uint8 frame [H, W, 3].
+
+    Draw n has sigma at the middle of the n-th of IMAGE_DRAWS equal shares of its distribution, so that together they have its mean and
+    spread, and noise that depends on `content` and n alone: runs of all seeds share the entry. The noise is drawn in fp32 on the CPU. Each
+    draw is one call, as the pipeline's, which encodes whole frames, not tiles.
+    """
+    pixels = torch.from_numpy(frame.copy()).permute(2, 0, 1)[:, None].to(torch.float32) / 127.5 - 1  # [3, 1, H, W]
+    tiling, vae.use_tiling = vae.use_tiling, False
+    try:
+        draws = []
+        for draw in range(IMAGE_DRAWS):
+            noise = torch.randn(pixels.shape, generator=seeded_generator("image noise", content, draw))
+            draws.append(encode_pixels(vae, (pixels + image_sigma(draw) * noise).to(vae.device))[:, 0])
+    finally:
+        vae.use_tiling = tiling
+    return torch.stack(draws)
+
+
+def image_sigma(draw):
+    """The standard deviation of the noise of one draw, in pixels from -1 to 1."""
+    mean, deviation = IMAGE_NOISE
+    share = torch.tensor((draw + 0.5) / IMAGE_DRAWS, dtype=torch.float64)
+    return math.exp(mean + deviation * torch.special.ndtri(share).item())
+
+
+def show_all_ranks(bar, paths, done):
+    """In a thread of rank 0: advance its bar as all ranks write entries, until `done` is set. paths: of each job's last entry."""
+    pending = set(paths)
     while pending:
         ended = done.wait(2)
-        written = {key for key in pending if entry_path(cache, "clips", key).exists()}
+        written = {path for path in pending if path.exists()}
         pending -= written
         bar.update(len(written))
         if ended:

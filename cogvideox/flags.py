@@ -130,6 +130,7 @@ def add_data_flags(parser):
     flag("--prior_data_root", None, "another one, trained beside the clips with its captions as they are, without --id_token", free=True)
     flag("--caption_column", None, "file of captions, one per line, or a table's column (default: prompts.txt, or text)", free=True)
     flag("--video_column", None, "file of video paths, one per line, or a table's column (default: videos.txt, or video)", free=True)
+    flag("--image_column", None, "image-to-video: file of images, one per line, or a table's column (default: first frames)", free=True)
     flag("--bucket", [], "sizes (480x720) and lengths (49); each clip gets the nearest of each (default: one size)", nargs="+")
     flag("--video_reshape_mode", "center", "where to crop after resizing; none: stretch", choices=("center", "random", "none"), free=True)
     flag("--alpha_background", "white", "colour behind transparent pixels: a name, or #rrggbb", free=True)
@@ -163,6 +164,9 @@ def check_data_flags(args):
     if args.windows != "one" and (args.skip_frames_start or args.skip_frames_end):
         rule = "would skip in each window; name the part of a clip in the list (FILE | START-END)"
         problems.append(f"--windows {args.windows}: --skip_frames_start and --skip_frames_end {rule}")
+    if args.windows != "one" and args.image_column:
+        rule = "the windows of a clip would share one image, which shows the first of them; leave it out to train each with its first frame"
+        problems.append(f"--image_column {args.image_column}: unsupported with --windows {args.windows}: {rule}")
     args.bucket_sizes, args.bucket_lengths = [], []
     for word in args.bucket:
         if match := re.fullmatch(r"(\d+)x(\d+)", word):
@@ -199,7 +203,8 @@ def without_token(text, token):
 
 VIDEO_FLAGS = ("validation_prompt_separator", "validation_epochs", "validation_steps", "num_validation_videos")
 VIDEO_FLAGS += ("validation_prompts_at_once", "num_inference_steps", "validation_scheduler", "guidance_scale", "use_dynamic_cfg")
-VIDEO_FLAGS += ("validation_without_trigger", "negative_prompt", "validation_height", "validation_width", "validation_frames")
+VIDEO_FLAGS += ("validation_without_trigger", "validation_images", "negative_prompt", "validation_height", "validation_width")
+VIDEO_FLAGS += ("validation_frames",)
 SCRIPT_FLAGS = {"validation_epochs": 2}  # values of both shell scripts that are not defaults: whoever runs one did not give them
 IDLE = [  # flags, when nothing reads them, why
     (("num_train_epochs",), lambda args: args.max_train_steps, "--max_train_steps decides"),

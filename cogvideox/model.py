@@ -130,10 +130,16 @@ def encode_captions(tokenizer, text_encoder, captions, max_text_seq_length):
 @torch.no_grad()
 def encode_frames(vae, frames):
     """The posterior of one clip: moments [2C, F', H', W'] (mean, then log-variance), from uint8 frames [F, H, W, 3]."""
-    video = torch.from_numpy(frames.copy()).to(vae.device).permute(3, 0, 1, 2)[None]  # [1, 3, F, H, W]
-    moments = vae.encode((video.to(torch.float32) / 127.5 - 1).to(vae.dtype)).latent_dist.parameters[0]
+    video = torch.from_numpy(frames.copy()).to(vae.device).permute(3, 0, 1, 2)
+    return encode_pixels(vae, video.to(torch.float32) / 127.5 - 1)
+
+
+@torch.no_grad()
+def encode_pixels(vae, video):
+    """Moments [2C, F', H', W'] of a video [3, F, H, W] in fp32, from -1 to 1."""
+    moments = vae.encode(video[None].to(vae.dtype)).latent_dist.parameters[0]
     compression = 2 ** (len(vae.config.block_out_channels) - 1)
-    if moments.shape[2:] != (frames.shape[1] // compression, frames.shape[2] // compression):
+    if moments.shape[2:] != (video.shape[2] // compression, video.shape[3] // compression):
         # diffusers' tiles overlap by a fraction of their size, a whole number of latents only for multiples of 48 pixels.
         raise ValueError("the VAE's tiles do not fit this size: use --no-enable_tiling")
     return moments

@@ -207,7 +207,8 @@ class Scorer:
         self.clips["sha256"] = key_of(settings)[:12]
         # A clip's number seeds its noise.
         entries = [[(clip, encodings.clip_keys[clip], encodings.prompt_keys[clip]) for clip in clips] for clips in self.sets.values()]
-        self.base_key = key_of("base score", base_identity, BANDS, args.seed, facts.scaling_factor, num_train_timesteps, entries)
+        images = [[encodings.image_keys[clip] for clip in clips] for clips in self.sets.values()] if encodings.image_keys else ()
+        self.base_key = key_of("base score", base_identity, BANDS, args.seed, facts.scaling_factor, num_train_timesteps, entries, *images)
         self.lines, self.meter, self.checkpointer, self.validator = [], None, None, None
         self.base = base_of(self.earlier_lines()) if args.resume_from_checkpoint else None
         if args.eval_clips and not self.base:

@@ -13,17 +13,25 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 
 from cogvideox import versions
 from cogvideox.console import progress, say, warn
-from cogvideox.decode import IMAGE_SUFFIXES, SURVEY_VERSION, VIDEO_SUFFIXES, Framing, clip_framing, longest_legal_length
+from cogvideox.decode import (
+    IMAGE_SUFFIXES,
+    SURVEY_VERSION,
+    VIDEO_SUFFIXES,
+    Framing,
+    clip_framing,
+    image_request,
+    longest_legal_length,
+)
 from cogvideox.files import at_home, hash_file, key_of, read_json, write_bytes
 from cogvideox.folder import UNKNOWN_NOTED, UNKNOWN_REFUSED, text_notes, token_ids, unknown_shares
 from cogvideox.order import choose_held_out
 from cogvideox.stopping import exit_if_requested
 from cogvideox.windows import listed_window, place_windows, seconds_trained
-from dataset import MOST_LEFT_OUT, files_left_out, list_clips, list_eval_clips, list_prior_clips
+from dataset import MOST_LEFT_OUT, Record, files_left_out, list_clips, list_eval_clips, list_prior_clips, locate_image
 
 FEW_WORDS, SAME_WORDS = 20, 10  # of a caption: too few for this model; at the start of two captions that say the same
 
@@ -34,7 +42,8 @@ class Data:
 
     held_out: the numbers of the clips that are scored and never trained on; trained: the others, those of --prior_data_root last.
     prior: the numbers of these; own: of the other trained clips, which the scores and the size of the videos follow. split: the facts of
-    clips whose windows are in `clips` in their place.
+    clips whose windows are in `clips` in their place. images: the facts of each clip's own image, None where its first frame is the image.
+    validation_images: for an image-to-video model, uint8 [H, W, 3] of each validation prompt.
     """
 
     records: list
@@ -44,6 +53,8 @@ class Data:
     held_out: list = field(default_factory=list)
     prior: list = field(default_factory=list)
     split: list = field(default_factory=list)
+    images: list = field(default_factory=list)
+    validation_images: list = field(default_factory=list)
 
     @functools.cached_property
     def trained(self):
@@ -71,13 +82,15 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     framing, cache = framing_of(args, facts), Path(args.encoding_cache_dir)
     rank, world_size = accelerator.process_index, accelerator.num_processes
 
-    def survey(records):
-        mine = survey_clips(records[rank::world_size], framing, args.seed, cache, readers, show_progress=rank == 0)
+    def on_all_ranks(survey, *lists):
+        mine = survey(*(part[rank::world_size] for part in lists), framing, args.seed, cache, readers, show_progress=rank == 0)
         barrier()  # one rank may have slower files than another
-        numbered = gather_object(list(zip(range(rank, len(records), world_size), mine, strict=True)))
-        return [clip for _, clip in sorted(numbered, key=lambda pair: pair[0])]
+        numbered = gather_object(list(zip(range(rank, len(lists[0]), world_size), mine, strict=True)))
+        return [found for _, found in sorted(numbered, key=lambda pair: pair[0])]
 
-    records, clips, parts_of, split = survey_windows(args.windows, listed, framing, survey)
+    records, clips, parts_of, split = survey_windows(args.windows, listed, framing, functools.partial(on_all_ranks, survey_clips))
+    images = on_all_ranks(survey_images, records, clips) if facts.image_channels else [None] * len(records)
+    clips = without_bad_images(clips, images)
     readings = read_captions(args.id_token, tokenizer, records)
     limit, clips = facts.max_text_seq_length, without_unreadable(clips, readings)
     problems += caption_problems(args.id_token, tokenizer, records, readings, limit)
@@ -106,7 +119,7 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
         for root, found, kind in ((args.eval_data_root, others, eval_layout), (args.prior_data_root, priors, prior_layout)):
             left_out += [str(Path(root, name)) for name in files_left_out(args, root, found, kind)]
     prior = {i for i, part in enumerate(parts_of) if part >= before_prior}
-    dataset = describe(records, clips, readings, limit, framing, drawn, left_out, args.windows, prior)
+    dataset = describe(records, clips, readings, limit, framing, drawn, left_out, args.windows, prior, images)
     dataset["remarks"] += caption_audit([listed[i] for i in own], args.id_token, args.instance_data_root)
     dataset = {"source": args.dataset_name or args.instance_data_root, "layout": layout} | dataset | {"problems": problems}
     if accelerator.is_main_process:
@@ -126,7 +139,34 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     for note in text_notes(tokenizer, [*prompts, ("--negative_prompt", args.negative_prompt)], limit) if tokenizer and prompts else ():
         warn(note)  # only the videos suffer, so this ends no run
     prior = [number for number, i in enumerate(usable) if i in prior]
-    return Data([records[i] for i in usable], [clips[i] for i in usable], problems, framing, held_out, prior, split)
+    records, clips, images = ([values[i] for i in usable] for values in (records, clips, images))
+    data = Data(records, clips, problems, framing, held_out, prior, split, images)
+    if facts.image_channels and args.prompts and data.own:
+        found = [read_validation_images(args, data, readers)] if accelerator.is_main_process else [None]
+        data.validation_images, more_problems = broadcast_object_list(found)[0]
+        data.problems += more_problems
+    return data
+
+
+def read_validation_images(args, data, readers):
+    """(the image of each validation prompt, uint8 [H, W, 3] in the videos' size, problems as sentences).
+
+    Those of --validation_images; without it those of the first held-out clips, or else of the first trained ones, in turn.
+    """
+    _, height, width = data.most_common_shape()
+    size = (args.validation_height or height, args.validation_width or width)
+    clips = [data.records[number] for number in data.held_out or data.own]
+    chosen = [clips[number % len(clips)] for number in range(len(args.prompts))]
+    if args.image_files:
+        located = [(file, *locate_image(Path.cwd(), file, allow_external_paths=True)) for file in args.image_files]
+        chosen = [Record("--validation_images", file, str(path), "", reason, image=str(path)) for file, path, reason in located]
+    problems = unusable(chosen, [{"reason": record.reason} if record.reason else {} for record in chosen])
+    if problems:
+        return [], problems
+    found = list(readers.read_all([image_request(record, data.framing, args.seed, size) for record in chosen]))
+    facts = [{"reason": reason} if reason else image for image, _, reason in found]
+    facts = [of_one_picture(image) if record.image else image for record, image in zip(chosen, facts, strict=True)]
+    return [frames[0] for _, frames, reason in found if not reason], unusable(chosen, facts)
 
 
 class Reading(NamedTuple):
@@ -257,32 +297,62 @@ def survey_clips(records, framing, seed, cache, readers, show_progress=True):
 
     Caches only the hashes of files; `remember_survey` stores the results of usable clips.
     """
-    facts, pending, contents = [None] * len(records), [], {}
-    for number, record in enumerate(records):
-        if record.reason:
-            facts[number] = {"reason": record.reason, "path": record.path}
-            continue
-        own = clip_framing(record, framing, seed)
+    good = [number for number, record in enumerate(records) if not record.reason]
+    requests = [(records[number].path, clip_framing(records[number], framing, seed)) for number in good]
+    found = dict(zip(good, survey_files(requests, cache, readers, "clip", show_progress), strict=True))
+    return [found.get(number, {"reason": record.reason, "path": record.path}) for number, record in enumerate(records)]
+
+
+def survey_images(records, clips, framing, seed, cache, readers, show_progress=True):
+    """Decode the own image of every usable clip, in the clip's size. Returns facts as `survey_clips`, None for a clip without one.
+
+    clips: the facts of the records.
+    """
+    own = [number for number, record in enumerate(records) if record.image and "reason" not in clips[number]]
+    sizes = [(clips[number]["height"], clips[number]["width"]) for number in own]
+    requests = [image_request(records[number], framing, seed, size) for number, size in zip(own, sizes, strict=True)]
+    found = [of_one_picture(image) for image in survey_files(requests, cache, readers, "image", show_progress)]
+    return [dict(zip(own, found, strict=True)).get(number) for number in range(len(records))]
+
+
+def of_one_picture(facts):
+    """The facts of an image, with a reason against one of several pictures."""
+    animated = facts.get("source_frames", 1) > 1
+    return facts | {"reason": f"an animation of {facts['source_frames']} pictures; give one"} if animated else facts
+
+
+def without_bad_images(clips, images):
+    """The facts of the clips, with a reason against those whose own image cannot be used. images: from `survey_images`."""
+    return [
+        clip | {"reason": f"its image {image['path']}: {image['reason']}"} if image and "reason" in image else clip
+        for clip, image in zip(clips, images, strict=True)
+    ]
+
+
+def survey_files(requests, cache, readers, unit, show_progress):
+    """The facts of (path, framing) pairs, as `survey_clips`. unit: what they are, for the progress bar."""
+    facts, pending, contents = [None] * len(requests), [], {}
+    for number, (path, own) in enumerate(requests):
         try:
-            if record.path not in contents:  # a film has hundreds of windows
-                contents[record.path] = hash_file(record.path, cache)
-            content = contents[record.path]
+            if path not in contents:  # a film has hundreds of windows
+                contents[path] = hash_file(path, cache)
+            content = contents[path]
         except OSError as error:  # the main process saw the file: another machine may not
-            facts[number] = {"reason": f"cannot be read on {platform.node()} ({error.strerror})", "path": record.path}
+            facts[number] = {"reason": f"cannot be read on {platform.node()} ({error.strerror})", "path": path}
             continue
         known = cache / "surveys" / f"{survey_key(content, own)}.json"
         try:
             facts[number] = read_json(known)
         except (OSError, ValueError):
             pending.append((number, content, own))
-    results = readers.read_all([(records[number].path, own) for number, _, own in pending], want_frames=False)
+    results = readers.read_all([requests[number] for number, *_ in pending], want_frames=False)
     bar = progress(
-        zip(pending, results, strict=True), "checking clips", total=len(pending), unit="clip", disable=not show_progress or not pending
+        zip(pending, results, strict=True), f"checking {unit}s", total=len(pending), unit=unit, disable=not show_progress or not pending
     )
     for (number, content, own), (clip, _, reason) in bar:
         exit_if_requested()
         facts[number] = {"reason": reason} if reason else clip
-        facts[number] |= {"sha256": content, "survey": survey_key(content, own), "path": records[number].path}
+        facts[number] |= {"sha256": content, "survey": survey_key(content, own), "path": requests[number][0]}
     return facts
 
 
@@ -298,14 +368,14 @@ def remember_survey(facts, cache):
 INNER_FACTS = {"indices", "box", "stored_width", "stored_height", "treatment", "decoder", "note", "survey", "path"}
 
 
-def describe(records, facts, readings, limit, framing, held_out=(), left_out=(), windows="one", prior=()):
+def describe(records, facts, readings, limit, framing, held_out=(), left_out=(), windows="one", prior=(), images=()):
     """The content of dataset.json, the source of the text report and the page: {clips, totals, remarks, left_out}, JSON-ready.
 
     facts: one dict per record, from `survey_clips`. readings: of each caption, which is truncated at `limit` tokens. held_out: the
     numbers of the records that are scored and never trained on; prior: of those of --prior_data_root. left_out: from
-    `files_left_out`. windows: the value of --windows.
+    `files_left_out`. windows: the value of --windows. images: from `survey_images`.
     """
-    clips = []
+    clips, images = [], images or [None] * len(records)
     for number, (record, clip, reading) in enumerate(zip(records, facts, readings, strict=True)):
         described = {"line": record.where, "path": record.listed, "caption": record.caption, "tokens": len(reading.ids)}
         described |= {
@@ -320,7 +390,7 @@ def describe(records, facts, readings, limit, framing, held_out=(), left_out=(),
             continue
         described |= {name: value for name, value in clip.items() if name not in INNER_FACTS}
         described |= {"fps": framing.fps, "bucket": f"{clip['frames']}x{clip['height']}x{clip['width']}"}
-        clips.append(described | {"notes": [clip["note"]] if clip["note"] else []})
+        clips.append(described | {"notes": [note for note in (clip["note"], image_note(images[number])) if note]})
     usable = [clip for clip in clips if not clip["problem"]]
     totals = {"clips": len(clips), "usable": len(usable), "held_out": sum(clip["split"] == "held out" for clip in usable)}
     totals |= {"prior": sum(clip["split"] == "prior" for clip in usable)}
@@ -331,9 +401,17 @@ def describe(records, facts, readings, limit, framing, held_out=(), left_out=(),
     mute = [clip for clip, reading in zip(clips, readings, strict=True) if not reading.has_letters and not clip["problem"]]
     listed = len({clip["line"] for clip in clips})
     found = [f"{listed} clips give {len(clips)} windows (--windows {windows})"] if windows != "one" and clips else []
-    found += [*remarks(clips, usable, totals, limit, framing), *content_remarks(clips, facts)]
+    found += [*remarks(clips, usable, totals, limit, framing), *content_remarks(clips, facts), *shot_remarks(usable)]
     found += [*caption_remarks(usable, alike, mute, limit), *left_out_remarks(left_out)]
     return {"clips": clips, "totals": totals, "remarks": found, "left_out": list(left_out)}
+
+
+def image_note(image):
+    """What the report says of a clip's own image; "" of a first frame. image: its facts, or None."""
+    if image is None:
+        return ""
+    size = f"{image['source_width']}x{image['source_height']}, cut {image['cropped_percent']:.0f}%"
+    return f"image {Path(image['path']).name}: {size}{'; ' * bool(image['note'])}{image['note']}"
 
 
 def table_lines(dataset):
@@ -414,6 +492,17 @@ def content_remarks(clips, facts):
     if copies := [clip for clip, span in spans if clip["split"] == "held out" and not trained.isdisjoint(span)]:
         score = "their score does not detect memorising"
         yield f"{len(copies)} of the held-out clips {alike} a training clip: {score}: {some(copies)}"
+
+
+def shot_remarks(usable):
+    """Sentences about clips whose first or last frames seem to be of another shot. usable: clips of `describe`."""
+    rule = "name the part to train in the list (FILE | START-END)"
+    if begin := [clip for clip in usable if clip.get("shot_before")]:
+        image = "the first frame has a latent of its own, and is the image of image-to-video"
+        skip = f"--skip_frames_start {max(clip['shot_before'] for clip in begin)}"
+        yield f"{len(begin)} clips begin with frames that seem to be of the shot before; {image}: {skip}, or {rule}: {some(begin)}"
+    if end := [clip for clip in usable if clip.get("shot_after")]:
+        yield f"{len(end)} clips end with frames that seem to be of the shot after: {rule}: {some(end)}"
 
 
 def caption_remarks(usable, alike, mute, limit):

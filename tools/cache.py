@@ -18,6 +18,7 @@ from cogvideox.video import read_video
 
 KINDS = {
     "clips": "clips (moments)",
+    "images": "images (moments)",
     "captions": "captions (T5 embeddings)",
     "scores": "scores of a base model",
     "videos": "videos of a base model",
