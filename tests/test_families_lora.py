@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 import train_cogvideox_lora as script
 from cogvideox import lora
 from cogvideox.files import read_json
-from cogvideox.folder import check_targets, is_target, linear_layers
+from cogvideox.folder import check_targets, is_target, linear_layers, meta_transformer
 from cogvideox.lora import LORA_FILE
+from cogvideox.memory import PRESETS
 from cogvideox.model import bare_pipeline
 from demo.make_model import TRANSFORMERS
 from tests.conftest import FAMILIES, lora_of, words
@@ -99,7 +100,7 @@ def test_a_lora_on_every_linear_layer_is_trained_and_the_stock_pipeline_loads_al
 @each_family
 def test_a_run_trains_every_linear_layer_and_its_file_names_the_family(family, family_model, train, capsys):
     model = family_model(family)
-    folder = train(model=model, target_modules=kinds(CogVideoXTransformer3DModel.from_config(read_json(model / "transformer/config.json"))))
+    folder = train(model=model, target_modules=kinds(meta_transformer(model)))
     assert "PASS" in capsys.readouterr().err
     layers = lora.read_layers(folder / LORA_FILE)
     assert {name: sizes for name, (_, *sizes) in layers.items()} == {name: [*sizes] for name, sizes in linear_layers(model).items()}
@@ -115,9 +116,11 @@ FOR_15_I2V = FOR_15 | {"ofs_embedding_linear_1", "ofs_embedding_linear_2"}
 
 
 @each_family
-def test_every_linear_layer_has_its_name_in_comfyui(family):
-    linear = [name for name, module in tiny(family).named_modules() if isinstance(module, torch.nn.Linear)]
-    names = [export_comfyui.comfyui_name(name) for name in linear]
+def test_every_linear_layer_of_the_real_model_has_its_name_in_comfyui(family):
+    with torch.device("meta"):
+        real = CogVideoXTransformer3DModel.from_config(PRESETS[family]["transformer"])
+    assert kinds(real) == kinds(tiny(family))
+    names = [export_comfyui.comfyui_name(name) for name, module in real.named_modules() if isinstance(module, torch.nn.Linear)]
     assert len(set(names)) == len(names)
     expected = COMFYUI | {"1.5-5b": FOR_15, "1.5-5b-i2v": FOR_15_I2V}.get(family, set())
     assert {re.sub(r"\.\d+\.", ".N.", name.removeprefix("diffusion_model.")) for name in names} == expected
@@ -192,6 +195,11 @@ SAID = {
     "1.5-5b": "a text-to-video model of CogVideoX1.5 with 16 input channels",
     "1.5-5b-i2v": "an image-to-video model of CogVideoX1.5 with 32 input channels",
 }
+
+
+def test_the_real_configs_are_told_apart_by_the_facts_in_the_file():
+    facts = [lora.base_facts(PRESETS[family]["transformer"]) for family in FAMILIES]
+    assert [facts.index(one) for one in facts] == [0, 1, 2, 3, 4]
 
 
 def test_what_tells_the_families_apart_is_told_and_the_shapes_judge_a_file_that_names_no_base(tmp_path):
