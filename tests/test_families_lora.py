@@ -6,7 +6,8 @@ import re
 import pytest
 import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXTransformer3DModel
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 
 import train_cogvideox_lora as script
@@ -156,12 +157,13 @@ def test_a_target_that_also_means_a_module_without_a_matrix_is_refused(target, o
 
 
 @each_family
-def test_every_linear_layer_is_a_legal_target_and_what_peft_adapts_is_what_the_check_foresees(family, tmp_path):
+def test_every_linear_layer_is_a_legal_target_and_a_target_means_what_it_means_to_peft(family, tmp_path):
     folder = folder_of(family, tmp_path)
-    for target in kinds(tiny(family)):
-        assert check_targets(folder, [target]) == []
-        adapted = {name for name, _ in lora.lora_modules(with_lora(family, [target]))}
-        assert adapted == {name for name in linear_layers(folder) if is_target(name, target)}
+    modules = [name for name, _ in meta_transformer(folder).named_modules() if name]
+    assert check_targets(folder, kinds(tiny(family))) == []
+    for target in [*kinds(tiny(family)), "to_q", "linear", "linear_1", "proj", "0", "q", "transformer_blocks.0.attn1.to_q"]:
+        config = LoraConfig(target_modules=[target])
+        assert [is_target(name, target) for name in modules] == [bool(check_target_module_exists(config, name)) for name in modules]
 
 
 # -----------------------------------------------------------------------------
@@ -200,6 +202,18 @@ SAID = {
 def test_the_real_configs_are_told_apart_by_the_facts_in_the_file():
     facts = [lora.base_facts(PRESETS[family]["transformer"]) for family in FAMILIES]
     assert [facts.index(one) for one in facts] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_a_first_lora_of_another_family_is_refused_before_anything_is_encoded(rotary_model, train, tmp_path, capsys):
+    file = written(with_lora("5b-i2v", ["to_q", "to_k", "to_v", "to_out.0"]), tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        train(model=rotary_model, init_lora=file, cache=tmp_path / "cache")
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert f"this LoRA was trained on {SAID['5b-i2v']}, and {rotary_model} is {SAID['5b']}" in " ".join(said.split())
+    assert not (tmp_path / "cache/clips").exists()
+    assert train(model=rotary_model, init_lora=written(with_lora("5b"), tmp_path), target_modules=kinds(tiny("5b")), max_train_steps=1)
 
 
 def test_what_tells_the_families_apart_is_told_and_the_shapes_judge_a_file_that_names_no_base(tmp_path):
