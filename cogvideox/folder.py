@@ -477,7 +477,7 @@ def linear_layers(folder):
 
 
 def is_target(name, target):
-    """Whether peft takes a module for a target: by its whole name, or by its last parts."""
+    """Whether peft takes a module for a target of a list: by its whole name, or by its last parts (check_target_module_exists)."""
     return name == target or name.endswith(f".{target}")
 
 

@@ -38,7 +38,7 @@ OUTSIDE |= {name: name for name in ("patch_embed.proj", "patch_embed.text_proj",
 STRENGTH = "strength 1.0 is the trained strength; docs/comfyui.md says which node takes which file"
 OF_THE_2B = (
     "this LoRA is of the CogVideoX-2B, and ComfyUI's own nodes (0.33) compute that model wrongly without a LoRA already: they leave its "
-    "sincos positions out, and the output is off by 62 to 110 % of its largest value. A checkpoint that carries patch_embed.pos_embedding "
+    "sincos positions out, and the output is off by 62 to 128 % of its largest value. A checkpoint that carries patch_embed.pos_embedding "
     "agrees with diffusers to 2.5e-7, at 60x90 latents (480 x 720 pixels) only. Otherwise use the CogVideoX wrapper nodes, "
     f"with the trainer's own {LORA_FILE}"
 )
