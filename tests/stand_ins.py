@@ -122,6 +122,7 @@ class Noise:
 
     vae = ("vae",)
     clip_keys, prompt_keys = [f"clip {number}" for number in range(9)], [f"caption {number}" for number in range(9)]
+    image_keys = ()  # of a text-to-video model
     caption_keys = {text: f"key of {text}" for text in ("", "a rabbit", "a bird", "a fox", "OLDFILM a rabbit")}
 
     def moments(self, clip, flipped=False):
