@@ -30,17 +30,14 @@ def lora(tiny_model, tmp_path_factory):
 
 
 def line(model, output, **flags):
-    """A command line: small and quick, with `flags` on top (True: a switch)."""
+    """A command line: small and quick, with `flags` on top (True: a switch; False: --no-...; None: left out)."""
     words = []
     for name, value in (
         {"pretrained_model_name_or_path": model, "output_dir": output, "prompt": "a rabbit", "seed": 1} | SMALL | flags
     ).items():
         if value is not None:
-            words += (
-                [f"--no-{name}"]
-                if value is False
-                else [f"--{name}", *([] if value is True else map(str, value) if isinstance(value, list) else [str(value)])]
-            )
+            words.append(f"--no-{name}" if value is False else f"--{name}")
+            words += [] if isinstance(value, bool) else map(str, value) if isinstance(value, list) else [str(value)]
     return words
 
 
@@ -68,7 +65,7 @@ def stock_video(model, lora=None, scale=1.0, seed=1, prompt="a rabbit", **settin
         pipeline.set_adapters("lora", scale)
     generator = torch.Generator().manual_seed(seed)
     asked = {"prompt": prompt, "negative_prompt": "", "guidance_scale": 6.0, "output_type": "np"}
-    video = pipeline(generator=generator, **asked, **settings).frames[0]
+    video = pipeline(generator=generator, **asked | settings).frames[0]
     return np.round(video * 255).astype(np.uint8)[-settings["num_frames"] :]
 
 
@@ -146,12 +143,13 @@ def wide_picture(path, height, width, seed=0):
 def test_each_familys_videos_are_its_pipelines_with_size_sampler_and_guidance_of_the_model(family, family_model, tmp_path, frames):
     model = family_model(family)
     facts = folder_of.read_facts(model)
-    size = {"height": facts.sample_size[0], "width": facts.sample_size[1], "num_frames": facts.sample_frames, "num_inference_steps": 2}
+    size = {"height": facts.sample_size[0], "width": facts.sample_size[1], "num_frames": facts.sample_frames}
+    size |= {"num_inference_steps": 2, "guidance_scale": 60.0}  # random weights hardly look at the text
     folder, flags, given = make_lora(model, tmp_path / "run", size=0.5), {}, {}
     if facts.image_channels:
         given = {"image": Image.fromarray(wide_picture(tmp_path / "one.png", size["height"], size["width"]))}
         flags = {"image": tmp_path / "one.png"}
-    asked = dict.fromkeys(("height", "width", "num_frames")) | flags
+    asked = dict.fromkeys(("height", "width", "num_frames")) | {"guidance_scale": 60.0} | flags
     generate.main(line(model, tmp_path / "out", lora=folder, compare_base=True, **asked))
     made, base = (next(video.astype(int) for name, video in frames.items() if name.endswith(f"{kind}.mp4")) for kind in ("scale1", "base"))
     assert made.shape == (size["num_frames"], size["height"], size["width"], 3)
@@ -196,7 +194,8 @@ def test_images_that_a_model_does_not_read_or_lacks_are_refused(tiny_model, imag
 
     Image.new("RGB", (48, 32)).save(tmp_path / "one.png")
     Image.new("RGB", (48, 32)).save(tmp_path / "two.webp", save_all=True, append_images=[Image.new("RGB", (48, 32), "red")])
-    (tmp_path / "text.png").write_text("no picture")
+    for name in ("text.png", "one.txt"):
+        (tmp_path / name).write_text("no picture")
     assert "this model is text-to-video and reads no image; leave it out" in told(tiny_model, image=tmp_path / "one.png")
     assert "--image: this model is image-to-video; give what the videos begin with" in told(image_model)
     assert "--image: 2 images for 1 prompts" in told(image_model, image=[tmp_path / "one.png"] * 2)
