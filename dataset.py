@@ -126,9 +126,9 @@ def read_hub_dataset(args):
     columns, problem = choose_columns(rows.column_names, args.caption_column, args.video_column, args.image_column)
     if problem:
         return [], [f"{source}: {problem}"], "datasets"
-    for column in columns[1:]:
-        if isinstance(kind := rows.features[column], (datasets.Video, datasets.Image)):
-            rows = rows.cast_column(column, type(kind)(decode=False))
+    for column, kind in zip(columns[1:], ("Video", "Image"), strict=False):
+        if isinstance(rows.features[column], getattr(datasets, kind)):
+            rows = rows.cast_column(column, getattr(datasets, kind)(decode=False))
     records, problems = [], []
     for number, row in enumerate(rows, 1):
         where = f"{args.dataset_name}:{number}"

@@ -44,7 +44,8 @@ class ModelFacts:
 
 
 COGVIDEOX_2B = ModelFacts(16, 4, 1, 226, 16, 8, 1.15258426)  # data is checked against these if the model cannot be read
-MADE_FOR_15 = (768, 1360)  # pixels; the grid of positions of 1.5's image-to-video model is larger (300 x 300 latents in its config)
+# CogVideoX 1.5 in its authors' README: pixels, and the longest clip. The grid of positions in a config may be larger (300 x 300 latents).
+MADE_FOR_15, LONGEST_15 = (768, 1360), 161
 
 
 def find_model(name_or_path, revision=None, variant=None, cache_dir=None, token=None):
@@ -214,11 +215,12 @@ def read_facts(folder):
 def facts_of(transformer, vae):
     """ModelFacts from two configs, with the defaults of the diffusers classes."""
     compression = 2 ** (len(vae.get("block_out_channels", (128, 256, 256, 512))) - 1)
-    latents_per_patch, scaling_factor = transformer.get("patch_size_t") or 1, vae.get("scaling_factor", 1.15258426)
+    frames_per_latent, latents_per_patch = int(vae.get("temporal_compression_ratio", 4)), transformer.get("patch_size_t") or 1
+    scaling_factor = vae.get("scaling_factor", 1.15258426)
     grid_size = tuple(transformer.get(name, latents) * compression for name, latents in (("sample_height", 60), ("sample_width", 90)))
     return ModelFacts(
         spatial_multiple=compression * transformer.get("patch_size", 2),
-        frames_per_latent=int(vae.get("temporal_compression_ratio", 4)),
+        frames_per_latent=frames_per_latent,
         latents_per_patch=latents_per_patch,
         max_text_seq_length=transformer.get("max_text_seq_length", 226),
         latent_channels=vae.get("latent_channels", 16),
@@ -229,7 +231,7 @@ def facts_of(transformer, vae):
         # As CogVideoXImageToVideoPipeline.prepare_latents has it. Video latents are multiplied by the factor in every model.
         image_scaling_factor=1 / scaling_factor if vae.get("invert_scale_latents") else scaling_factor,
         sample_size=tuple(map(min, grid_size, MADE_FOR_15)) if latents_per_patch > 1 else grid_size,
-        sample_frames=transformer.get("sample_frames", 49),
+        sample_frames=longest_legal_length(transformer.get("sample_frames", 49), frames_per_latent, latents_per_patch),
         fps=16.0 if latents_per_patch > 1 else 8.0,  # in no config; the authors' README says it of 1.5
         positions=positions_of(transformer),
         grid_size=grid_size,
@@ -260,7 +262,7 @@ def patches_of(config, shape):
 
 
 def check_geometry(facts, height, width, num_frames, names=("--height", "--width", "--max_num_frames")):
-    """Problems of a clip size for this model, with the nearest legal sizes."""
+    """Problems of a clip size for this model, with the nearest legal sizes. names: of the three flags."""
     problems = []
     for name, value in ((names[0], height), (names[1], width)):
         step = facts.spatial_multiple
@@ -275,19 +277,17 @@ def check_geometry(facts, height, width, num_frames, names=("--height", "--width
 
 
 def check_positions(facts, height, width, num_frames, names):
-    """A sentence if a clip has tokens for which this model has no positions, in a list."""
+    """A sentence about the size, and one about the length, if a clip has tokens for which this model has no positions."""
     rows, columns, frames = (*facts.grid_size, facts.sample_frames)
+    size = f"{names[0]} {height}x{width}" if names[0] == names[1] else f"{names[0]} {height}, {names[1]} {width}"
+    problems = []
     if facts.positions == "slice" and (height > rows or width > columns):
-        return [
-            f"{names[0]} {height}, {names[1]} {width}: this model has positions for {rows} x {columns} pixels at most, and its pipeline "
-            "fails above; use a smaller size"
-        ]
-    if facts.positions == "learned" and ((height, width) != (rows, columns) or num_frames > frames):
-        return [
-            f"{names[0]} {height}, {names[1]} {width}, {names[2]} {num_frames}: this model has learned positions, for {rows} x {columns} "
-            f"pixels and at most {frames} frames; use these"
-        ]
-    return []
+        problems.append(f"{size}: this model has positions for a height of {rows} and a width of {columns} at most; use a smaller size")
+    if facts.positions == "learned" and (height, width) != (rows, columns):
+        problems.append(f"{size}: this model has learned positions, for {rows} x {columns} only; use that size")
+    if facts.positions == "learned" and num_frames > frames:
+        problems.append(f"{names[2]} {num_frames}: this model has learned positions, for {frames} frames at most; use no more")
+    return problems
 
 
 def clip_step(facts):
@@ -296,33 +296,53 @@ def clip_step(facts):
 
 
 def geometry_notes(facts, height, width, num_frames):
-    """What training or sampling at a size that the model was not made for means, as sentences."""
-    notes, size = [], f"{height} x {width}"
-    made = f"{facts.sample_size[0]} x {facts.sample_size[1]}"
-    if facts.positions == "slice" and not fits_15(facts, height, width):
-        notes.append(
-            f"{size}: this model was made for {made}, and its positions are not stretched: a smaller clip uses the top left corner of "
-            "them, and the others are never trained"
-        )
-    elif facts.positions in ("sincos", "rotary") and (height, width) != facts.sample_size:
-        notes.append(f"{size}: this model was made for {made}; its positions are stretched to the size, so expect a loss of quality")
-    if num_frames > facts.sample_frames:
-        notes.append(f"{num_frames} frames: this model was made for {facts.sample_frames}; it has not seen later positions in time")
+    """What training or sampling at a legal size that the model was not made for means, as sentences."""
+    return size_notes(facts, height, width) + length_notes(facts, num_frames)
+
+
+def size_notes(facts, height, width):
+    """`geometry_notes` of height and width.
+
+    Only the rotary positions of CogVideoX 1.0 are stretched to the size (get_resize_crop_region_for_grid of diffusers). Those of the 2B
+    and of 1.5 are counted from the top left corner.
+    """
+    made_height, made_width = facts.sample_size
+    if is_made_for(facts, height, width) or facts.positions == "learned":
+        return []
+    made, parts = f"{height} x {width}: this model was made for {made_height} x {made_width}", []
+    if facts.positions == "slice" and facts.image_channels:
+        made += f" and other sizes with a short side of {made_height} and a long side of {made_height} to {made_width}"
+    if facts.positions == "rotary":
+        return [f"{made}, and its positions are stretched to the size: expect lower quality, and the LoRA to fit this size best"]
+    if height < made_height or width < made_width:
+        parts.append("those that the clip leaves out, at the right or the bottom, are not trained")
+    if height > made_height or width > made_width:
+        parts.append("those beyond that size are new to the model")
+    return [f"{made}, and its positions are counted from the top left corner: {', and '.join(parts)}"]
+
+
+def length_notes(facts, num_frames):
+    """`geometry_notes` of the number of frames."""
+    notes, frames = [], facts.sample_frames
+    longest = max(frames, LONGEST_15) if facts.positions == "slice" else frames
+    if num_frames > longest:
+        notes.append(f"{num_frames} frames: this model was made for {longest} at most, and later positions in time are new to it")
     if facts.positions == "slice" and (num_frames - 1) % 16:
-        notes.append(f"{num_frames} frames: this model was trained on 16N + 1 frames, such as {facts.sample_frames}")
-    if facts.positions == "learned" and num_frames < facts.sample_frames:
+        notes.append(f"{num_frames} frames: this model was trained on 16N + 1 frames, such as {frames}; expect lower quality")
+    if facts.positions == "learned" and num_frames < frames:
         notes.append(
             f"{num_frames} frames: they get the first of this model's learned positions, as in the authors' training; a stock pipeline "
-            f"computes other ones at that length, so make videos of {facts.sample_frames} frames with the result"
+            f"computes other ones at that length, so make videos of {frames} frames with the result"
         )
     return notes
 
 
-def fits_15(facts, height, width):
-    """Whether a size is one that a model with a slice grid was made for: text-to-video has one, image-to-video a range (its README)."""
+def is_made_for(facts, height, width):
+    """Whether the model was made for a size: one size, and for 1.5's image-to-video also others with the same short side, up to the
+    same long side (the authors' README)."""
     short, long = sorted((height, width))
-    in_range = facts.image_channels and (short, facts.sample_size[1] >= long) == (facts.sample_size[0], True)
-    return (height, width) == facts.sample_size or in_range
+    has_range = facts.positions == "slice" and facts.image_channels
+    return (height, width) == facts.sample_size or bool(has_range and short == facts.sample_size[0] and long <= facts.sample_size[1])
 
 
 def fill_in_defaults(args, facts):
@@ -392,6 +412,12 @@ def largest_shape(args):
     return (frames, *max(sizes, key=math.prod))
 
 
+def shown_shape(args):
+    """(frames, height, width) of the validation videos: by default the largest clip's."""
+    clip = largest_shape(args)
+    return args.validation_frames or clip[0], args.validation_height or clip[1], args.validation_width or clip[2]
+
+
 def open_model(args):
     """The model's folder, ModelFacts and tokenizer, and all problems found in configs and headers.
 
@@ -411,17 +437,25 @@ def open_model(args):
     args.mixed_precision, problem = choose_precision(args.mixed_precision, None if problems else folder, args.variant)
     problems += [problem] if problem else []
     fill_in_defaults(args, facts)
-    for height, width in args.bucket_sizes or [(args.height, args.width)]:
-        for frames in args.bucket_lengths or [args.max_num_frames]:
-            names = ("--bucket",) * 3 if args.bucket else ("--height", "--width", "--max_num_frames")
-            problems += check_geometry(facts, height, width, frames, names)
-    clip = largest_shape(args)  # the default is the clips' size
-    shown = (args.validation_frames or clip[0], args.validation_height or clip[1], args.validation_width or clip[2])
-    if shown != clip:
-        problems += check_geometry(facts, *shown[1:], shown[0], names=("--validation_height", "--validation_width", "--validation_frames"))
-    for note in [] if problems else dict.fromkeys(geometry_notes(facts, *clip[1:], clip[0]) + geometry_notes(facts, *shown[1:], shown[0])):
+    found, notes = check_sizes(args, facts)
+    problems += found
+    for note in [] if problems else notes:
         warn(note)
-    return folder, facts, tokenizer, list(dict.fromkeys(problems))  # two flags may give the same size
+    return folder, facts, tokenizer, problems
+
+
+def check_sizes(args, facts):
+    """(problems, notes) of all clip sizes that the flags allow and of the size of validation videos. args: filled in."""
+    names = ("--bucket", "--bucket") if args.bucket_sizes else ("--height", "--width")
+    names += ("--bucket" if args.bucket_lengths else "--max_num_frames",)
+    sizes, lengths = args.bucket_sizes or [(args.height, args.width)], args.bucket_lengths or [args.max_num_frames]
+    shapes = [(*size, frames, names) for size in sizes for frames in lengths]
+    frames, height, width = shown_shape(args)
+    if (height, width, frames) not in [shape[:3] for shape in shapes]:
+        shapes.append((height, width, frames, ("--validation_height", "--validation_width", "--validation_frames")))
+    problems = [problem for shape in shapes for problem in check_geometry(facts, *shape)]
+    notes = [note for shape in shapes for note in geometry_notes(facts, *shape[:3])]
+    return list(dict.fromkeys(problems)), list(dict.fromkeys(notes))
 
 
 def unread_images(args, facts):

@@ -29,7 +29,7 @@ from cogvideox import linear, lora, offload
 from cogvideox.console import say
 from cogvideox.engine import engine_of
 from cogvideox.files import read_json
-from cogvideox.folder import PRECISIONS, facts_of, largest_shape, latent_shape, stored_precision
+from cogvideox.folder import PRECISIONS, facts_of, largest_shape, latent_shape, shown_shape, stored_precision
 from cogvideox.model import blocks_to_recompute, checkpoint_blocks, constant_inputs, decode_latents, encode_frames, keep_position_tables
 from cogvideox.rehearsal import free_bytes
 
@@ -53,7 +53,6 @@ NAMES = {
     "validation": "validation: sampling, VAE",
     "run": "THE RUN: peak over all phases",
 }
-# Configs that differ from the defaults of the diffusers classes, which are the 2B's; and the stored dtypes.
 T5_XXL = {
     "vocab_size": 32128,
     "d_model": 4096,
@@ -65,11 +64,28 @@ T5_XXL = {
     "tie_word_embeddings": False,
 }
 PARTS = ("transformer", "vae", "text_encoder")
+# What the published configs say beside the defaults of the diffusers classes, which are the 2B's; and the stored dtypes.
 FIVE_B = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
+FIVE_B_15 = FIVE_B | {"patch_size_t": 2, "patch_bias": False, "sample_frames": 81}
+OF_IMAGE = {"in_channels": 32}
+VAE_5B = {"scaling_factor": 0.7}
+VAE_15 = VAE_5B | {"invert_scale_latents": True}
+
+
+def preset(transformer, vae, dtype):
+    """The configs of a published model, in the form of `read_configs`."""
+    return {"transformer": transformer, "vae": vae, "text_encoder": T5_XXL, "dtypes": dict.fromkeys(PARTS, dtype)}
+
+
 PRESETS = {
-    "2b": {"transformer": {}, "vae": {}, "text_encoder": T5_XXL, "dtypes": dict.fromkeys(PARTS, "fp16")},
-    "5b": {"transformer": FIVE_B, "vae": {}, "text_encoder": T5_XXL, "dtypes": dict.fromkeys(PARTS, "bf16")},
+    "2b": preset({}, {}, "fp16"),
+    "5b": preset(FIVE_B, VAE_5B, "bf16"),
+    "5b-i2v": preset(FIVE_B | OF_IMAGE | {"use_learned_positional_embeddings": True}, VAE_5B, "bf16"),
+    "1.5-5b": preset(FIVE_B_15 | {"sample_height": 96, "sample_width": 170}, VAE_15, "bf16"),
+    "1.5-5b-i2v": preset(FIVE_B_15 | OF_IMAGE | {"ofs_embed_dim": 512, "sample_height": 300, "sample_width": 300}, VAE_15, "bf16"),
 }
+HUB = "THUDM/CogVideoX"
+HUB_NAMES = {"2b": f"{HUB}-2b", "5b": f"{HUB}-5b", "5b-i2v": f"{HUB}-5b-I2V", "1.5-5b": f"{HUB}1.5-5B", "1.5-5b-i2v": f"{HUB}1.5-5B-I2V"}
 
 
 def read_configs(folder, variant=None):
@@ -227,17 +243,21 @@ def latents_of(configs, frames, height, width):
     return latent_frames + -latent_frames % facts.latents_per_patch, *rest
 
 
+def image_channels(configs):
+    """Channels of the image's latent beside the noisy ones; 0 for text-to-video."""
+    return facts_of(configs["transformer"], configs["vae"]).image_channels
+
+
 def make_batch(configs, clips, shape):
     """The loader's batch of clips with latents of `shape` [F', C, H', W'], without data."""
     transformer, text_dtype = configs["transformer"], PRECISIONS[configs["dtypes"]["text_encoder"]]
     tokens, width = transformer.get("max_text_seq_length", 226), transformer.get("text_embed_dim", 4096)
-    image_channels = transformer.get("in_channels", 16) - transformer.get("out_channels", 16)
     return {
         "latents": torch.empty(clips, *shape),
         "noise": torch.empty(clips, *shape),
         "timestep": torch.zeros(clips, dtype=torch.int64),
         "prompt": torch.empty(clips, tokens, width, dtype=text_dtype),
-        "image": torch.empty(clips, shape[0], image_channels, *shape[2:]),
+        "image": torch.empty(clips, shape[0], image_channels(configs), *shape[2:]),
         "position": torch.zeros(clips, dtype=torch.int64),
     }
 
@@ -498,27 +518,41 @@ def untiled_encoding_bytes(configs, shape, slicing=True):
 
 
 def encoding_bytes(configs, args, room=None):
-    """The peak of encoding clips, in bytes: whole, or in tiles with --enable_tiling where `room` bytes are too few (None: enough)."""
+    """The peak of encoding clips, in bytes: whole, or in tiles with --enable_tiling where `room` bytes are too few (None: enough).
+
+    An image-to-video model's images are encoded whole, which takes more than a clip in tiles does, and less than a clip whole.
+    """
     clip, slicing = largest_shape(args), args.enable_slicing
     tiled = args.enable_tiling and room is not None and untiled_encoding_bytes(configs, clip, slicing) > room
-    return sum(vae_bytes(configs, "encode", clip, slicing, tiled))
+    peak = sum(vae_bytes(configs, "encode", clip, slicing, tiled))
+    if tiled and facts_of(configs["transformer"], configs["vae"]).image_channels:
+        peak = max(peak, sum(vae_bytes(configs, "encode", (1, *clip[1:]), slicing, tiling=False)))
+    return peak
 
 
 def phase_parts(configs, args, device="cuda", room=None):
     """The peaks of the other phases, in bytes, without the transformer and the optimizer: captions, clips, sampling, decoding
-    (the last two are 0 without validation prompts). room: as in `encoding_bytes`."""
+    (the last two are 0 without validation prompts). room: as in `encoding_bytes`.
+
+    Encoding the images of clips takes less than encoding clips. The VAE that encodes the images of validation stays while an
+    image-to-video model samples.
+    """
     clip = largest_shape(args)
     settings = {"slicing": args.enable_slicing, "tiling": args.enable_tiling}
-    shown = (args.validation_frames or clip[0], args.validation_height or clip[1], args.validation_width or clip[2])
-    decoded = sum(vae_bytes(configs, "decode", clip, **settings))
-    validation_decoded = decoded if shown == clip else sum(vae_bytes(configs, "decode", shown, **settings))
-    return {
+    phases = {
         "captions": sum(captions_bytes(configs)),
         "clips_encode": encoding_bytes(configs, args, room),
-        "clips_decode": decoded,  # the first clips are decoded again for the preview
-        "sampling": sampling_bytes(configs, args, shown, device) if args.validation_prompt else 0,
-        "decoding": validation_decoded if args.validation_prompt else 0,
+        "clips_decode": sum(vae_bytes(configs, "decode", clip, **settings)),  # the first clips are decoded again for the preview
     }
+    if not args.validation_prompt:
+        return phases | {"sampling": 0, "decoding": 0}
+    shown = shown_shape(args)
+    decoding = phases["clips_decode"] if shown == clip else sum(vae_bytes(configs, "decode", shown, **settings))
+    sampling = sampling_bytes(configs, args, shown, device)
+    if image_channels(configs):
+        weights, working = vae_bytes(configs, "encode", (1, *shown[1:]), **settings)
+        sampling = weights + max(sampling, working)
+    return phases | {"sampling": sampling, "decoding": decoding}
 
 
 def split_over(parts, configs, args, engine, processes):

@@ -401,7 +401,7 @@ def describe(records, facts, readings, limit, framing, held_out=(), left_out=(),
     mute = [clip for clip, reading in zip(clips, readings, strict=True) if not reading.has_letters and not clip["problem"]]
     listed = len({clip["line"] for clip in clips})
     found = [f"{listed} clips give {len(clips)} windows (--windows {windows})"] if windows != "one" and clips else []
-    found += [*remarks(clips, usable, totals, limit, framing), *content_remarks(clips, facts)]
+    found += [*remarks(clips, usable, totals, limit, framing), *content_remarks(clips, facts), *shot_remarks(usable)]
     found += [*caption_remarks(usable, alike, mute, limit), *left_out_remarks(left_out)]
     return {"clips": clips, "totals": totals, "remarks": found, "left_out": list(left_out)}
 
@@ -492,6 +492,17 @@ def content_remarks(clips, facts):
     if copies := [clip for clip, span in spans if clip["split"] == "held out" and not trained.isdisjoint(span)]:
         score = "their score does not detect memorising"
         yield f"{len(copies)} of the held-out clips {alike} a training clip: {score}: {some(copies)}"
+
+
+def shot_remarks(usable):
+    """Sentences about clips whose first or last frames seem to be of another shot. usable: clips of `describe`."""
+    rule = "name the part to train in the list (FILE | START-END)"
+    if begin := [clip for clip in usable if clip.get("shot_before")]:
+        image = "the first frame has a latent of its own, and is the image of image-to-video"
+        skip = f"--skip_frames_start {max(clip['shot_before'] for clip in begin)}"
+        yield f"{len(begin)} clips begin with frames that seem to be of the shot before; {image}: {skip}, or {rule}: {some(begin)}"
+    if end := [clip for clip in usable if clip.get("shot_after")]:
+        yield f"{len(end)} clips end with frames that seem to be of the shot after: {rule}: {some(end)}"
 
 
 def caption_remarks(usable, alike, mute, limit):

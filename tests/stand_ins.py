@@ -1,6 +1,7 @@
 """What the watchers of the loop ask of a run, in small: one process on the CPU and a model of two weights, no model folder."""
 
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -9,7 +10,10 @@ import torch
 from accelerate.utils import DistributedType, LoggerType
 
 from cogvideox import engine, lora
+from cogvideox.folder import COGVIDEOX_2B
 from cogvideox.order import Plan
+
+UNSCALED = replace(COGVIDEOX_2B, scaling_factor=1.0)  # latents are the samples themselves
 
 FLAGS = {
     "training_type": "lora",
@@ -122,6 +126,7 @@ class Noise:
 
     vae = ("vae",)
     clip_keys, prompt_keys = [f"clip {number}" for number in range(9)], [f"caption {number}" for number in range(9)]
+    image_keys = ()  # of a text-to-video model
     caption_keys = {text: f"key of {text}" for text in ("", "a rabbit", "a bird", "a fox", "OLDFILM a rabbit")}
 
     def moments(self, clip, flipped=False):

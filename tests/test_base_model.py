@@ -12,7 +12,7 @@ from diffusers import CogVideoXDDIMScheduler
 from cogvideox import base_model, encodings, launch, lora, scoring, stopping, validation
 from cogvideox.model import load_transformer
 from cogvideox.video import write_video
-from tests.stand_ins import Noise, clips_of, flags_of, make_trained, plan_of
+from tests.stand_ins import UNSCALED, Noise, clips_of, flags_of, make_trained, plan_of
 
 SCHEDULER = CogVideoXDDIMScheduler()
 
@@ -31,7 +31,7 @@ def score_of(folder, identity="model", **flags):
         return model.trained.mean().expand(1)
 
     args = flags_of(folder, **{"eval_clips": 2} | flags)
-    scorer = scoring.Scorer(args, make_trained(), losses, Noise(), clips_of(4, 2), 1.0, 1000, (), identity)
+    scorer = scoring.Scorer(args, make_trained(), losses, Noise(), clips_of(4, 2), UNSCALED, 1000, (), identity)
     scorer.score_what_training_changes()
     return scorer.base, len(calls)
 
@@ -52,7 +52,7 @@ def test_the_same_clips_under_other_numbers_have_other_noise_and_another_score(t
         data = clips_of(9)
         data.own = clips
         args = flags_of(tmp_path, eval_clips=2)
-        return scoring.Scorer(args, make_trained(), None, encodings, data, 1.0, 1000).base_key
+        return scoring.Scorer(args, make_trained(), None, encodings, data, UNSCALED, 1000).base_key
 
     assert key(Noise(), [0, 1]) == key(Noise(), [0, 1])
     assert key(Noise(), [0, 1]) != key(Shifted(), [1, 2])
@@ -307,7 +307,7 @@ def signal_after(monkeypatch, passes):
 def test_a_signal_ends_a_score_after_the_forward_pass_that_it_met(tmp_path, monkeypatch):
     counted, losses = signal_after(monkeypatch, 3)
     args, logged = flags_of(tmp_path, eval_clips=2), []
-    scorer = scoring.Scorer(args, make_trained(), losses, Noise(), clips_of(4), 1.0, 1000)
+    scorer = scoring.Scorer(args, make_trained(), losses, Noise(), clips_of(4), UNSCALED, 1000)
     scorer.base = {"train": [1.0] * 4, "held_out": None, "gap": None}
     scorer.follow(SimpleNamespace(is_due=lambda step, last: True), None)
     scorer.begin(SimpleNamespace(log=logged.append))
@@ -328,7 +328,7 @@ def test_a_resumed_run_that_finds_its_base_in_the_cache_logs_it(tmp_path):
     trained = make_trained()
     torch.nn.init.constant_(trained.transformer.trained, 2.0)
     scorer = scoring.Scorer(
-        args, trained, lambda model, batch: model.trained.mean().expand(1), Noise(), clips_of(4, 2), 1.0, 1000, (), "model"
+        args, trained, lambda model, batch: model.trained.mean().expand(1), Noise(), clips_of(4, 2), UNSCALED, 1000, (), "model"
     )
     scorer.follow(SimpleNamespace(is_due=lambda step, last: True, save_best=lambda step: None), None)
     scorer.begin(SimpleNamespace(log=logged.append))
@@ -339,7 +339,7 @@ def test_a_resumed_run_that_finds_its_base_in_the_cache_logs_it(tmp_path):
 
 def test_a_signal_before_training_ends_the_base_score_and_the_run(tmp_path, monkeypatch):
     counted, losses = signal_after(monkeypatch, 1)
-    scorer = scoring.Scorer(flags_of(tmp_path, eval_clips=2), make_trained(), losses, Noise(), clips_of(4), 1.0, 1000)
+    scorer = scoring.Scorer(flags_of(tmp_path, eval_clips=2), make_trained(), losses, Noise(), clips_of(4), UNSCALED, 1000)
     with pytest.raises(SystemExit) as ended:
         scorer.score_what_training_changes()
     assert ended.value.code == 128 + 15

@@ -341,7 +341,8 @@ def test_cells_of_parquet_and_of_the_datasets_package_are_checked_too(tmp_path, 
 
     hub = SimpleNamespace(Video=dict, load_dataset=lambda *args, **settings: Rows(rows))
     monkeypatch.setitem(sys.modules, "datasets", hub)
-    args = {"dataset_name": "a/b", "dataset_config_name": None, "cache_dir": None, "caption_column": None, "video_column": None}
+    args = {"dataset_name": "a/b", "dataset_config_name": None, "cache_dir": None}
+    args |= {"caption_column": None, "video_column": None, "image_column": None}
     records, problems, _ = list_clips(SimpleNamespace(**args, id_token=None, encoding_cache_dir=tmp_path))
     assert [record.caption for record in records] == ["a bird"]
     assert problems == [f"a/b:{number}: {fault}" for number, fault in enumerate(faults, 1)]
@@ -402,6 +403,7 @@ def left_out(root, **settings):
     args = {
         "caption_column": None,
         "video_column": None,
+        "image_column": None,
         "instance_data_root": str(root),
         "eval_data_root": None,
         "prior_data_root": None,
@@ -454,7 +456,7 @@ def test_a_caption_without_a_clip_and_a_clip_without_a_list_are_named_and_runs_a
     assert left_out(clips, **settings) == ["videos/02.mp4", "labels/99.txt"]
     shutil.move(clips / "videos", tmp_path / "elsewhere")
     (clips / "videos").symlink_to(tmp_path / "elsewhere")
-    args = SimpleNamespace(caption_column=None, video_column=None, instance_data_root=str(clips), **settings)
+    args = SimpleNamespace(caption_column=None, video_column=None, image_column=None, instance_data_root=str(clips), **settings)
     records, _, layout = read_records(clips, allow_external_paths=True)
     assert files_left_out(args, clips, records, layout) == ["videos/02.mp4", "labels/99.txt"]
 
@@ -503,7 +505,7 @@ def oddly_named(six_clips, tmp_path, monkeypatch):
 
 def test_every_reader_reads_files_of_any_name(oddly_named, six_clips, tmp_path):
     args = SimpleNamespace(dataset_name=None, instance_data_root=".", caption_column=None, video_column=None, allow_external_paths=False)
-    args.id_token, args.encoding_cache_dir = None, str(tmp_path / "cache")
+    args.id_token, args.image_column, args.encoding_cache_dir = None, None, str(tmp_path / "cache")
     records, problems, _ = list_clips(args)
     assert problems == []
     assert {os.fsencode(record.listed) for record in records} == {*ODD_NAMES, b"\xe9.png"}

@@ -217,6 +217,31 @@ def test_both_scripts_and_that_for_all_weights_differ_in_their_purpose_only(ask)
     assert ask("examples/finetune_sft.sh", MODEL_PATH="mine")[2]["--pretrained_model_name_or_path"] == "mine"
 
 
+@pytest.mark.parametrize("name", sorted(name for name in TRANSFORMERS if name != "2b"))
+def test_the_example_of_a_family_gives_what_its_model_would_choose(ask, name):
+    example = f"examples/cogvideox{'' if name.startswith('1.5') else '_'}{name.replace('-', '_')}.sh"
+    transformer = {part: value for part, value in PRESETS[name]["transformer"].items()}
+    advised = SimpleNamespace(**dict.fromkeys(("height", "width", "max_num_frames", "fps", "validation_scheduler", "use_dynamic_cfg")))
+    fill_in_defaults(advised, facts_of(transformer, PRESETS[name]["vae"]))
+    for shell_script in SCRIPTS:
+        told = ask(example, SCRIPT=shell_script)[2]
+        own = [word for flag, value in told.items() if flag.removeprefix("--") in script.build_parser().declared for word in (flag, value)]
+        args = script.parse_args([word for word in own if word])
+        assert vars(advised).items() <= vars(args).items()
+        assert args.pretrained_model_name_or_path.lower().replace("thudm/cogvideox", "").strip("-") == name
+        plain = ask(shell_script)[2]
+        changed = {flag for flag in told if told[flag] != plain.get(flag)}
+        assert {"--pretrained_model_name_or_path", "--output_dir"} <= changed
+        assert changed <= {
+            "--pretrained_model_name_or_path",
+            "--output_dir",
+            *(f"--{flag}" for flag in vars(advised)),
+            "--noised_image_dropout",
+        }
+        assert ("--noised_image_dropout" in changed) == name.endswith("i2v")
+    assert ask(example, "--max_num_frames", "17", MODEL_PATH="mine")[2]["--max_num_frames"] == "17"
+
+
 def start_listener(tmp_path, script):
     """Start a shell script with a launcher that listens for signals; returns the process once it does."""
     program(tmp_path / "fake", "accelerate", LISTENER)

@@ -1,17 +1,13 @@
 """Which clip a position holds and what noise it gets."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from cogvideox.folder import COGVIDEOX_2B
 from cogvideox.order import clip_at, epoch_length, epoch_order, positions_of, sampled_timestep, seeded_generator
 from dataset import TrainingClips
-from tests.stand_ins import Noise, plan_of
+from tests.stand_ins import UNSCALED, Noise, plan_of
 
 FIVE = (0,) * 5
-UNSCALED = replace(COGVIDEOX_2B, scaling_factor=1.0)
 
 
 class Stored:

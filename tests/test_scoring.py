@@ -18,7 +18,7 @@ from cogvideox import launch, order, scoring, validation
 from cogvideox.files import read_json_lines
 from dataset import list_clips, list_eval_clips, list_prior_clips
 from tests.conftest import lora_of, same, words
-from tests.stand_ins import Noise, OneProcess, TwoWeights, clips_of, flags_of, make_trained, plan_of, train_one_step
+from tests.stand_ins import UNSCALED, Noise, OneProcess, TwoWeights, clips_of, flags_of, make_trained, plan_of, train_one_step
 
 KEYS = {"step", "eval_train_loss", "eval_held_out_loss", "eval_train_base_loss", "eval_held_out_base_loss", "eval_caption_gap"}
 KEYS |= {"eval_caption_base_gap", "eval_bands", "eval_clips", "update_share", "best_step"}
@@ -285,7 +285,7 @@ def scorer_of(output_dir, trained=None, saves=(), videos=(), held_out=2, run_ide
     """A scorer of a new run. saves, videos: the steps at which a checkpoint and videos are due. Returns (scorer, watcher)."""
     trained, data = trained or make_trained(), clips_of(4, held_out)
     args = flags_of(output_dir, **{"eval_clips": 2} | flags)
-    scorer = scoring.Scorer(args, trained, loss_of_weight, Noise(), data, 1.0, 1000, run_identity, run_identity)
+    scorer = scoring.Scorer(args, trained, loss_of_weight, Noise(), data, UNSCALED, 1000, run_identity, run_identity)
     watcher = Watcher(saves)
     scorer.follow(watcher, SimpleNamespace(is_due=lambda step, last=False: step in videos))
     scorer.score_what_training_changes()
@@ -327,10 +327,10 @@ def test_a_scorer_without_clips_asks_nothing_of_the_model(tmp_path):
         raise AssertionError("scored")
 
     args = flags_of(tmp_path, eval_clips=0)
-    assert scoring.Scorer(args, make_trained(), score, Noise(), clips_of(4), 1.0, 1000).base is None
+    assert scoring.Scorer(args, make_trained(), score, Noise(), clips_of(4), UNSCALED, 1000).base is None
     with pytest.raises(AssertionError, match="scored"):
         scoring.Scorer(
-            flags_of(tmp_path, eval_clips=1), make_trained(), score, Noise(), clips_of(4), 1.0, 1000
+            flags_of(tmp_path, eval_clips=1), make_trained(), score, Noise(), clips_of(4), UNSCALED, 1000
         ).score_what_training_changes()
 
 

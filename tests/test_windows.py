@@ -135,7 +135,7 @@ def test_columns_of_parquet_and_of_the_datasets_package_name_windows(two_files, 
     monkeypatch.setitem(__import__("sys").modules, "datasets", package)
     monkeypatch.chdir(two_files)
     args = SimpleNamespace(dataset_name="some/clips", dataset_config_name=None, cache_dir=None, caption_column=None, video_column=None)
-    args.id_token, args.encoding_cache_dir = None, two_files
+    args.id_token, args.image_column, args.encoding_cache_dir = None, None, two_files
     assert_rows_are_read(*list_clips(args)[:2])
 
 

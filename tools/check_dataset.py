@@ -11,8 +11,8 @@ import numpy as np
 
 from cogvideox import flags
 from cogvideox.console import BAD_DATA, fail
-from cogvideox.decode import clip_framing
-from cogvideox.folder import COGVIDEOX_2B, load_tokenizer
+from cogvideox.decode import clip_framing, image_request
+from cogvideox.folder import COGVIDEOX_2B, fill_in_defaults, load_tokenizer
 from cogvideox.motion import STATIC, motion
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.survey import (
@@ -23,9 +23,11 @@ from cogvideox.survey import (
     printable,
     read_captions,
     survey_clips,
+    survey_images,
     survey_windows,
     table_lines,
     unusable,
+    without_bad_images,
     without_unreadable,
 )
 from cogvideox.video import contact_sheet, film_strip
@@ -46,17 +48,26 @@ def thumbnail(frames):
 
 
 def look(records, clips, framing, seed, readers):
-    """Decode the clips that can be used. Returns (rows of the contact sheet, names of static clips, pairs of near-duplicates)."""
+    """Decode the clips that can be used, and their own images. Returns (rows of the contact sheet, names of static clips, pairs of
+    near-duplicates)."""
     good = [record for record, clip in zip(records, clips, strict=True) if "reason" not in clip]
     rows, static, small = [], [], []
-    for record, (_, frames, reason) in zip(good, readers.read_all([(r.path, clip_framing(r, framing, seed)) for r in good]), strict=True):
+    for record, (clip, frames, reason) in zip(
+        good, readers.read_all([(r.path, clip_framing(r, framing, seed)) for r in good]), strict=True
+    ):
         if reason:
             continue
         moves = motion(frames, framing.fps)
         static += [printable(record.listed)] if moves is not None and moves < STATIC else []
         small.append((printable(record.listed), thumbnail(frames)))
         if len(rows) < MOST_ON_SHEET:
-            rows.append((f"{record.listed}: {record.caption}", film_strip(frames, widest=160)[None]))
+            strip, label = film_strip(frames, widest=160), record.listed
+            if record.image:
+                [(_, image, _)] = readers.read_all([image_request(record, framing, seed, (clip["height"], clip["width"]))])
+                gap = np.full((len(strip), 4, 3), 255, np.uint8)
+                strip = strip if image is None else np.concatenate([film_strip(image, widest=160), gap, strip], axis=1)
+                label = f"{Path(record.image).name} + {label}"
+            rows.append((f"{label}: {record.caption}", strip[None]))
     names, pictures = [name for name, _ in small], np.stack([t.ravel() for _, t in small]) if small else np.zeros((0, 1))
     pairs = []
     for i in range(len(names)):
@@ -114,6 +125,7 @@ def main(words=None):
     args.instance_data_root = args.root or args.instance_data_root
     if problems := flags.out_of_bounds(args) + flags.check_data_flags(args):
         flags.refuse(parser, problems)
+    fill_in_defaults(args, COGVIDEOX_2B)
 
     records, problems, layout = list_clips(args)
     priors, prior_problems, _ = list_prior_clips(args)
@@ -125,6 +137,8 @@ def main(words=None):
         records, clips, parts_of, _ = survey_windows(
             args.windows, listed, framing, lambda records: survey_clips(records, framing, args.seed, cache, readers)
         )
+        images = survey_images(records, clips, framing, args.seed, cache, readers)
+        clips = without_bad_images(clips, images)
         readings = read_captions(args.id_token, tokenizer, records)
         problems += caption_problems(args.id_token, tokenizer, records, readings, limit)
         clips = without_unreadable(clips, readings)
@@ -132,7 +146,7 @@ def main(words=None):
     prior = {i for i, part in enumerate(parts_of) if part >= before_prior}
     good = [clip for clip in clips if "reason" not in clip]
     own = [clip for i, clip in enumerate(clips) if "reason" not in clip and i not in prior]
-    dataset = describe(records, clips, readings, limit, framing, left_out=left_out, windows=args.windows, prior=prior)
+    dataset = describe(records, clips, readings, limit, framing, left_out=left_out, windows=args.windows, prior=prior, images=images)
     captioned = [listed[part] for part in sorted({parts_of[i] for i, clip in enumerate(clips) if "reason" not in clip and i not in prior})]
     dataset["remarks"] += [*caption_audit(captioned, args.id_token, args.instance_data_root), *alike_captions(captioned)]
     print(f"{layout} of {args.dataset_name or args.instance_data_root}\n")
