@@ -4,6 +4,7 @@ The training loss is mostly noise: every step draws other clips, noise and times
 a run differ only by the training in between.
 """
 
+import functools
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import default_collate
 
 from cogvideox import base_model, report
-from cogvideox.console import progress, say, timed
+from cogvideox.console import progress, say, timed, warn
 from cogvideox.files import key_of, read_json_lines
 from cogvideox.launch import free
 from cogvideox.lora import lora_modules
@@ -24,6 +25,7 @@ BANDS = 4  # the schedule is split into 4 equal bands, each scored at its middle
 SMALL = 0.01  # a smaller relative change of the loss, against the base model's, counts as no change
 LEAST_CAPTIONS = 4  # fewer captions give no meaningful gap
 CLEAR_GAP = 0.02  # a relative caption gap above this counts even if its standard error is larger
+CLEAR_SCALING = 0.02  # the base model's loss must be lower by this much for another scaling of the image to be named
 
 
 def spread(clips, most):
@@ -103,6 +105,35 @@ def base_score(transformer, score_of):
     """
     with base_model.without_lora(transformer):
         return score_of(transformer)
+
+
+def image_scalings(facts):
+    """The factors of the image's latent that trainers and samplers of image-to-video models have used; the pipeline's own first.
+
+    The authors' own sampler takes 1 for 1.5, diffusers 1 / 0.7, and other trainers 0.7: a LoRA trained with one of them sees an
+    image of another size in a pipeline that takes another.
+    """
+    others = {1.0, facts.scaling_factor, 1 / facts.scaling_factor} - {facts.image_scaling_factor}
+    return [facts.image_scaling_factor, *sorted(others)]
+
+
+def scaling_sentence(losses):
+    """What the base model's losses say about the scaling of the image. losses: factor -> loss, the pipeline's own factor first.
+
+    Returns (sentence, whether another factor is clearly better).
+    """
+    (own, loss), *others = losses.items()
+    told = ", ".join(f"{other / loss - 1:+.1%} with {factor:.3g}" for factor, other in others)
+    best = min(losses, key=losses.get)
+    if losses[best] > (1 - CLEAR_SCALING) * loss:
+        return (
+            f"image scaling: the pipeline multiplies the image's latent by {own:.3g}, and so does training (the base's loss: {told})",
+            False,
+        )
+    return (
+        f"image scaling: the base model's loss is lower with the image's latent multiplied by {best:.3g} than by {own:.3g}, which this "
+        f"folder's pipeline takes ({told}): are scaling_factor and invert_scale_latents in vae/config.json those of this model?"
+    ), True
 
 
 @torch.no_grad()
@@ -196,6 +227,7 @@ class Scorer:
 
     def __init__(self, args, trained, clip_losses, encodings, data, facts, num_train_timesteps, run_identity=(), base_identity=""):
         self.args, self.trained, self.clip_losses, self.encodings = args, trained, clip_losses, encodings
+        self.facts = facts
         self.noise, self.num_train_timesteps = (args.seed, facts, num_train_timesteps), num_train_timesteps
         self.output_dir, self.captions = Path(args.output_dir), [record.caption for record in data.records]
         self.sets = {"train": spread(data.own, args.eval_clips), "held_out": spread(data.held_out, args.eval_clips)}
@@ -223,9 +255,25 @@ class Scorer:
         """Score the base model and keep the score in the cache. Returns None if a signal requested a stop."""
         with timed("score the base model"):
             score = base_score(full_model, self.score)
+        if score and self.facts.image_channels:
+            with timed("compare scalings of the image"):
+                score = self.with_scalings(full_model, score)
         if score and self.trained.is_main:
             base_model.write_score(self.args.encoding_cache_dir, self.base_key, score)
         return score
+
+    def with_scalings(self, full_model, score):
+        """The base model's score with "image_scalings", factor -> its mean loss. None as `score`."""
+        factors, losses = image_scalings(self.facts), {}
+        for factor in factors:
+            scored = base_score(full_model, functools.partial(self.score, with_gap=False, image_factor=factor / factors[0]))
+            if not scored:
+                return None
+            values = [*scored["train"], *(scored["held_out"] or [])]
+            losses[factor] = sum(values) / len(values)
+        sentence, is_doubtful = scaling_sentence(losses)
+        (warn if is_doubtful else say)(sentence)
+        return score | {"image_scalings": {f"{factor:.6g}": loss for factor, loss in losses.items()}}
 
     def earlier_lines(self):
         """The scores of the same clips in metrics.jsonl, the same on all ranks."""
@@ -248,11 +296,11 @@ class Scorer:
         """Start scoring, after the checkpoint is loaded and metrics.jsonl is truncated to its step."""
         self.meter, self.lines = meter, self.earlier_lines()
 
-    def score(self, transformer, with_gap=True):
-        """The function `score` on this run's clips."""
+    def score(self, transformer, with_gap=True, image_factor=1.0):
+        """The function `score` on this run's clips. image_factor: of the image's latents."""
 
         def losses(batch):
-            return self.clip_losses(transformer, batch)
+            return self.clip_losses(transformer, batch | {"image": batch["image"] * image_factor})
 
         return score(
             self.trained.accelerator, transformer, losses, self.encodings, self.sets, self.captions, *self.noise, with_gap

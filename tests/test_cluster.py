@@ -13,10 +13,15 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed.launcher.api import LaunchConfig
 
+import train_cogvideox_lora as script
+from cogvideox.folder import facts_of, fill_in_defaults
+from cogvideox.memory import PRESETS
+from demo.make_model import TRANSFORMERS
 from tests.conftest import ROOT, environment, lora_of, same, words
 from tests.forked import free_port
 from tests.test_launch import GUIDE
@@ -220,9 +225,8 @@ def test_both_scripts_and_that_for_all_weights_differ_in_their_purpose_only(ask)
 @pytest.mark.parametrize("name", sorted(name for name in TRANSFORMERS if name != "2b"))
 def test_the_example_of_a_family_gives_what_its_model_would_choose(ask, name):
     example = f"examples/cogvideox{'' if name.startswith('1.5') else '_'}{name.replace('-', '_')}.sh"
-    transformer = {part: value for part, value in PRESETS[name]["transformer"].items()}
     advised = SimpleNamespace(**dict.fromkeys(("height", "width", "max_num_frames", "fps", "validation_scheduler", "use_dynamic_cfg")))
-    fill_in_defaults(advised, facts_of(transformer, PRESETS[name]["vae"]))
+    fill_in_defaults(advised, facts_of(PRESETS[name]["transformer"], PRESETS[name]["vae"]))
     for shell_script in SCRIPTS:
         told = ask(example, SCRIPT=shell_script)[2]
         own = [word for flag, value in told.items() if flag.removeprefix("--") in script.build_parser().declared for word in (flag, value)]

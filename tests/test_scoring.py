@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -579,3 +580,36 @@ def test_the_base_of_another_model_or_other_noise_is_scored_again(identity, flag
     resumed, _ = scorer_of(tmp_path, run_identity=identity, resume_from_checkpoint="latest", **flags)
     assert bool(asked) == scored_again
     assert (resumed.earlier_lines() == []) == scored_again
+
+
+class NoiseAndImage(Noise):
+    """The same of an image-to-video model, whose images are ones."""
+
+    image_keys = [f"image {number}" for number in range(9)]
+
+    def image(self, clip, flipped=False):
+        return torch.cat([torch.ones(1, 2, 2, 2), torch.full((1, 2, 2, 2), -30.0)], dim=1)
+
+
+@pytest.mark.parametrize(("known_factor", "is_doubtful"), [(1 / 0.7, False), (0.7, True), (1.0, True)])
+def test_the_base_tells_which_scaling_of_the_image_its_weights_know(tmp_path, capsys, known_factor, is_doubtful):
+    facts = replace(UNSCALED, image_channels=2, scaling_factor=0.7, image_scaling_factor=1 / 0.7)
+
+    def losses(model, batch):  # least where the image is as large as the weights know it
+        return 1 + (batch["image"][:, 0].mean(dim=(1, 2, 3)) - known_factor).abs()
+
+    args = flags_of(tmp_path, eval_clips=2)
+    scorer = scoring.Scorer(args, make_trained(), losses, NoiseAndImage(), clips_of(4, 2), facts, 1000)
+    base = scorer.score_base(scorer.trained.transformer)
+    least = min(base["image_scalings"], key=base["image_scalings"].get)
+    assert float(least) == pytest.approx(known_factor, rel=1e-4)
+    told = capsys.readouterr()
+    assert ("are scaling_factor and invert_scale_latents in vae/config.json those of this model?" in told.err) == is_doubtful
+    assert ("and so does training" in told.out + told.err) != is_doubtful
+    assert scoring.Scorer(args, make_trained(), losses, NoiseAndImage(), clips_of(4, 2), facts, 1000).base == base  # from the cache
+
+
+def test_a_text_to_video_model_has_no_scaling_of_an_image(tmp_path, capsys):
+    scorer, _ = scorer_of(tmp_path, eval_steps=1)
+    assert "image_scalings" not in scorer.score_base(scorer.trained.transformer)
+    assert "image scaling" not in "".join(capsys.readouterr())

@@ -29,8 +29,9 @@ DISTURBED = 0.1  # share of the CPUs that other processes may use before a sampl
 
 
 def environment_of(threads):
-    """The environment of every process that is started here."""
-    return os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    """The environment of every process that is started here; what PYTHONPATH names stays there, as packages may lie in it."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
 def run_worker(job, threads):

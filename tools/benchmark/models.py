@@ -5,8 +5,10 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 
+from cogvideox import memory
 from cogvideox.folder import COGVIDEOX_2B, latent_shape
-from demo.make_model import imitate_trained_moments
+from demo.make_model import TRANSFORMERS, imitate_trained_moments
+from demo.make_model import VAES as FAMILY_VAES
 from tools.benchmark.harness import ROOT
 from tools.benchmark.sizes import SIZES, VAES
 
@@ -38,9 +40,18 @@ def random_model(build, dtype, seed=0, device="cpu"):
     return model.to(device, dtype).requires_grad_(False)
 
 
-def make_transformer(size, dtype, device="cpu"):
+def configs_of_size(size, family="2b"):
+    """(the transformer's config, the VAE's) of a size: as published at the size of the 2B, or a small model of the family."""
+    if size == "2b":
+        return memory.PRESETS[family]["transformer"], memory.PRESETS[family]["vae"]
+    clip = {"sample_frames": 9, "sample_height": 4, "sample_width": 6} if family != "2b" else {}
+    return SIZES[size]["transformer"] | TRANSFORMERS[family] | clip, FAMILY_VAES[family]
+
+
+def make_transformer(size, dtype, device="cpu", family="2b"):
     """The transformer of a size."""
-    return random_model(lambda: CogVideoXTransformer3DModel(**SIZES[size]["transformer"]), dtype, device=device)
+    config = configs_of_size(size, family)[0]
+    return random_model(lambda: CogVideoXTransformer3DModel(**config), dtype, device=device)
 
 
 def make_text_encoder(size, dtype, device="cpu"):
@@ -67,9 +78,9 @@ def demo_captions(count):
     return (ROOT / "demo/dataset/prompts.txt").read_text().splitlines()[:count]
 
 
-def random_moments(count, shape):
+def random_moments(count, shape, seed=1):
     """Random posteriors [count, 2C, F', H', W'] of clips of a shape: means, and logarithms of small variances."""
-    generator = torch.Generator().manual_seed(1)
-    frames, channels, height, width = latent_shape(COGVIDEOX_2B, *shape)
+    generator = torch.Generator().manual_seed(seed)
+    frames, channels, height, width = latent_shape(COGVIDEOX_2B, *shape)  # in all families: they share the VAE
     means = torch.randn(count, channels, frames, height, width, generator=generator)
     return torch.cat([means, torch.full_like(means, -8.0)], dim=1)

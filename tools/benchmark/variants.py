@@ -25,13 +25,13 @@ from torch.utils.data import DataLoader
 
 from cogvideox import encodings, model
 from cogvideox.decode import Framing, read_clip
-from cogvideox.folder import COGVIDEOX_2B, PRECISIONS, load_tokenizer
+from cogvideox.folder import COGVIDEOX_2B, PRECISIONS, facts_of, load_tokenizer
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.video import read_video, write_video
 from demo.make_model import make_scheduler
 from tools.benchmark.counters import count_collectives, count_flops, matmul_peak, tensors_mib
 from tools.benchmark.harness import ROOT, machine_facts, seconds_of
-from tools.benchmark.models import demo_captions, make_text_encoder, make_transformer, make_vae, random_moments
+from tools.benchmark.models import configs_of_size, demo_captions, make_text_encoder, make_transformer, make_vae, random_moments
 from tools.benchmark.sizes import TEXT_LENGTH
 
 CLIPS = 4  # that a step is trained on
@@ -93,7 +93,8 @@ def our_run(job, folder):
     scheduler = make_scheduler()
     torch.manual_seed(0)
     device = "cpu" if engine.splits_weights(accelerator) else accelerator.device
-    transformer = make_transformer(job["size"], torch.float32 if everything else dtype, device)
+    family = job.get("family", "2b")
+    transformer = make_transformer(job["size"], torch.float32 if everything else dtype, device, family)
     model.keep_position_tables(transformer.patch_embed)  # as load_transformer does
     if everything:
         transformer.requires_grad_(True)
@@ -104,13 +105,15 @@ def our_run(job, folder):
     compute_loss, clip_losses = script.make_losses(args, transformer, scheduler, dtype, accelerator.device)
 
     stored = write_encodings(folder, job["shape"], transformer.config.text_embed_dim, dtype)
-    batches = our_batches(stored, args.seed, accelerator, batch_size, steps, scheduler)
+    facts = facts_of(*configs_of_size(job["size"], family))
+    batches = our_batches(stored, args.seed, accelerator, batch_size, steps, scheduler, facts)
     optimizer = script.make_optimizer(args, parameters, args.learning_rate)
     schedule = script.make_schedule(args, optimizer, steps)
     wrapped, optimizer, parameters = engine.prepare(accelerator, transformer, optimizer, batch_size, args.max_grad_norm, dtype)
     kind = checkpoint.RESULTS[args.training_type]
     trained = engine.Trained(accelerator, transformer, wrapped, parameters, optimizer, schedule, dtype=dtype, kind=kind)
-    attention.settle(args, trained, next(our_batches(stored, args.seed, accelerator, batch_size, 1, scheduler)))  # as the rehearsal does
+    first = next(our_batches(stored, args.seed, accelerator, batch_size, 1, scheduler, facts))
+    attention.settle(args, trained, first)  # as the rehearsal does
     numbers = itertools.count(1)
 
     def step():
@@ -137,22 +140,24 @@ def set_checkpointing(transformer, setting):
 
 
 def write_encodings(folder, shape, width, dtype):
-    """Write encodings of random clips of a shape and of captions [TEXT_LENGTH, width] to a cache. Returns its Encodings."""
+    """Write encodings of random clips of a shape, of images and of captions [TEXT_LENGTH, width] to a cache. Returns its Encodings."""
     names = [f"{i:040d}" for i in range(CLIPS)]
     for name, clip in zip(names, random_moments(CLIPS, shape), strict=True):
         encodings.write_entry(encodings.entry_path(folder, "clips", name), clip.to(dtype))
         encodings.write_entry(encodings.entry_path(folder, "captions", name), torch.randn(TEXT_LENGTH, width).to(dtype))
-    return encodings.Encodings(folder, names, names, names, {"": names[0]})
+        images = random_moments(encodings.IMAGE_DRAWS, (1, *shape[1:]), seed=2)[:, :, 0]
+        encodings.write_entry(encodings.entry_path(folder, "images", name), images.to(dtype))
+    return encodings.Encodings(folder, names, names, names, {"": names[0]}, image_keys=names, flipped_image_keys=names)
 
 
-def our_batches(stored, seed, accelerator, batch_size, steps, scheduler):
+def our_batches(stored, seed, accelerator, batch_size, steps, scheduler, facts=COGVIDEOX_2B):
     """An iterator over the batches of so many steps, of this process, in the trainer's order."""
     from cogvideox import order
     from dataset import TrainingClips
 
     rank, processes = accelerator.process_index, accelerator.num_processes
     plan = order.Plan(seed, tuple(range(CLIPS)), (0,) * CLIPS, batch_size * processes, CLIPS, steps)
-    clips = TrainingClips(stored, plan.clip_of, seed, COGVIDEOX_2B, scheduler.config.num_train_timesteps)
+    clips = TrainingClips(stored, plan.clip_of, seed, facts, scheduler.config.num_train_timesteps)
     return iter(DataLoader(clips, batch_sampler=list(order.positions_of(rank, processes, batch_size, 1, 0, steps))))
 
 

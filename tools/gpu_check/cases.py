@@ -12,6 +12,7 @@ CASES = {
     "encode": ("phases", 45, 150, "the VAE, tiled and untiled, and T5 take the predicted memory"),
     "looking": ("phases", 50, 180, "what a video, a score and a checkpoint cost; the size of a checkpoint is the predicted one"),
     "base": ("exactness", 30, 120, "the base's loss on fixed noise, in its stored precision and in bf16"),
+    "families": ("families", 200, 420, "the 5B, 1.5 and image-to-video train at their own sizes in the predicted memory"),
     "engines": ("steps", 240, 480, "with two GPUs: DDP, FSDP2, ZeRO-2 and ZeRO-3 train what one process trains"),
 }
 SHAPES = {"tiny": (9, 32, 48), "mid": (9, 96, 96), "2b": (49, 480, 720)}  # frames, height and width in pixels, by size
