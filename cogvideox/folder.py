@@ -354,6 +354,7 @@ def fill_in_defaults(args, facts):
     rotary = facts.positions != "sincos"
     advised = {"height": facts.sample_size[0], "width": facts.sample_size[1], "max_num_frames": facts.sample_frames, "fps": facts.fps}
     advised |= {"validation_scheduler": "dpm" if rotary else "stored", "use_dynamic_cfg": rotary}
+    advised |= {"num_frames": advised["max_num_frames"], "scheduler": advised["validation_scheduler"]}  # tools.generate's names
     for name, value in advised.items():
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, value)

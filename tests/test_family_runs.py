@@ -1,0 +1,169 @@
+"""Each family of CogVideoX: its videos are those of its own stock pipeline, and its runs are trained, resumed, shown and used."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from cogvideox import folder as folder_of
+from cogvideox import model, validation
+from cogvideox.files import LORA_FILE
+from cogvideox.video import write_video
+from tests.conftest import FAMILIES, same
+from tests.stand_ins import flags_of
+from tools import generate
+
+IMAGE_TO_VIDEO = [family for family in FAMILIES if "i2v" in family]
+CPU = torch.device("cpu")
+SETTINGS = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 3, "guidance_scale": 6.0}
+
+
+def picture(seed=0):
+    """A picture of the videos' size, uint8 [H, W, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+
+
+def advised(folder):
+    """(--validation_scheduler, --use_dynamic_cfg) of a model, as a run without these flags has them."""
+    args = flags_of("", validation_scheduler=None, use_dynamic_cfg=None)
+    folder_of.fill_in_defaults(args, folder_of.read_facts(folder))
+    return args.validation_scheduler, args.use_dynamic_cfg
+
+
+def prompt_embeddings():
+    """Of a prompt and of the negative one, [T, D] each."""
+    return torch.randn(2, 226, 32, generator=torch.Generator().manual_seed(5))
+
+
+def our_video(folder, monkeypatch, image=None, seed=1, **settings):
+    """The frames of the only validation video, before they are compressed, uint8 [F, H, W, 3]."""
+    kept, (sampler, dynamic) = [], advised(folder)
+    scheduler = validation.sampler_of(model.load_scheduler(folder), sampler)
+    prompt, negative = prompt_embeddings()
+    with monkeypatch.context() as patch:
+        patch.setattr(validation, "write_video", lambda path, frames, fps: kept.append(frames))
+        failures = validation.validate(
+            folder, validation.video_jobs(["a rabbit"], 1, seed), 0, 1, model.load_transformer(folder, torch.float32), scheduler,
+            ([prompt], negative), lambda: model.load_vae(folder, CPU), CPU, 8.0, SETTINGS | {"use_dynamic_cfg": dynamic} | settings,
+            [] if image is None else [image],
+        )  # fmt: skip
+    assert failures == []
+    return kept[0].astype(int)
+
+
+def stock_video(folder, image=None, seed=1, result=None, **settings):
+    """The same video from diffusers' own calls, as the authors advise them for the family. result: the folder of a run's LoRA or
+    transformer."""
+    pipeline = DiffusionPipeline.from_pretrained(folder)  # its own class
+    pipeline.set_progress_bar_config(disable=True)
+    if result and (result / LORA_FILE).exists():
+        pipeline.load_lora_weights(str(result), weight_name=LORA_FILE)
+    elif result:
+        pipeline.transformer = type(pipeline.transformer).from_pretrained(result / "transformer")
+    rotary = pipeline.transformer.config.use_rotary_positional_embeddings
+    if rotary:
+        pipeline.scheduler = CogVideoXDPMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    prompt, negative = prompt_embeddings()
+    text = {} if "prompt" in settings else {"prompt_embeds": prompt[None], "negative_prompt_embeds": negative[None]}
+    given = text | ({} if image is None else {"image": Image.fromarray(image)})
+    generator = torch.Generator().manual_seed(seed)
+    made = pipeline(generator=generator, use_dynamic_cfg=rotary, output_type="np", **SETTINGS | given | settings)
+    return np.round(made.frames[0] * 255).astype(int)
+
+
+def image_for(family, seed=0):
+    return picture(seed) if family in IMAGE_TO_VIDEO else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_validation_video_is_the_stock_pipelines(family_model, family, monkeypatch):
+    folder, image = family_model(family), image_for(family)
+    ours = our_video(folder, monkeypatch, image)
+    theirs = stock_video(folder, image)
+    assert ours.shape == (9, 32, 48, 3)
+    assert np.abs(ours - theirs).max() <= 1
+    assert np.abs(our_video(folder, monkeypatch, image, seed=2) - theirs).max() > 3
+    if family in IMAGE_TO_VIDEO:
+        assert np.abs(our_video(folder, monkeypatch, image_for(family, seed=1)) - theirs).max() > 3
+    if folder_of.read_facts(folder).latents_per_patch > 1:
+        with monkeypatch.context() as patch:
+            patch.setattr(validation, "drop_padding", lambda latents, *rest: latents)
+            kept = our_video(folder, patch, image)
+        assert np.abs(kept[-9:] - theirs).max() > 3  # to drop frames after decoding is not enough
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What validations made: {(folder's name, file's name): frames before they are compressed}, and their arguments."""
+    seen = {}, []
+    validate = validation.validate
+
+    def keep(path, frames, fps):
+        seen[0][path.parent.name, path.name] = frames.astype(int)
+        write_video(path, frames, fps)
+
+    monkeypatch.setattr(validation, "write_video", keep)
+    monkeypatch.setattr(validation, "validate", lambda *args: seen[1].append(args) or validate(*args))
+    return seen
+
+
+def weights_of(run):
+    """The exported weights of a run."""
+    file = run / LORA_FILE
+    return load_file(file if file.exists() else run / "transformer/diffusion_pytorch_model.safetensors")
+
+
+FLAGS = {"validation_prompt": "a rabbit:::a bird", "max_train_steps": 2, "checkpointing_steps": 1, "num_inference_steps": 3}
+FLAGS |= {"eval_clips": 1, "eval_share": 0.34, "eval_steps": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training_type", ["lora", "sft"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_is_shown_resumed_and_used_as_its_stock_pipeline_has_it(
+    family_model, family, training_type, train, shown, tmp_path, monkeypatch
+):
+    folder, (videos, calls) = family_model(family), shown
+    facts = folder_of.read_facts(folder)
+    run = train(model=folder, training_type=training_type, **FLAGS)
+    first, last = (next(frames for (step, name), frames in videos.items() if step == f"step-00000{n}" and "bird" in name) for n in (0, 2))
+
+    # The images are those of the held-out clips, and sampler and guidance the model's.
+    scheduler, settings, images = calls[-1][5], calls[-1][-2], calls[-1][-1]
+    assert len(images) == (2 if facts.image_channels else 0)
+    assert len(list((run / "validation").rglob("image-*.png"))) == 2 * len(images)
+    assert isinstance(scheduler, CogVideoXDDIMScheduler if family == "2b" else CogVideoXDPMScheduler)
+    stored = model.load_scheduler(folder)
+    assert (scheduler.config.timestep_spacing, scheduler.config.snr_shift_scale) == ("trailing", stored.config.snr_shift_scale)
+    assert settings["use_dynamic_cfg"] is (family != "2b")
+
+    # The base model's videos and the last ones are the stock pipeline's, from the text and with what was exported.
+    given = {"image": images[1]} if images else {}
+    asked = given | {"seed": 42, "prompt": "a bird"}
+    assert np.abs(first - stock_video(folder, **asked)).max() <= 1
+    assert np.abs(last - stock_video(folder, result=run, **asked)).max() <= 1
+    assert np.abs(last - first).max() > 3
+    made = []
+    monkeypatch.setattr(generate, "write_video", lambda path, frames, fps: made.append(frames) or write_video(path, frames, fps))
+    words = ["--pretrained_model_name_or_path", folder, "--prompt", "a bird", "--num_inference_steps", 3, "--output_dir", tmp_path / "made"]
+    words += ["--height", 32, "--width", 48, "--num_frames", 9, "--lora" if training_type == "lora" else "--transformer", run]
+    if images:
+        Image.fromarray(images[1]).save(tmp_path / "bird.png")
+        words += ["--image", tmp_path / "bird.png"]
+    generate.main(list(map(str, words)))
+    assert np.abs(made[0] - last).max() <= 1
+
+    # Scores were taken, and a run that is resumed ends with the same bits.
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_held_out_loss" in line] == [0, 1, 2]
+    broken = shutil.copytree(run, tmp_path / "broken")
+    shutil.rmtree(broken / "checkpoint-2")
+    train(model=folder, training_type=training_type, output=broken, resume_from_checkpoint="latest", **FLAGS)
+    assert same(weights_of(run), weights_of(broken))
+    assert not same(weights_of(run), weights_of(train(model=folder, training_type=training_type, max_train_steps=2, seed=7)))
