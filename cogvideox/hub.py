@@ -12,10 +12,12 @@ from cogvideox.owned import CARD, OTHER_CARD, card_name
 
 UPLOADED = [LORA_FILE, "transformer/*", "README.md", "metrics.jsonl", "loss.png"]
 UPLOADED += ["validation/step-*/*.mp4", "validation/step-*/contact_sheet.png"]
+TEXT_TO_VIDEO = "CogVideoXPipeline"
 TEMPLATES = Path(__file__).parent / "templates"
 # Placeholder facts, with which the rehearsal writes a card.
 NO_FACTS = {"name": "", "base_model": "", "is_base_on_hub": False, "example_prompt": "", "steps": 0, "clips": 0, "clips_per_step": 0}
 NO_FACTS |= {"trained_parameters": 0, "num_frames": 0, "height": 0, "width": 0, "videos": []}
+SCHEDULERS = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}  # of --validation_scheduler
 
 
 @functools.cache
@@ -46,8 +48,16 @@ def page(name, **content):
 def snippet(run):
     """Python code that generates a video with the result. run: from `report.run_facts`. KeyError if a fact is missing."""
     flags, facts = run["flags"], run["facts"]
+    # What runs of earlier versions lack is as it was then.
+    is_lora, scheduler = flags["training_type"] == "lora", SCHEDULERS.get(flags.get("validation_scheduler"))
+    pipeline = facts.get("pipeline", TEXT_TO_VIDEO)
     return template("snippet.py.j2").render(
-        is_lora=flags["training_type"] == "lora",
+        is_lora=is_lora,
+        pipeline=pipeline,
+        takes_image=pipeline != TEXT_TO_VIDEO,
+        scheduler=scheduler,
+        classes={pipeline} | ({scheduler} if scheduler else set()) | (set() if is_lora else {"CogVideoXTransformer3DModel"}),
+        dynamic=flags.get("use_dynamic_cfg"),
         lora_file=LORA_FILE,
         base_model=facts["base_model"],
         dtype={"fp16": "float16", "bf16": "bfloat16"}.get(flags["mixed_precision"], "float32"),
@@ -71,12 +81,13 @@ def write_model_card(folder, run):
 
     flags, facts = run["flags"], run["facts"]
     is_lora = flags["training_type"] == "lora"
+    task = "text-to-video" if facts.get("pipeline", TEXT_TO_VIDEO) == TEXT_TO_VIDEO else "image-to-video"
     data = ModelCardData(
         base_model=facts["base_model"] if facts["is_base_on_hub"] else None,  # a local folder is not a hub id
         instance_prompt=flags["id_token"] or None,
         library_name="diffusers",
-        pipeline_tag="text-to-video",
-        tags=["text-to-video", "cogvideox", *(["lora"] if is_lora else []), "diffusers"],
+        pipeline_tag=task,
+        tags=[task, "cogvideox", *(["lora"] if is_lora else []), "diffusers"],
     )
     table = {"rank": flags["rank"], "alpha": f"{flags['lora_alpha']:g}"} if is_lora else {}
     table |= {"target modules": ", ".join(flags["target_modules"])} if is_lora else {}
