@@ -131,7 +131,8 @@ def test_a_run_is_shown_resumed_and_used_as_its_stock_pipeline_has_it(
 ):
     folder, (videos, calls) = family_model(family), shown
     facts = folder_of.read_facts(folder)
-    run = train(model=folder, training_type=training_type, **FLAGS)
+    flags = {"model": folder, "training_type": training_type, "learning_rate": 0.2 if training_type == "lora" else 1e-2}
+    run = train(**FLAGS | flags)
     first, last = (next(frames for (step, name), frames in videos.items() if step == f"step-00000{n}" and "bird" in name) for n in (0, 2))
 
     # The images are those of the held-out clips, and sampler and guidance the model's.
@@ -164,6 +165,6 @@ def test_a_run_is_shown_resumed_and_used_as_its_stock_pipeline_has_it(
     assert [line["step"] for line in lines if "eval_held_out_loss" in line] == [0, 1, 2]
     broken = shutil.copytree(run, tmp_path / "broken")
     shutil.rmtree(broken / "checkpoint-2")
-    train(model=folder, training_type=training_type, output=broken, resume_from_checkpoint="latest", **FLAGS)
+    train(output=broken, resume_from_checkpoint="latest", **FLAGS | flags)
     assert same(weights_of(run), weights_of(broken))
-    assert not same(weights_of(run), weights_of(train(model=folder, training_type=training_type, max_train_steps=2, seed=7)))
+    assert not same(weights_of(run), weights_of(train(max_train_steps=2, seed=7, **flags)))
