@@ -465,22 +465,44 @@ def unread_images(args, facts):
     return [f"--{name} {value}: {rule}" for name, value in given if not facts.image_channels]
 
 
+def meta_transformer(folder):
+    """The transformer in `folder` on the meta device: its layers and shapes without weights. Reads only its config."""
+    with torch.device("meta"):
+        return CogVideoXTransformer3DModel.from_config(CogVideoXTransformer3DModel.load_config(folder / "transformer"))
+
+
 def linear_layers(folder):
     """Name -> (inputs, outputs) of every linear layer of the transformer in `folder`. Reads only its config."""
-    with torch.device("meta"):
-        transformer = CogVideoXTransformer3DModel.from_config(CogVideoXTransformer3DModel.load_config(folder / "transformer"))
-    return {name: (m.in_features, m.out_features) for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+    modules = meta_transformer(folder).named_modules()
+    return {name: (m.in_features, m.out_features) for name, m in modules if isinstance(m, torch.nn.Linear)}
+
+
+def is_target(name, target):
+    """Whether peft takes a module for a target of a list: by its whole name, or by its last parts (check_target_module_exists)."""
+    return name == target or name.endswith(f".{target}")
 
 
 def check_targets(folder, target_modules):
-    """A sentence for each target that matches no linear layer of the transformer in `folder`. Reads only its config."""
-    names = linear_layers(folder)
-    known = sorted({name.split(".", 2)[-1].removeprefix("attn1.") for name in names if name.startswith("transformer_blocks.")})
-    return [
-        f"--target_modules {target}: the transformer has no such linear layer; its blocks have {', '.join(known)}"
-        for target in target_modules
-        if not any(name == target or name.endswith(f".{target}") for name in names)
-    ]
+    """A sentence for each target that matches no linear layer of the transformer in `folder`, or something else too.
+
+    peft would adapt a convolution as well, but the exported file and its loaders take the matrices of linear layers only; with any
+    other module it raises an error. Reads only the config.
+    """
+    modules = dict(meta_transformer(folder).named_modules())
+    linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+    known = sorted({name.split(".", 2)[-1].removeprefix("attn1.") for name in linear if name.startswith("transformer_blocks.")})
+    problems = []
+    for target in target_modules:
+        other = [name for name in modules if is_target(name, target) and name not in linear]
+        if not any(is_target(name, target) for name in linear):
+            problems.append(f"--target_modules {target}: the transformer has no such linear layer; its blocks have {', '.join(known)}")
+        elif other:
+            meant = [name for name in known if is_target(name, target)] or [name for name in linear if is_target(name, target)]
+            problems.append(
+                f"--target_modules {target}: also matches {other[0]} ({type(modules[other[0]]).__name__}), and only linear layers "
+                f"are trained; you probably want {' or '.join(meant)}"
+            )
+    return problems
 
 
 def choose_precision(requested, folder, variant):

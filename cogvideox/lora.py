@@ -1,5 +1,6 @@
 """The LoRA: injected with peft, trained in fp32, exported so that any loader applies the trained strength at weight 1.0."""
 
+import inspect
 import json
 import math
 import re
@@ -7,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from diffusers import CogVideoXTransformer3DModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -15,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from cogvideox.engine import trained_state, trained_weights, write_trained
-from cogvideox.files import LORA_FILE, lora_path, write_durably
-from cogvideox.folder import linear_layers, safetensors_header
+from cogvideox.files import LORA_FILE, lora_path, read_json, write_durably
+from cogvideox.folder import is_target, linear_layers, safetensors_header
 from cogvideox.launch import problem_of_any_rank
 from cogvideox.model import bare_pipeline, constant_inputs, load_transformer
 
@@ -24,6 +26,10 @@ from cogvideox.model import bare_pipeline, constant_inputs, load_transformer
 RESULT, FILES, WEIGHTS = LORA_FILE, [LORA_FILE], "adapter.safetensors"
 LOADER = "the stock pipeline at weight 1.0"  # used by `check_export`
 EFFECT = "largest change of the output by the LoRA"  # its second return value
+
+# The config values that tell the families apart. Those of one width have layers of the same shapes, so the shapes do not.
+BASE_FACTS = ("num_attention_heads", "attention_head_dim", "num_layers", "in_channels", "out_channels", "patch_size", "patch_size_t")
+BASE_FACTS += ("use_rotary_positional_embeddings", "use_learned_positional_embeddings", "ofs_embed_dim")
 
 
 def build(args, folder, dtype, device="cpu"):
@@ -35,7 +41,47 @@ def build(args, folder, dtype, device="cpu"):
 
 def facts(args, transformer):
     """The metadata of the exported file."""
-    return {"rank": str(args.rank), "alpha_folded_in": f"{args.lora_alpha:g}"}
+    base = json.dumps(base_facts(transformer.config))
+    return {"rank": str(args.rank), "alpha_folded_in": f"{args.lora_alpha:g}", "base": base}
+
+
+def base_facts(config):
+    """name -> value of BASE_FACTS. config: a transformer's; a name that it lacks has the default of diffusers' class."""
+    defaults = inspect.signature(CogVideoXTransformer3DModel.__init__).parameters
+    return {name: config.get(name, defaults[name].default) for name in BASE_FACTS}
+
+
+def trained_on(file):
+    """The `base_facts` in a LoRA file's metadata; {} in a file of another trainer, or of an older release of this one."""
+    with safe_open(file, framework="pt") as opened:
+        text = (opened.metadata() or {}).get("base", "{}")
+    try:
+        found = json.loads(text)
+    except ValueError:  # another program's note of the same name
+        return {}
+    return {name: found[name] for name in BASE_FACTS if name in found} if isinstance(found, dict) else {}
+
+
+def other_family(file, folder, flag="--lora"):
+    """A sentence if the metadata of a LoRA file says that it was trained on another family than the model in `folder`, or None.
+
+    flag: named in it. The files that name no base are judged by the shapes of their layers alone.
+    """
+    made, here = trained_on(file), base_facts(read_json(Path(folder) / "transformer/config.json"))
+    if not (other := [name for name in made if made[name] != here[name]]):
+        return None
+    values = ", ".join(f"{name} {made[name]} and {here[name]}" for name in other)
+    return (
+        f"{flag} {file}: this LoRA was trained on {family(here | made)}, and {folder} is {family(here)} ({values}); "
+        "take the model that it was trained on"
+    )
+
+
+def family(facts):
+    """A family in words, from its `base_facts`."""
+    kind = "a text-to-video" if facts["in_channels"] == facts["out_channels"] else "an image-to-video"
+    release = "CogVideoX1.5" if facts["patch_size_t"] else "CogVideoX 1.0"
+    return f"{kind} model of {release} with {facts['in_channels']} input channels"
 
 
 def add_lora(transformer, rank, alpha, dropout, target_modules, seed):
@@ -210,9 +256,10 @@ def unfit_initial(args, folder):
         layers = read_layers(lora_path(args.init_lora), "--init_lora")
     except ValueError as error:
         return [str(error)]
-    chosen = {
-        name: sizes for name, sizes in linear_layers(folder).items() if f".{name}".endswith(tuple(f".{t}" for t in args.target_modules))
-    }
+    if problem := other_family(lora_path(args.init_lora), folder, "--init_lora"):
+        return [problem]
+    targets, known = args.target_modules, linear_layers(folder)
+    chosen = {name: sizes for name, sizes in known.items() if any(is_target(name, target) for target in targets)}
     if other := sorted(set(layers) ^ set(chosen)):
         return [
             f"--init_lora {args.init_lora}: changes {len(layers)} layers and --target_modules names {len(chosen)}; "

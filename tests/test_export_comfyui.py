@@ -1,6 +1,7 @@
 """The ComfyUI file of a LoRA: its names, its strength, and what is refused."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,14 @@ def make_lora(model, folder, targets=ATTENTION, rank=4, alpha=8.0, size=0.05, se
     for name, parameter in transformer.named_parameters():
         if ".lora_B." in name:
             parameter.data = size * torch.randn(parameter.shape, generator=generator)
-    lora.write(folder, lora.export(transformer, lora.live_state(transformer)), {"rank": str(rank), "alpha_folded_in": f"{alpha:g}"})
+    facts = lora.facts(SimpleNamespace(rank=rank, lora_alpha=alpha), transformer)
+    lora.write(folder, lora.export(transformer, lora.live_state(transformer)), facts)
+    return folder
+
+
+def nameless(folder):
+    """Make a LoRA's file one that names no base, as other trainers write it. Returns its folder."""
+    save_file(load_file(folder / LORA_FILE), folder / LORA_FILE, {"format": "pt"})
     return folder
 
 
@@ -41,7 +49,6 @@ def test_each_weight_gets_its_name_and_the_trained_strength(tiny_model, tmp_path
     export_comfyui.main(["--lora", str(folder), "--output", str(output)])
     said = capsys.readouterr().out
     assert "14 weights are changed as trained" in said
-    assert "rotary" in said
     assert "strength 1.0" in said
     written, trained = load_file(output), load_file(folder / LORA_FILE)
     kinds = {re.sub(r"\d+", "N", name.rsplit(".lora_", 1)[0]) for name in written if ".lora_" in name}
@@ -73,10 +80,34 @@ def test_a_wrong_file_does_not_pass_the_check(tiny_model, tmp_path):
         export_comfyui.check(file, tmp_path / "more.safetensors")
 
 
-def test_a_layer_without_a_known_name_is_refused(tiny_model, tmp_path, capsys):
-    folder = make_lora(tiny_model, tmp_path / "run", ["to_q", "norm1.linear"])
-    said = refused(export_comfyui.main, capsys, "--lora", folder, "--output", tmp_path / "out.safetensors")
-    assert "transformer_blocks.0.norm1.linear: its name in ComfyUI is not known" in said
+def test_of_each_model_it_is_said_what_comfyuis_nodes_do_wrongly(tiny_model, rotary_model, temporal_patch_model, tmp_path, capsys):
+    def told(file):
+        export_comfyui.main(["--lora", str(file), "--output", str(tmp_path / "out/one.safetensors")])
+        said = " ".join(capsys.readouterr().err.split())
+        return [word for word in ("off by 62 to 128 % of its largest value", "other positions than diffusers") if word in said]
+
+    models = {"2B": tiny_model, "5B": rotary_model, "1.5": temporal_patch_model}
+    files = [make_lora(model, tmp_path / name) / LORA_FILE for name, model in models.items()]
+    assert [told(file) for file in files] == [["off by 62 to 128 % of its largest value"], ["other positions than diffusers"], []]
+    assert told(nameless(files[0].parent) / LORA_FILE) == []
+    for layer, inputs, outputs, expected in (
+        ("attn1.to_q", 1920, 1920, True),
+        ("norm1.linear", 512, 11520, True),
+        ("ff.net.2", 7680, 1920, True),
+        ("attn1.to_q", 3072, 3072, False),
+        ("norm1.linear", 512, 18432, False),
+        ("ff.net.2", 12288, 3072, False),
+    ):
+        name = f"transformer.transformer_blocks.0.{layer}"
+        save_file({f"{name}.lora_A.weight": torch.ones(2, inputs), f"{name}.lora_B.weight": torch.ones(outputs, 2)}, files[0])
+        assert bool(told(files[0])) is expected, layer
+
+
+def test_a_layer_that_no_transformer_has_is_refused(tmp_path, capsys):
+    name, file = "transformer.transformer_blocks.0.norm1.norm", tmp_path / "other.safetensors"
+    save_file({f"{name}.lora_A.weight": torch.ones(2, 8), f"{name}.lora_B.weight": torch.ones(8, 2)}, file)
+    said = refused(export_comfyui.main, capsys, "--lora", file, "--output", tmp_path / "out.safetensors")
+    assert "transformer_blocks.0.norm1.norm: is no linear layer of a CogVideoX transformer" in said
     assert said.count("ERROR") == 1
     assert not (tmp_path / "out.safetensors").exists()
 

@@ -564,9 +564,11 @@ def test_the_export_check_fails_for_a_wrong_file_in_every_precision(tiny_model, 
 
 def test_a_target_that_is_no_layer_is_told_before_anything_is_encoded(train, capsys, tmp_path):
     with pytest.raises(SystemExit) as stop:
-        train(target_modules=["to_q", "tov"], cache=tmp_path / "cache")
+        train(target_modules=["to_q", "tov", "proj"], cache=tmp_path / "cache")
     assert stop.value.code == 2
-    assert "--target_modules tov: the transformer has no such linear layer" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--target_modules tov: the transformer has no such linear layer" in said
+    assert "--target_modules proj: also matches patch_embed.proj (Conv2d)" in said
     assert not (tmp_path / "cache/clips").exists()
 
 

@@ -16,7 +16,7 @@ from cogvideox.validation import video_jobs
 from cogvideox.video import read_video, write_video
 from demo.make_model import make_model
 from tests.conftest import FAMILIES
-from tests.test_export_comfyui import make_lora, refused
+from tests.test_export_comfyui import make_lora, nameless, refused
 from tools import generate, lora_file, merge
 
 SMALL = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2}
@@ -309,7 +309,9 @@ def test_a_lora_of_another_model_and_other_wrong_files_are_refused(tiny_model, l
         return refused(generate.main, capsys, *line(tiny_model, tmp_path / "out", **flags))
 
     wide = make_model(tmp_path / "wide", vae_channels=8, layers=3, heads=4, head_width=16)
-    said = told(lora=make_lora(wide, tmp_path / "wide-run"))
+    of_wide = make_lora(wide, tmp_path / "wide-run")
+    assert "(num_attention_heads 4 and 2, num_layers 3 and 2); take the model that it was trained on" in told(lora=of_wide)
+    said = told(lora=nameless(of_wide))
     assert "4 of its 12 layers are not in" in said
     assert "transformer_blocks.2." in said
     assert "64 to 64 values in the LoRA and 32 to 32 in the model" in said
@@ -347,6 +349,6 @@ def test_what_the_trainer_wrote_is_taken_from_the_run_its_best_and_a_checkpoint(
     run = train(eval_clips=1, eval_share=0.34, checkpointing_steps=1)
     for folder in (run, run / "best", run / "checkpoint-1"):
         assert lora_file.find_lora(folder) == folder / LORA_FILE
-        assert lora_file.check_fit(folder, read_layers(folder / LORA_FILE), tiny_model) == []
+        assert lora_file.check_fit(folder / LORA_FILE, read_layers(folder / LORA_FILE), tiny_model) == []
     generate.main(line(tiny_model, tmp_path / "out", lora=run, compare_base=True, num_inference_steps=1, lora_scale=20))
     assert not np.array_equal(frames[f"{NAME}1-base.mp4"], frames[f"{NAME}1-scale20.mp4"])

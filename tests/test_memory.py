@@ -11,7 +11,10 @@ from accelerate import Accelerator
 from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
 import train_cogvideox_lora as script
-from cogvideox import linear, lora, memory, model, offload
+from cogvideox import folder, linear, lora, memory, model, offload
+from dataset import TrainingClips
+from demo.make_model import TRANSFORMERS
+from tests.conftest import FAMILIES
 from tools import estimate
 from tools.benchmark.counters import peak_above
 
@@ -123,11 +126,49 @@ def held(transformer):
     return [module for module in transformer.modules() if isinstance(module, linear.FrozenLinear)]
 
 
+FAMILY_SHAPE = (4, 16, 12, 20)
+OF_THAT_SHAPE = {"sample_height": 12, "sample_width": 20, "sample_frames": 13}  # a learned table has one size
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [{"use_rotary_positional_embeddings": True}, {"patch_size_t": 2, "patch_bias": False}])
-def test_other_families_are_predicted(family):
-    config, args = TINY | {"use_rotary_positional_embeddings": True} | family, flags(mixed_precision="no", gradient_checkpointing="none")
-    assert agree(predicted_step(config, args, (4, 16, 12, 20)), measured_step(config, args, (4, 16, 12, 20)))
+@pytest.mark.parametrize("checkpointing", ["none", "all"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_is_predicted(family, checkpointing):
+    config, args = TINY | OF_THAT_SHAPE | TRANSFORMERS[family], flags(mixed_precision="no", gradient_checkpointing=checkpointing)
+    predicted = predicted_step(config, args, FAMILY_SHAPE)
+    assert agree(predicted, measured_step(config, args, FAMILY_SHAPE))
+    plain = predicted_step(TINY | OF_THAT_SHAPE, args, FAMILY_SHAPE)
+    assert agree(predicted, plain, within=0.1) != family.startswith("1.5")  # half the tokens
+    if family == "5b-i2v":
+        frames, _, height, width = FAMILY_SHAPE
+        assert predicted - plain == (4 * frames * 16 * height * width if checkpointing == "none" else 0)  # at the peak of "all" it is gone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_batch_is_that_of_the_loader(family_model, family):
+    configs, facts = memory.read_configs(family_model(family)), folder.read_facts(family_model(family))
+
+    class Encodings:
+        def moments(self, clip, flipped):
+            frames, channels, *size = folder.latent_shape(facts, 9, 32, 48)
+            return torch.zeros(2 * channels, frames, *size)
+
+        def image(self, clip, flipped):
+            return torch.zeros(8, 2 * facts.latent_channels, 4, 6)
+
+        def prompt(self, clip):
+            return torch.zeros(facts.max_text_seq_length, configs["transformer"]["text_embed_dim"])
+
+    clips = TrainingClips(Encodings(), lambda position: 0, 1, facts, 1000)
+    loaded = next(iter(torch.utils.data.DataLoader(clips, batch_sampler=[[0, 1, 2]])))
+    predicted = memory.make_batch(configs, 3, memory.latents_of(configs, 9, 32, 48))
+
+    def described(batch):
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in batch.items()}
+
+    assert described(predicted) == described(loaded)
+    assert predicted["image"].shape[2] == (16 if "i2v" in family else 0)
+    assert predicted["latents"].shape[1] == (4 if family.startswith("1.5") else 3)
 
 
 @pytest.mark.slow
@@ -157,13 +198,34 @@ def test_gradients_of_earlier_batches_are_there_from_the_start():
     assert one["batch"] == two["batch"]
 
 
-def test_weights_are_those_of_the_loaded_model(tiny_model):
-    args, configs = flags(mixed_precision="bf16", rank=4), memory.read_configs(tiny_model)
-    parts = memory.training_parts(configs, args, script.velocity_loss, (2, 16, 8, 8), 0, True, "cpu")
-    transformer = model.load_transformer(tiny_model, torch.bfloat16)
-    assert parts["base_weights"] == sum(memory.size_of(t) for t in [*transformer.parameters(), *transformer.buffers()])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_those_of_the_loaded_model(family_model, family):
+    args, configs = flags(mixed_precision="bf16", rank=4), memory.read_configs(family_model(family))
+    shape = memory.latents_of(configs, 9, 32, 48)
+    parts = memory.training_parts(configs, args, script.velocity_loss, shape, 0, True, "cpu")
+    transformer = model.load_transformer(family_model(family), torch.bfloat16)
+    tensors = [*transformer.parameters(), *transformer.buffers()]
+    assert parts["base_weights"] == sum(memory.size_of(t) for t in tensors)
+    learned = [t.shape[1] for name, t in transformer.named_buffers() if name.endswith("pos_embedding")]
+    assert learned == {"2b": [226 + 5 * 4 * 6], "5b-i2v": [226 + 3 * 2 * 3]}.get(family, [])
     parameters = lora.add_lora(transformer, 4, 4.0, 0.0, args.target_modules, seed=0)
     assert parts["adapters"] == sum(memory.size_of(p) for p in parameters)
+
+
+@pytest.mark.slow
+def test_the_vae_that_encodes_an_image_stays_while_videos_are_sampled(image_model, rotary_model):
+    args = flags(height=32, width=48, max_num_frames=9, rank=4, validation_prompt="a dog", mixed_precision="bf16")
+    configs = memory.read_configs(image_model)
+    plain = configs | {"transformer": memory.read_configs(rotary_model)["transformer"]}
+    weights, working = memory.vae_bytes(configs, "encode", (1, 32, 48))
+    vae = model.load_vae(image_model, torch.device("cpu"))
+    assert weights == sum(memory.size_of(t) for t in [*vae.parameters(), *vae.buffers()])
+    sampling = memory.sampling_bytes(configs, args, (9, 32, 48))
+    assert memory.phase_parts(configs, args)["sampling"] == weights + max(sampling, working)
+    assert memory.phase_parts(plain, args)["sampling"] == memory.sampling_bytes(plain, args, (9, 32, 48)) < sampling
+    # At a real size the images of clips take less than the clips.
+    args = flags(height=480, width=720, max_num_frames=49)
+    assert sum(memory.vae_bytes(memory.PRESETS["5b-i2v"], "encode", (1, 480, 720))) < memory.encoding_bytes(memory.PRESETS["5b-i2v"], args)
 
 
 @pytest.mark.parametrize("name", script.OPTIMIZER_NAMES)

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from cogvideox.folder import stored_dtype
+from cogvideox.folder import linear_layers, stored_dtype
 from cogvideox.lora import LORA_FILE
+from cogvideox.model import bare_pipeline, constant_inputs
 from demo.make_model import make_model
-from tests.conftest import same
-from tests.test_export_comfyui import ATTENTION, make_lora, refused
+from tests.conftest import FAMILIES, same
+from tests.test_export_comfyui import ATTENTION, make_lora, nameless, refused
 from tools import merge
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -24,22 +25,25 @@ def line(model, lora, output, *more):
     return [str(w) for w in ("--pretrained_model_name_or_path", model, "--lora", lora, "--output_dir", output, *more)]
 
 
-def predicted(transformer):
-    """What a transformer makes of a fixed input, [1, 3, 16, 4, 6]."""
+def output_of(transformer):
+    """What a transformer makes of a fixed input of 32 x 48 pixels, [1, F', 16, 4, 6]."""
     config, generator = transformer.config, torch.Generator().manual_seed(0)
-    inputs = {
-        "hidden_states": torch.randn(1, 3, config.in_channels, 4, 6, generator=generator),
-        "encoder_hidden_states": torch.randn(1, config.max_text_seq_length, config.text_embed_dim, generator=generator),
-        "timestep": torch.tensor([500]),
-    }
-    with torch.no_grad():
-        return transformer.float().eval()(**inputs).sample
+    latents = torch.randn(1, 4 if config.patch_size_t else 3, config.in_channels, 4, 6, generator=generator)
+    text = torch.randn(1, config.max_text_seq_length, config.text_embed_dim, generator=generator)
+    constant = constant_inputs(transformer, torch.device("cpu"))({"latents": latents})
+    return transformer(hidden_states=latents, encoder_hidden_states=text, timestep=torch.tensor([500]), **constant).sample
+
+
+@torch.no_grad()
+def predicted(transformer):
+    """`output_of` in fp32 and without gradients."""
+    return output_of(transformer.float().eval())
 
 
 def base_and_lora(model, lora, scale=None, dtype=torch.float32):
     """The base's transformer with a LoRA from the stock loader (scale None: without), computing in fp32 on weights of `dtype`."""
     transformer = CogVideoXTransformer3DModel.from_pretrained(model / "transformer", torch_dtype=dtype).float()
-    pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=None)
+    pipeline = bare_pipeline(transformer)
     if scale is not None:
         pipeline.load_lora_weights(str(lora), weight_name=LORA_FILE, adapter_name="lora")
         pipeline.set_adapters("lora", scale)
@@ -51,11 +55,31 @@ def base_and_lora(model, lora, scale=None, dtype=torch.float32):
 def test_the_merged_model_computes_what_base_and_lora_do(tiny_model, tmp_path, scale, capsys):
     lora = make_lora(tiny_model, tmp_path / "run", [*ATTENTION, "ff.net.2", "norm1.linear", "proj_out", "text_proj"])
     merge.main(line(tiny_model, lora, tmp_path / "out", "--lora_scale", scale))
-    assert "in 14 weights" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "in 14 weights" in said
+    weights = f'CogVideoXTransformer3DModel.from_pretrained("{tmp_path / "out"}/transformer")'
+    assert f'load it with CogVideoXPipeline.from_pretrained("{tiny_model}", transformer={weights})' in said
     merged = predicted(CogVideoXTransformer3DModel.from_pretrained(tmp_path / "out/transformer"))
     torch.testing.assert_close(merged, base_and_lora(tiny_model, lora, scale), rtol=1e-4, atol=1e-5)
     assert (merged - base_and_lora(tiny_model, lora)).abs().max() > 1e-2
     assert (merged - base_and_lora(tiny_model, lora, 0.5)).abs().max() > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.numeric
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_layer_of_every_family_is_merged_and_the_pipeline_that_is_named_loads_the_result(
+    family, family_model, tmp_path, capsys
+):
+    model, kind = family_model(family), CogVideoXImageToVideoPipeline if "i2v" in family else CogVideoXPipeline
+    lora = make_lora(model, tmp_path / "run", list(linear_layers(model)))
+    merge.main(line(model, lora, tmp_path / "out", "--whole_pipeline"))
+    said, output = capsys.readouterr().out, tmp_path / "out"
+    assert f"in {len(linear_layers(model))} weights" in said
+    assert f'load it with {kind.__name__}.from_pretrained("{output}")' in said
+    merged = predicted(kind.from_pretrained(output, text_encoder=None).transformer)
+    torch.testing.assert_close(merged, base_and_lora(model, lora, 1.0), rtol=1e-4, atol=1e-5)
+    assert (merged - base_and_lora(model, lora)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -195,6 +219,8 @@ def test_all_mistakes_are_told_at_once(tiny_model, tmp_path, capsys):
         assert words in said
     assert "base model itself" in refused(merge.main, capsys, *line(tiny_model, lora, tiny_model, "--overwrite"))
     other = make_model(tmp_path / "wide", vae_channels=8, head_width=16, layers=1, heads=4)
+    assert "this LoRA was trained on" in refused(merge.main, capsys, *line(other, lora, tmp_path / "out"))
+    nameless(lora)
     said = refused(merge.main, capsys, *line(other, lora, tmp_path / "out"))
     assert "4 of its 8 layers are not in" in said
     assert "32 to 32 values in the LoRA and 64 to 64" in said

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_cogvideox_lora as script
-from cogvideox import checkpoint, hub, validation
-from cogvideox.files import FILE_LIST
+from cogvideox import checkpoint, hub, lora, validation
+from cogvideox.files import FILE_LIST, read_json
 from cogvideox.video import read_video
 from tests.conftest import lora_of, same, words
 from tests.stand_ins import TrackerPackage
@@ -336,7 +336,6 @@ def test_a_checkpoint_holds_no_pickle_and_its_files_follow_the_umask(finished):
 
 
 def test_weights_that_are_not_finite_are_never_written(tiny_model, tmp_path):
-    from cogvideox import lora
     from cogvideox.model import load_transformer
 
     transformer = load_transformer(tiny_model, torch.float32)
@@ -346,6 +345,23 @@ def test_weights_that_are_not_finite_are_never_written(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="not finite"):
         lora.write(tmp_path, lora.export(transformer, lora.live_state(transformer)), {})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_run_of_an_earlier_release_whose_files_name_no_base_is_resumed_to_the_same_bits(train, plain_run, tiny_model, monkeypatch):
+    straight = plain_run(max_train_steps=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "facts", lambda args, transformer: {"rank": str(args.rank)})
+        folder = train(max_train_steps=2)
+    earlier = folder / "checkpoint-2/pytorch_lora_weights.safetensors"
+    assert lora.trained_on(earlier) == {}
+    train(output=folder, resume_from_checkpoint="latest", max_train_steps=3)
+    assert same(lora_of(folder), lora_of(straight))
+    assert lora.trained_on(folder / "pytorch_lora_weights.safetensors") == lora.base_facts(
+        read_json(tiny_model / "transformer/config.json")
+    )
+    started = train(max_train_steps=1, init_lora=earlier)
+    assert not same(lora_of(started), lora_of(plain_run(max_train_steps=1)))
 
 
 @pytest.mark.slow

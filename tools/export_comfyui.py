@@ -6,9 +6,8 @@
 rank: alpha / rank of the training is in lora_B already, so strength 1.0 in ComfyUI is the trained strength. The file is
 read back and every update (alpha / rank) B A is compared with the trained one.
 
-What is known of ComfyUI (0.33, which takes no other names): these weights are all used, but its videos of the
-CogVideoX-2B are not those of diffusers, with or without a LoRA, since it gives the 2B rotary positions. People who use
-the 2B there go through the CogVideoX wrapper nodes, which take pytorch_lora_weights.safetensors as the trainer writes it.
+The file is for ComfyUI's own CogVideoX nodes (0.33), which take no other names. The CogVideoX wrapper nodes take
+pytorch_lora_weights.safetensors as the trainer writes it. docs/comfyui.md says which file goes to which node.
 """
 
 import re
@@ -18,11 +17,12 @@ import torch
 from safetensors.torch import load_file, save
 
 from cogvideox import flags
-from cogvideox.console import BAD_OUTPUT, fail, progress
-from cogvideox.files import at_home, write_durably
-from cogvideox.lora import load_pairs, read_layers
+from cogvideox.console import BAD_OUTPUT, fail, progress, warn
+from cogvideox.files import LORA_FILE, at_home, write_durably
+from cogvideox.lora import load_pairs, read_layers, trained_on
 from tools.lora_file import find_lora
 
+# ComfyUI's name of each linear layer: in a block, and outside them. Its class has no other linear layers.
 IN_BLOCKS = {
     "attn1.to_q": "q",
     "attn1.to_k": "k",
@@ -30,21 +30,44 @@ IN_BLOCKS = {
     "attn1.to_out.0": "attn_out",
     "ff.net.0.proj": "ff_proj",
     "ff.net.2": "ff_out",
+    "norm1.linear": "norm1.linear",
+    "norm2.linear": "norm2.linear",
 }
-REMARK = (
-    "strength 1.0 is the trained strength. ComfyUI's own CogVideoX nodes treat the 2B as a rotary model, so its videos differ from "
-    "diffusers' there, with or without a LoRA; the CogVideoX wrapper nodes take the trainer's own file as it is"
+OUTSIDE = {f"{part}_embedding.linear_{n}": f"{part}_embedding_linear_{n}" for part in ("time", "ofs") for n in (1, 2)}
+OUTSIDE |= {name: name for name in ("patch_embed.proj", "patch_embed.text_proj", "norm_out.linear", "proj_out")}
+STRENGTH = "strength 1.0 is the trained strength; docs/comfyui.md says which node takes which file"
+OF_THE_2B = (
+    "this LoRA is of the CogVideoX-2B, and ComfyUI's own nodes (0.33) compute that model wrongly without a LoRA already: they leave its "
+    "sincos positions out, and the output is off by 62 to 128 % of its largest value. A checkpoint that carries patch_embed.pos_embedding "
+    "agrees with diffusers to 2.5e-7, at 60x90 latents (480 x 720 pixels) only. Otherwise use the CogVideoX wrapper nodes, "
+    f"with the trainer's own {LORA_FILE}"
 )
+OF_THE_5B = (
+    "this LoRA is of a rotary model of CogVideoX 1.0, and ComfyUI's own nodes (0.33) give that model other positions than diffusers, with "
+    f"or without a LoRA. Use the CogVideoX wrapper nodes, with the trainer's own {LORA_FILE}"
+)
+WIDTH_OF_THE_2B = 1920
 
 
 def comfyui_name(layer):
-    """What ComfyUI calls a layer of diffusers' transformer. ValueError if that is not known."""
-    if found := re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", layer):
-        if found[2] in IN_BLOCKS:
-            return f"diffusion_model.blocks.{found[1]}.{IN_BLOCKS[found[2]]}"
-    elif found := re.fullmatch(r"time_embedding\.(linear_\d)", layer):
-        return f"diffusion_model.time_embedding_{found[1]}"
-    raise ValueError(f"{layer}: its name in ComfyUI is not known, only those of {', '.join(IN_BLOCKS)} and time_embedding.linear_N")
+    """What ComfyUI calls a layer of diffusers' transformer. ValueError if it has no such layer."""
+    found = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", layer)
+    if found and found[2] in IN_BLOCKS:
+        return f"diffusion_model.blocks.{found[1]}.{IN_BLOCKS[found[2]]}"
+    if layer in OUTSIDE:
+        return f"diffusion_model.{OUTSIDE[layer]}"
+    raise ValueError(
+        f"{layer}: is no linear layer of a CogVideoX transformer; those are, in blocks and outside, {', '.join([*IN_BLOCKS, *OUTSIDE])}"
+    )
+
+
+def remarks(file):
+    """What ComfyUI's own nodes do wrongly with the model of a LoRA, as sentences. A file that names no base is judged by its widths."""
+    base = trained_on(file)
+    sizes = [size for _, *both in read_layers(file).values() for size in both]
+    if not base.get("use_rotary_positional_embeddings", all(size % WIDTH_OF_THE_2B for size in sizes)):
+        return [OF_THE_2B]
+    return [OF_THE_5B] if base and not base.get("patch_size_t") else []
 
 
 def exported(file):
@@ -111,7 +134,9 @@ def main(words=None):
     if difference > 1e-6 * largest:
         fail(1, f"{output}: its updates differ from the trained ones by up to {difference:.1e} of {largest:.1e}")
     print(f"{output}: {compared} weights are changed as trained (read back; the largest difference is {difference:.1e} of {largest:.1e})")
-    print(REMARK)
+    print(STRENGTH)
+    for remark in remarks(file):
+        warn(remark)
 
 
 if __name__ == "__main__":

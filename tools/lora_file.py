@@ -9,7 +9,7 @@ from cogvideox import model
 from cogvideox.console import progress, warn
 from cogvideox.files import LORA_FILE, at_home, lora_path, read_json
 from cogvideox.folder import broken_safetensors, linear_layers, load_tokenizer, read_facts, text_notes, weight_files
-from cogvideox.lora import load_pairs
+from cogvideox.lora import load_pairs, other_family
 
 
 def find_lora(name):
@@ -25,7 +25,12 @@ def find_lora(name):
 
 
 def check_fit(file, layers, folder):
-    """A sentence for each way in which a LoRA does not fit the transformer in `folder`. Reads its config only."""
+    """A sentence for each way in which a LoRA does not fit the transformer in `folder`. Reads its config only.
+
+    layers: of `read_layers`; none of them without a file.
+    """
+    if layers and (problem := other_family(file, folder)):
+        return [problem]
     known = linear_layers(folder)
     unknown = [layer for layer in layers if layer not in known]
     other = [layer for layer in layers if layer in known and layers[layer][1:] != known[layer]]

@@ -3,9 +3,9 @@
     python -m tools.merge --pretrained_model_name_or_path THUDM/CogVideoX-2b --lora my-lora --output_dir merged
     python -m tools.merge --pretrained_model_name_or_path THUDM/CogVideoX-2b --lora my-lora --output_dir merged --whole_pipeline
 
-The first writes merged/transformer, for CogVideoXPipeline.from_pretrained(base, transformer=...). The second writes a whole
-model folder; its other parts are hard links where the file system has them. --lora is the folder of a run, its best/, a
-checkpoint-N/, or the file.
+The first writes merged/transformer, for the pipeline of the model's family: CogVideoXPipeline, or CogVideoXImageToVideoPipeline,
+each with .from_pretrained(base, transformer=...). The second writes a whole model folder; its other parts are hard links where the
+file system has them. --lora is the folder of a run, its best/, a checkpoint-N/, or the file.
 
 Sums are made in fp32 and stored in the dtype of the base. All other bytes of its files stay what they are, and one weight
 is in memory at a time. What was written is read back, and the share of the LoRA that rounding took is told: fp16 keeps 11
@@ -24,7 +24,8 @@ from cogvideox import flags
 from cogvideox.console import BAD_OUTPUT, fail, progress
 from cogvideox.files import at_home, read_json, why_unwritable, write_bytes
 from cogvideox.folder import COMPONENTS, TORCH_DTYPES, check_model_folder, find_model, safetensors_header, weight_files
-from cogvideox.lora import load_pairs, read_layers
+from cogvideox.lora import base_facts, load_pairs, read_layers
+from cogvideox.model import pipeline_class
 from cogvideox.sft import link_or_copy
 from tools.lora_file import check_fit, find_lora
 
@@ -120,6 +121,15 @@ def check(base, target, lora, scale, bar):
     return math.sqrt(lost / updated) if updated else 0.0
 
 
+def how_to_load(args, folder):
+    """The call of diffusers that loads the result."""
+    pipeline = pipeline_class(base_facts(read_json(folder / "transformer/config.json"))).__name__
+    if args.whole_pipeline:
+        return f'{pipeline}.from_pretrained("{args.output_dir}")'
+    transformer = f'CogVideoXTransformer3DModel.from_pretrained("{args.output_dir}/transformer")'
+    return f'{pipeline}.from_pretrained("{args.pretrained_model_name_or_path}", transformer={transformer})'
+
+
 def parse(words):
     """(flags, model folder, LoRA file, its layers, weights of the base). Ends with exit code 2 and all problems."""
     parser = flags.new_parser(__doc__)
@@ -191,6 +201,7 @@ def main(words=None):
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"{args.output_dir}: base + {scale:g} x LoRA in {len(layers)} weights, {len(base) - len(layers)} others as they were (read back)")
+    print(f"load it with {how_to_load(args, folder)}")
     print(f"rounding to {base[f'{next(iter(layers))}.weight'][1]} took {lost:.2%} of the LoRA's update (root mean square)")
 
 
