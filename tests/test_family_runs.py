@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, DiffusionPipeline
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
 from cogvideox import folder as folder_of
-from cogvideox import model, validation
+from cogvideox import hub, model, validation
 from cogvideox.files import LORA_FILE
 from cogvideox.video import write_video
 from tests.conftest import FAMILIES, same
 from tests.stand_ins import flags_of
+from tests.test_export_comfyui import make_lora
+from tests.test_report import run_of
 from tools import generate
 
 IMAGE_TO_VIDEO = [family for family in FAMILIES if "i2v" in family]
@@ -131,7 +134,8 @@ def test_a_run_is_shown_resumed_and_used_as_its_stock_pipeline_has_it(
 ):
     folder, (videos, calls) = family_model(family), shown
     facts = folder_of.read_facts(folder)
-    run = train(model=folder, training_type=training_type, **FLAGS)
+    flags = {"model": folder, "training_type": training_type, "learning_rate": 0.2 if training_type == "lora" else 1e-2}
+    run = train(**FLAGS | flags)
     first, last = (next(frames for (step, name), frames in videos.items() if step == f"step-00000{n}" and "bird" in name) for n in (0, 2))
 
     # The images are those of the held-out clips, and sampler and guidance the model's.
@@ -164,6 +168,66 @@ def test_a_run_is_shown_resumed_and_used_as_its_stock_pipeline_has_it(
     assert [line["step"] for line in lines if "eval_held_out_loss" in line] == [0, 1, 2]
     broken = shutil.copytree(run, tmp_path / "broken")
     shutil.rmtree(broken / "checkpoint-2")
-    train(model=folder, training_type=training_type, output=broken, resume_from_checkpoint="latest", **FLAGS)
+    train(output=broken, resume_from_checkpoint="latest", **FLAGS | flags)
     assert same(weights_of(run), weights_of(broken))
-    assert not same(weights_of(run), weights_of(train(model=folder, training_type=training_type, max_train_steps=2, seed=7)))
+    assert not same(weights_of(run), weights_of(train(max_train_steps=2, seed=7, **flags)))
+
+
+def result_of_random_weights(folder, training_type, place):
+    """A LoRA, or a transformer, that differs from the base. Returns its folder."""
+    if training_type == "lora":
+        return make_lora(folder, place, size=0.5)
+    transformer = model.load_transformer(folder, torch.float32)
+    transformer.proj_out.weight.data *= 2
+    transformer.save_pretrained(place / "transformer")
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training_type", ["lora", "sft"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_code_on_the_model_card_makes_the_familys_video(family_model, family, training_type, tmp_path, monkeypatch):
+    folder, image = family_model(family), image_for(family)
+    facts = {"num_frames": 9, "height": 32, "width": 48, "base_model": str(folder), "example_prompt": "a rabbit"}
+    run = run_of(**facts, pipeline=model.pipeline_class(model.CogVideoXTransformer3DModel.load_config(folder / "transformer")).__name__)
+    sampler, dynamic = advised(folder)
+    run["flags"] |= {"training_type": training_type, "mixed_precision": "no", "validation_scheduler": sampler, "use_dynamic_cfg": dynamic}
+    result = result_of_random_weights(folder, training_type, tmp_path / "result")
+    code = hub.write_model_card(tmp_path, run).read_text().split("```python\n")[1].split("```")[0]
+    Image.fromarray(picture()).save(tmp_path / "one.png")
+    changes = {'.to("cuda")': "", "path/to/this/folder": str(result), "path/to/an/image.png": str(tmp_path / "one.png")}
+    changes[").frames[0]"] = ", generator=torch.Generator().manual_seed(1), num_inference_steps=3).frames[0]"
+    for theirs, ours in changes.items():
+        assert code.count(theirs) == (theirs != "path/to/an/image.png" or family in IMAGE_TO_VIDEO), theirs
+        code = code.replace(theirs, ours)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    made = np.stack([np.asarray(frame) for frame in names["video"]]).astype(int)
+    expected = stock_video(folder, image, result=result, prompt="a rabbit", negative_prompt="")
+    assert np.abs(made - expected).max() <= 1
+    assert np.abs(stock_video(folder, image, prompt="a rabbit", negative_prompt="") - expected).max() > 3
+    assert (tmp_path / "video.mp4").exists()
+    header, task = ModelCard((tmp_path / "README.md").read_text()).data, "image-to-video" if family in IMAGE_TO_VIDEO else "text-to-video"
+    assert header.pipeline_tag == task
+    assert header.tags == [task, "cogvideox", *(["lora"] if training_type == "lora" else []), "diffusers"]
+    assert ("CogVideoXDPMScheduler" in code, "use_dynamic_cfg=True" in code) == (family != "2b", family != "2b")
+
+
+def test_the_card_of_a_run_of_an_earlier_version_is_what_it_was():
+    run = run_of(base_model="THUDM/CogVideoX-2b")
+    assert run["facts"].pop("pipeline") == "CogVideoXPipeline"
+    assert not {"validation_scheduler", "use_dynamic_cfg"} & run["flags"].keys()
+    lines = hub.snippet(run).splitlines()
+    assert lines[:3] == ["import torch", "from diffusers import CogVideoXPipeline", "from diffusers.utils import export_to_video"]
+    assert lines[-2].endswith("num_frames=0, height=0, width=0).frames[0]")
+    assert len(lines) == 8
+
+
+@pytest.mark.slow
+def test_the_vae_encodes_the_image_in_its_own_precision(image_model, monkeypatch):
+    whole = our_video(image_model, monkeypatch, picture())
+    load = model.load_vae
+    monkeypatch.setattr(model, "load_vae", lambda *args: load(*args).to(torch.bfloat16))
+    halved = our_video(image_model, monkeypatch, picture())
+    assert 0 < np.abs(halved - whole).mean() < 3
