@@ -11,13 +11,7 @@ import numpy as np
 
 from cogvideox import flags
 from cogvideox.console import BAD_DATA, fail
-<<<<<<< HEAD
-from cogvideox.decode import clip_framing, image_request
-from cogvideox.folder import COGVIDEOX_2B, fill_in_defaults, load_tokenizer
-=======
-from cogvideox.decode import clip_framing
 from cogvideox.folder import facts_for_data, load_tokenizer
->>>>>>> sizes
 from cogvideox.motion import STATIC, motion
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.survey import (
@@ -133,7 +127,6 @@ def main(words=None):
     facts, found = facts_for_data(args)
     if problems := problems + found:
         flags.refuse(parser, problems)
-    fill_in_defaults(args, COGVIDEOX_2B)
 
     records, problems, layout = list_clips(args)
     priors, prior_problems, _ = list_prior_clips(args)
