@@ -11,6 +11,7 @@ import numpy as np
 
 from cogvideox import flags
 from cogvideox.console import BAD_DATA, fail
+from cogvideox.decode import clip_framing, image_request
 from cogvideox.folder import facts_for_data, load_tokenizer
 from cogvideox.motion import STATIC, motion
 from cogvideox.reader import Readers, decode_workers
