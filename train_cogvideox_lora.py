@@ -300,7 +300,15 @@ from cogvideox.launch import (
     use_deterministic_algorithms,
 )
 from cogvideox.linear import hold_linears
-from cogvideox.model import blocks_to_recompute, checkpoint_blocks, compile_blocks, constant_inputs, load_scheduler, load_vae
+from cogvideox.model import (
+    blocks_to_recompute,
+    checkpoint_blocks,
+    compile_blocks,
+    constant_inputs,
+    load_scheduler,
+    load_vae,
+    pipeline_class,
+)
 from cogvideox.offload import offload_blocks
 from cogvideox.optimizer import make_optimizer, make_schedule, step_size
 from cogvideox.order import Plan, positions_of, seeded_generator
@@ -517,7 +525,9 @@ def main(args):
     base_identity = base_model.identity_of(args, identities["transformer"], scheduler, device)
     vae = functools.partial(load_vae, folder, device, args.variant, args.enable_slicing, args.enable_tiling)
     data_motion = functools.partial(motion.of_data, args, data)
-    validator = validation.Validator(args, trained, scheduler, encodings, vae, data.most_common_shape(), plan, base_identity, data_motion)
+    validator = validation.Validator(
+        args, trained, scheduler, encodings, vae, data.most_common_shape(), plan, base_identity, data_motion, data.validation_images
+    )
     scorer = scoring.Scorer(args, trained, clip_losses, encodings, data, facts, num_timesteps, tuple(identities.values()), base_identity)
     scorer.follow(checkpointer, validator)
     say_price = functools.partial(
@@ -540,7 +550,8 @@ def main(args):
     guard = metrics.NonFiniteGuard(args, trained, plan.clip_of, data.records, checkpointer)
     say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, num_parameters)
     say_price(first_step=first_step)
-    run = report.describe_run(args, accelerator, engine.engine_of(accelerator), plan, data, validator.settings, num_trained)
+    pipeline = pipeline_class(transformer.config).__name__
+    run = report.describe_run(args, accelerator, engine.engine_of(accelerator), plan, data, validator.settings, num_trained, pipeline)
     if is_main and (problem := report.write_run_facts(output_dir, run)):
         warn(problem)
 

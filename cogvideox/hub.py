@@ -11,12 +11,12 @@ from cogvideox.files import LORA_FILE, note_file, write_durably
 from cogvideox.owned import CARD, OTHER_CARD, card_name
 
 UPLOADED = [LORA_FILE, "transformer/*", "README.md", "metrics.jsonl", "loss.png"]
-UPLOADED += ["validation/step-*/*.mp4", "validation/step-*/contact_sheet.png"]
-TEXT_TO_VIDEO = "CogVideoXPipeline"
+UPLOADED += ["validation/step-*/*.mp4", "validation/step-*/contact_sheet.png", "validation/step-*/image-*.png"]
 TEMPLATES = Path(__file__).parent / "templates"
+TEXT_TO_VIDEO = "CogVideoXPipeline"
 # Placeholder facts, with which the rehearsal writes a card.
 NO_FACTS = {"name": "", "base_model": "", "is_base_on_hub": False, "example_prompt": "", "steps": 0, "clips": 0, "clips_per_step": 0}
-NO_FACTS |= {"trained_parameters": 0, "num_frames": 0, "height": 0, "width": 0, "videos": []}
+NO_FACTS |= {"trained_parameters": 0, "num_frames": 0, "height": 0, "width": 0, "videos": [], "pipeline": TEXT_TO_VIDEO}
 SCHEDULERS = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}  # of --validation_scheduler
 
 

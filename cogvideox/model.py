@@ -65,6 +65,8 @@ def load_vae(folder, device, variant=None, slicing=False, tiling=False):
         vae.enable_slicing()
     if tiling:
         vae.enable_tiling()
+    # The image-to-video pipeline gives it an image in the transformer's dtype.
+    vae.encoder.register_forward_pre_hook(lambda encoder, inputs: (inputs[0].to(next(encoder.parameters()).dtype), *inputs[1:]))
     return vae.requires_grad_(False).eval()
 
 
@@ -178,6 +180,14 @@ def pad_latents(latents, latents_per_patch):
     CogVideoX 1.5 was trained so, and its pipeline throws these frames away after sampling.
     """
     return torch.cat([latents[:1]] * (-len(latents) % latents_per_patch) + [latents])
+
+
+def drop_padding(latents, num_frames, frames_per_latent):
+    """The latents [F', C, H', W'] of a video of `num_frames` frames, without those that the pipeline put in front of them.
+
+    With output_type="latent" it leaves them there. They must go before decoding: the VAE is causal, and a video begins with its first.
+    """
+    return latents[-((num_frames - 1) // frames_per_latent + 1) :]
 
 
 def pipeline_class(config):

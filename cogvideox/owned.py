@@ -30,7 +30,7 @@ RESULT = "|".join(re.escape(name) for name in (LORA_FILE, *SFT_FILES))
 REPLACED = re.compile(
     rf"(best/)?({RESULT})|report\.html|run\.json|metrics\.jsonl|loss\.png|status\.json|dataset\.json|dataset_report\.txt"
     rf"|{re.escape(OTHER_CARD)}|encoded/(\d\d\.mp4|contact_sheet\.png)"
-    r"|validation/step-\d{6}/((without_trigger/)?\d+-.*-seed\d+\.mp4|contact_sheet\.png|videos\.json)"
+    r"|validation/step-\d{6}/((without_trigger/)?\d+-.*-seed\d+\.mp4|contact_sheet\.png|image-\d+\.png|videos\.json)"
 )
 FOLDERS = ("best", "encoded", "transformer", "validation")
 TRACKED = r"(.+/)?(events\.out\.tfevents\..+|hparams\.yml)"  # tensorboard's, below --logging_dir

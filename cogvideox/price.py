@@ -88,7 +88,8 @@ def halve_videos(args, looks, total_steps):
     if sum(step < total_steps for step in looks) > 2:
         interval = "validation_steps" if args.validation_steps else "validation_epochs"
         return f"--{interval} {2 * getattr(args, interval)} halves the time of videos"
-    return f"--num_inference_steps {max(1, args.num_inference_steps // 2)} (with --validation_scheduler dpm) halves the time of videos"
+    sampler = "" if args.validation_scheduler == "dpm" else " (with --validation_scheduler dpm)"
+    return f"--num_inference_steps {max(1, args.num_inference_steps // 2)}{sampler} halves the time of videos"
 
 
 def halve_scores(args, scorer, steps):

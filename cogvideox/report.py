@@ -70,10 +70,10 @@ def run_facts(flags, facts, defaults=None):
     return hub.without_secrets(record)
 
 
-def describe_run(args, accelerator, engine, plan, data, video, num_trained):
+def describe_run(args, accelerator, engine, plan, data, video, num_trained, pipeline):
     """The content of run.json before step 1.
 
-    engine: its name. video: the settings of the validation videos.
+    engine: its name. video: the settings of the validation videos. pipeline: the name of the stock pipeline's class.
     """
     base = args.pretrained_model_name_or_path
     is_on_hub = not Path(at_home(base)).exists()
@@ -83,7 +83,7 @@ def describe_run(args, accelerator, engine, plan, data, video, num_trained):
     # Only the name of a local folder: the card may be published.
     facts |= {"base_model": base if is_on_hub else Path(base).name, "is_base_on_hub": is_on_hub}
     facts |= {"example_prompt": args.prompts[0] if args.prompts else data.records[0].caption}
-    facts |= {name: video[name] for name in ("num_frames", "height", "width")} | {"steps": 0, "videos": []}
+    facts |= {name: video[name] for name in ("num_frames", "height", "width")} | {"steps": 0, "videos": [], "pipeline": pipeline}
     defaults = {name: action.default for name, action in args.declared.items()}
     return run_facts(public_flags(args), facts, defaults)
 
@@ -129,7 +129,8 @@ def read_lines(path):
 
 
 def read_videos(output_dir):
-    """The validation videos: ({step: {file name: path}}, {file name: (prompt, seed)}, settings of the newest step)."""
+    """The validation videos: ({step: {file name: path}}, {file name: (prompt, seed, path of its image or None)}, settings of the newest
+    step)."""
     steps, labels, settings = {}, {}, {}
     for folder in sorted((output_dir / "validation").glob("step-*")):
         match = re.fullmatch(r"step-(\d+)", folder.name)
@@ -141,7 +142,8 @@ def read_videos(output_dir):
         for job in jobs if isinstance(jobs, list) else []:
             if isinstance(job, dict) and "name" in job:
                 trigger = "without the trigger: " if "without" in job else ""
-                labels[str(job["name"])] = (f"{trigger}{job.get('prompt', '')}", job.get("seed"))
+                image = folder / str(job["image"]) if "image" in job else None
+                labels[str(job["name"])] = (f"{trigger}{job.get('prompt', '')}", job.get("seed"), image)
         # A file whose name begins with a dot is still being written.
         paths = [path for pattern in ("*.mp4", "without_trigger/*.mp4") for path in folder.glob(pattern)]
         files = {path.relative_to(folder).as_posix(): path for path in paths if not path.name.startswith(".") and path.stat().st_size}
@@ -149,7 +151,7 @@ def read_videos(output_dir):
             steps[int(match[1])] = files
     for name in {name for files in steps.values() for name in files}:
         seed = re.search(r"-seed(\d+)\.mp4$", name)
-        labels.setdefault(name, (name.removesuffix(".mp4"), int(seed[1]) if seed else None))
+        labels.setdefault(name, (name.removesuffix(".mp4"), int(seed[1]) if seed else None, None))
     return dict(sorted(steps.items())), labels, settings if isinstance(settings, dict) else {}
 
 
@@ -262,7 +264,8 @@ def videos(output_dir, lines):
         notes.append("Motion in grey levels per second.")
     for name in sorted({name for step in shown for name in steps[step]}):
         cells = [video_cell(step, name, steps[step].get(name), (step, name) in chosen, measured) for step in shown]
-        rows.append({"prompt": labels[name][0], "seed": labels[name][1], "cells": cells})
+        prompt, seed, image = labels[name]
+        rows.append({"prompt": prompt, "seed": seed, "image": data_address(image, "image/png") if image else "", "cells": cells})
     if linked := sum(bool(cell["link"]) for row in rows for cell in row["cells"]):
         notes.append(f"{linked} videos did not fit in {VIDEO_BUDGET_MIB} MiB and are links to the files beside this page.")
     return {"steps": shown, "rows": rows, "notes": notes}
@@ -332,7 +335,7 @@ def settings(run):
     }
 
 
-SHOWN_ELSEWHERE = {"name", "videos", "example_prompt", "is_base_on_hub", "steps", "num_frames", "height", "width"}
+SHOWN_ELSEWHERE = {"name", "videos", "example_prompt", "is_base_on_hub", "steps", "num_frames", "height", "width", "pipeline"}
 
 
 def flag_text(value):

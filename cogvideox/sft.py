@@ -44,8 +44,14 @@ def load_live(transformer, state):
 
 
 def export(transformer, live, stored_dtype):
-    """The exported weights, in the base model's stored dtype."""
-    return {name: tensor.to(stored_dtype) for name, tensor in live.items()}
+    """The exported weights, in the base model's stored dtype, with what else the model keeps: learned positions are no parameters."""
+    return {name: tensor.to("cpu", stored_dtype) for name, tensor in (live | stored_buffers(transformer)).items()}
+
+
+def stored_buffers(transformer):
+    """The buffers of a transformer that are in its file, name -> tensor."""
+    stored = transformer.state_dict()
+    return {name: buffer for name, buffer in transformer.named_buffers() if name in stored}
 
 
 def write(folder, exported, facts):
@@ -96,7 +102,7 @@ def check_export(folder, transformer):
     """
     loaded = CogVideoXTransformer3DModel.from_pretrained(Path(folder) / RESULT, local_files_only=True)
     state, error, size = loaded.state_dict(), 0.0, 0.0
-    for name, parameter in transformer.named_parameters():
+    for name, parameter in (dict(transformer.named_parameters()) | stored_buffers(transformer)).items():
         live = parameter.detach().float().cpu()
         error = max(error, ((state[name].float() - live).abs() / (live.abs() + 1e-3)).max().item())
         size = max(size, live.abs().max().item())

@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from PIL import Image
 
 from cogvideox import base_model, metrics, motion, report
 from cogvideox.console import say, timed, warn
 from cogvideox.files import key_of, read_json, write_bytes
 from cogvideox.launch import free
-from cogvideox.model import bare_pipeline, decode_latents
+from cogvideox.model import bare_pipeline, decode_latents, drop_padding
 from cogvideox.stopping import interruptible, raise_if_noticed
-from cogvideox.video import contact_sheet, read_video, write_video
+from cogvideox.video import contact_sheet, film_strip, png_bytes, read_video, write_video
 
 WITHOUT = "without_trigger"  # the folder, beside a step's other videos, of the one whose prompt lacks the id token
 
@@ -63,9 +64,12 @@ def title_of(job, texts):
     return f"without the trigger: {texts[job['prompt']]}" if "without" in job else texts[job["prompt"]]
 
 
-def sample_latents(transformer, scheduler, prompt, negative_prompt, seed, device, **settings):
-    """Latents [F', C, H', W'] of one video from the stock pipeline. prompt, negative_prompt: embeddings [T, D]."""
-    pipeline = bare_pipeline(transformer, scheduler=copy.deepcopy(scheduler))
+def sample_latents(transformer, scheduler, prompt, negative_prompt, seed, device, vae=None, **settings):
+    """Latents [F', C, H', W'] of one video from the stock pipeline. prompt, negative_prompt: embeddings [T, D].
+
+    An image-to-video model needs an `image` of the video's size among the settings, and the VAE to encode it.
+    """
+    pipeline = bare_pipeline(transformer, scheduler=copy.deepcopy(scheduler), vae=vae)
     pipeline.set_progress_bar_config(disable=True)
     result = pipeline(
         prompt_embeds=prompt[None].to(device),
@@ -75,7 +79,7 @@ def sample_latents(transformer, scheduler, prompt, negative_prompt, seed, device
         callback_on_step_end=stop_sampling_if_requested,
         **settings,
     )
-    return result.frames[0]
+    return drop_padding(result.frames[0], settings["num_frames"], pipeline.vae_scale_factor_temporal)
 
 
 def sampler_of(scheduler, name):
@@ -90,21 +94,26 @@ def stop_sampling_if_requested(pipeline, step, timestep, tensors):
     return tensors
 
 
-def validate(folder, jobs, rank, world_size, transformer, scheduler, embeddings, load_vae, device, fps, settings):
+def validate(folder, jobs, rank, world_size, transformer, scheduler, embeddings, load_vae, device, fps, settings, images=()):
     """Generate this rank's share of the videos and write them as mp4. Returns failures as sentences.
 
     embeddings: (prompt embeddings, negative embedding), encoded before training. The VAE is loaded only for decoding, after all
-    latents are sampled; the transformer stays on its device.
+    latents are sampled; the transformer stays on its device. images: of an image-to-video model, uint8 [H, W, 3] for each prompt; the VAE
+    (0.4 GB) then encodes them, and stays until the videos are decoded.
     """
     folder, failures, latents = Path(folder), [], []
     prompts, negative = embeddings
+    load_vae = functools.cache(load_vae)
+
+    def condition(prompt):
+        return {"vae": load_vae(), "image": Image.fromarray(images[prompt])} if images else {}
+
     with undisturbed(transformer):
         for job in jobs[rank::world_size]:
             try:
                 raise_if_noticed()
-                latents.append(
-                    (job, sample_latents(transformer, scheduler, prompts[job["prompt"]], negative, job["seed"], device, **settings))
-                )
+                prompt, given = prompts[job["prompt"]], settings | condition(job["prompt"])
+                latents.append((job, sample_latents(transformer, scheduler, prompt, negative, job["seed"], device, **given)))
             except Exception as error:
                 failures.append(failure(job, error))
         if not latents:
@@ -130,19 +139,25 @@ def failure(job, error):
     return f"validation video {job['name']} {ending}: {reason}"
 
 
-def write_sheet(folder, first_folder, jobs, prompts, step, settings):
-    """Write `contact_sheet.png` (each video below that of step 0 with the same seed) and `videos.json` of one validation."""
+def write_sheet(folder, first_folder, jobs, prompts, step, settings, images=()):
+    """Write `contact_sheet.png` (each video below that of step 0 with the same seed) and `videos.json` of one validation.
+
+    images: as in `validate`. A small copy of each is kept for the report.
+    """
     folder, first_folder = Path(folder), Path(first_folder)
-    rows = []
+    rows, small = [], [film_strip(image[None]) for image in images]
     for job in jobs:
         rows.append((title_of(job, prompts), None))
+        rows += [("image", small[job["prompt"]][None])] if images else []
         before, now = first_folder / job["name"], folder / job["name"]
         if before != now and before.exists():
             rows.append((f"step 0 (base model), seed {job['seed']}", read_video(before)))
         if now.exists():
             rows.append((f"step {step}, seed {job['seed']}", read_video(now)))
     contact_sheet(folder / "contact_sheet.png", rows, f"validation at step {step}")
-    record = [job | {"prompt": prompts[job["prompt"]]} for job in jobs]
+    record = [job | {"prompt": prompts[job["prompt"]]} | ({"image": f"image-{job['prompt']:02d}.png"} if images else {}) for job in jobs]
+    for number in {job["prompt"] for job in jobs} if images else ():
+        write_bytes(folder / f"image-{number:02d}.png", png_bytes(Image.fromarray(small[number])))
     write_bytes(folder / "videos.json", json.dumps({"settings": settings, "videos": record}, indent=1).encode())
     say(f"step {step}: validation videos and contact_sheet.png in {folder}")
 
@@ -167,21 +182,23 @@ class Validator:
     Step 0's come from the cache, or are made with the first others, so that the first step does not wait for them; where that is
     too late, because training changes the weights of step 0, they are made before the first step. encodings: encodings.Encodings.
     load_vae: () -> the VAE. clip_shape: default (frames, height, width) of the videos. plan: order.Plan. base_identity:
-    `base_model.identity_of`. data_motion: () -> the motion of the training clips, which is asked for once, on the main process. Every
-    rank calls every method and generates its share.
+    `base_model.identity_of`. data_motion: () -> the motion of the training clips, which is asked for once, on the main process. images:
+    of an image-to-video model, uint8 [H, W, 3] in the videos' size for each of args.prompts; else none. Every rank calls every method
+    and generates its share.
     """
 
     def __init__(
-        self, args, trained, scheduler, encodings, load_vae, clip_shape, plan, base_identity="", data_motion=lambda: None
+        self, args, trained, scheduler, encodings, load_vae, clip_shape, plan, base_identity="", data_motion=lambda: None, images=()
     ):  # fmt: skip
         self.args, self.trained, self.encodings, self.load_vae, self.plan = args, trained, encodings, load_vae, plan
         self.folder, self.texts = Path(args.output_dir) / "validation", list(args.prompts)
         self.jobs = video_jobs(args.prompts, args.num_validation_videos, args.seed)
-        self.pair = ()  # the names of a video with the id token and of the same without it
+        self.images, self.pair = list(images), ()  # pair: the names of a video with the id token and of the same without it
         if args.plain_prompt:
             number, text = args.plain_prompt
             if text not in self.texts:
                 self.texts.append(text)
+                self.images += self.images[number : number + 1]
                 self.jobs.append(job_without_trigger(self.jobs, number, text, len(self.texts) - 1, args.id_token))
             self.pair = tuple(next(job["name"] for job in self.jobs if job["prompt"] == n) for n in (number, self.texts.index(text)))
         self.data_motion, self.meter = functools.cache(data_motion), None
@@ -280,7 +297,8 @@ class Validator:
     def base_key(self, job):
         """The cache key of one video of step 0."""
         captions = [self.encodings.caption_keys[text] for text in (self.texts[job["prompt"]], self.args.negative_prompt)]
-        return key_of("base video", *self.base_identity, self.encodings.vae, captions, job["seed"], self.settings, self.args.fps)
+        image = [hashlib.sha256(image).hexdigest() for image in self.images[job["prompt"] :][:1]]
+        return key_of("base video", *self.base_identity, self.encodings.vae, captions, job["seed"], self.settings, self.args.fps, *image)
 
     def generate(self, step, jobs, now, of_base=False):
         """Generate videos with the current weights or, with `of_base`, without the LoRA; keep step 0's in the cache, and show them.
@@ -299,7 +317,7 @@ class Validator:
                 stack.enter_context(base_model.without_lora(full_model))
             failures = validate(
                 folder, jobs, rank, world_size, full_model, self.scheduler, (prompts, negative), self.load_vae, trained.device,
-                self.args.fps, self.settings,
+                self.args.fps, self.settings, self.images,
             )  # fmt: skip
             del full_model  # a copy is freed at the end of the block
         for sentence in failures:
@@ -320,7 +338,7 @@ class Validator:
         if folder.exists():
             try:
                 keyed = [job | {"key": self.base_key(job)} for job in jobs] if step == 0 else jobs
-                write_sheet(folder, self.folder_of(0), keyed, self.texts, step, self.settings)
+                write_sheet(folder, self.folder_of(0), keyed, self.texts, step, self.settings, self.images)
             except Exception as error:  # Pillow and the video reader raise many kinds of errors; none must end the run
                 warn(f"the contact sheet of step {step} was not written ({type(error).__name__}: {error})")
             try:

@@ -44,6 +44,13 @@ def gif_bytes(frames, fps):
     return buffer.getvalue()
 
 
+def png_bytes(image):
+    """A Pillow image as the content of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def film_strip(frames, columns=5, widest=240):
     """`columns` frames side by side, evenly spaced from the first to the last, each at most `widest` pixels wide."""
     chosen = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
@@ -117,6 +124,4 @@ def contact_sheet(path, rows, title=""):
         if strip is not None:
             sheet.paste(Image.fromarray(strip), (gap, y))
             y += strip.shape[0] + gap
-    picture = io.BytesIO()
-    sheet.save(picture, "PNG")
-    write_bytes(Path(path), picture.getvalue())
+    write_bytes(Path(path), png_bytes(sheet))

@@ -142,6 +142,28 @@ def unfinished(folder, target):
     return target
 
 
+@pytest.mark.long
+@pytest.mark.numeric
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", LEARNING_RATE)
+def test_two_processes_of_fsdp2_train_an_image_to_video_model_with_learned_positions_as_one_does(
+    kind, image_model, six_clips, tmp_path, encodings, train, launch
+):
+    flags = {"max_train_steps": 2, "training_type": kind, "learning_rate": LEARNING_RATE[kind], "eval_clips": 2} | STEADY_ADAM
+    one = train(model=image_model, train_batch_size=2, **flags)
+    line = words(image_model, six_clips, tmp_path / "two", encodings, validation_prompt="a rabbit:::a bird", **flags)
+    codes, output = launch("fsdp2", line)
+    assert codes == [0, 0], output[-3000:]
+    assert "PASS" in output
+    assert worst_difference(result_of(tmp_path / "two"), result_of(one)) < 1e-4
+    if kind == "sft":
+        table = "patch_embed.pos_embedding"  # a buffer, which no step changes and the base's file has
+        base = load_file(image_model / "transformer/diffusion_pytorch_model.safetensors")
+        assert torch.equal(result_of(tmp_path / "two")[table], base[table])
+        assert worst_difference(result_of(one), base) > 1e-3  # it does move
+    assert len(list((tmp_path / "two/validation/step-000002").glob("*.mp4"))) == 2
+
+
 @pytest.mark.numeric
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("name", "kind"), engines_and_kinds({("ddp", "sft"), ("fsdp2", "lora"), ("zero2", "lora"), ("zero3", "sft")}))

@@ -7,13 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline, DiffusionPipeline
 from PIL import Image
 
+from cogvideox import folder as folder_of
 from cogvideox.lora import LORA_FILE, read_layers
 from cogvideox.validation import video_jobs
 from cogvideox.video import read_video, write_video
 from demo.make_model import make_model
+from tests.conftest import FAMILIES
 from tests.test_export_comfyui import make_lora, nameless, refused
 from tools import generate, lora_file, merge
 
@@ -28,13 +30,14 @@ def lora(tiny_model, tmp_path_factory):
 
 
 def line(model, output, **flags):
-    """A command line: small and quick, with `flags` on top (True: a switch)."""
+    """A command line: small and quick, with `flags` on top (True: a switch; False: --no-...; None: left out)."""
     words = []
     for name, value in (
         {"pretrained_model_name_or_path": model, "output_dir": output, "prompt": "a rabbit", "seed": 1} | SMALL | flags
     ).items():
         if value is not None:
-            words += [f"--{name}", *([] if value is True else map(str, value) if isinstance(value, list) else [str(value)])]
+            words.append(f"--no-{name}" if value is False else f"--{name}")
+            words += [] if isinstance(value, bool) else map(str, value) if isinstance(value, list) else [str(value)]
     return words
 
 
@@ -51,15 +54,19 @@ def frames(monkeypatch):
     return kept
 
 
-def stock_video(model, lora=None, scale=1.0, seed=1, prompt="a rabbit"):
-    """The same video from diffusers' own calls, uint8 [F, H, W, 3]."""
-    pipeline = CogVideoXPipeline.from_pretrained(model)
+def stock_video(model, lora=None, scale=1.0, seed=1, prompt="a rabbit", **settings):
+    """The same video from diffusers' own calls as the authors advise them for the family, uint8 [F, H, W, 3]."""
+    pipeline, settings = DiffusionPipeline.from_pretrained(model), SMALL | settings
+    if pipeline.transformer.config.use_rotary_positional_embeddings:
+        pipeline.scheduler = CogVideoXDPMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+        settings = {"use_dynamic_cfg": True} | settings
     if lora:
         pipeline.load_lora_weights(str(lora), weight_name=LORA_FILE, adapter_name="lora")
         pipeline.set_adapters("lora", scale)
     generator = torch.Generator().manual_seed(seed)
-    video = pipeline(prompt, negative_prompt="", generator=generator, guidance_scale=6.0, output_type="np", **SMALL).frames[0]
-    return np.round(video * 255).astype(np.uint8)[-SMALL["num_frames"] :]
+    asked = {"prompt": prompt, "negative_prompt": "", "guidance_scale": 6.0, "output_type": "np"}
+    video = pipeline(generator=generator, **asked | settings).frames[0]
+    return np.round(video * 255).astype(np.uint8)[-settings["num_frames"] :]
 
 
 @pytest.mark.slow
@@ -124,24 +131,89 @@ def test_a_fine_tuned_transformer_is_taken_by_its_run_or_itself(tiny_model, lora
     assert "no transformer/config.json" in refused(generate.main, capsys, *line(tiny_model, tmp_path / "c", transformer=tmp_path / "a"))
 
 
+def wide_picture(path, height, width, seed=0):
+    """A picture twice as wide as the videos, as a file. Returns its middle, which is what they begin with: uint8 [height, width, 3]."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, 2 * width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels[:, width // 2 : width // 2 + width]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["rotary_model", "temporal_patch_model"])
-def test_the_other_families_and_the_size_that_the_config_names(kind, request, tmp_path, frames):
-    model = request.getfixturevalue(kind)
-    folder = make_lora(model, tmp_path / "run", size=0.5)
-    frames_asked = None if kind == "rotary_model" else 13
-    flags = {
-        "height": None,
-        "width": None,
-        "num_frames": frames_asked,
-        "num_inference_steps": 1,
-        "compare_base": True,
-        "use_dynamic_cfg": True,
-    }
-    generate.main(line(model, tmp_path / "out", lora=folder, dtype="bf16" if kind == "rotary_model" else "fp32", **flags))
-    made, base = frames[f"{NAME}1-scale1.mp4"], frames[f"{NAME}1-base.mp4"]
-    assert made.shape == base.shape == (frames_asked or 17, 64, 96, 3)
-    assert not np.array_equal(made, base)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "2b"])
+def test_each_familys_videos_are_its_pipelines_with_size_sampler_and_guidance_of_the_model(family, family_model, tmp_path, frames):
+    model = family_model(family)
+    facts = folder_of.read_facts(model)
+    size = {"height": facts.sample_size[0], "width": facts.sample_size[1], "num_frames": facts.sample_frames}
+    size |= {"num_inference_steps": 2, "guidance_scale": 60.0}  # random weights hardly look at the text
+    folder, flags, given = make_lora(model, tmp_path / "run", size=0.5), {}, {}
+    if facts.image_channels:
+        given = {"image": Image.fromarray(wide_picture(tmp_path / "one.png", size["height"], size["width"]))}
+        flags = {"image": tmp_path / "one.png"}
+    asked = dict.fromkeys(("height", "width", "num_frames")) | {"guidance_scale": 60.0} | flags
+    generate.main(line(model, tmp_path / "out", lora=folder, compare_base=True, **asked))
+    made, base = (next(video.astype(int) for name, video in frames.items() if name.endswith(f"{kind}.mp4")) for kind in ("scale1", "base"))
+    assert made.shape == (size["num_frames"], size["height"], size["width"], 3)
+    assert np.abs(base - stock_video(model, **size, **given)).max() <= 1
+    assert np.abs(made - stock_video(model, folder, **size, **given)).max() <= 1
+    assert np.abs(made - base).max() > 3
+    assert np.abs(base - stock_video(model, **size, **given, use_dynamic_cfg=False)).max() > 3
+    settings = json.loads((tmp_path / "out/videos.json").read_text())["settings"]
+    expected = {"scheduler": "dpm", "use_dynamic_cfg": True, "fps": 16.0 if facts.latents_per_patch > 1 else 8.0}
+    assert {name: settings[name] for name in expected} == expected
+    frames.clear()
+    generate.main(line(model, tmp_path / "other", lora=folder, scheduler="stored", use_dynamic_cfg=False, lora_scale=0, **asked))
+    assert np.abs(next(iter(frames.values())) - base).max() > 3
+
+
+@pytest.mark.slow
+def test_each_prompt_has_its_image_or_all_the_same_and_images_are_in_the_names_and_the_sheet(image_model, tmp_path, frames):
+    folder = make_lora(image_model, tmp_path / "run", size=0.5)
+    pictures = [wide_picture(tmp_path / f"{name}.png", 32, 48, seed) for seed, name in enumerate(("one", "two"))]
+    files = [tmp_path / "one.png", tmp_path / "two.png"]
+    size = {"num_frames": 9, "num_inference_steps": 1}
+    generate.main(line(image_model, tmp_path / "out", lora=folder, prompt=["a rabbit", "a rabbit"], image=files, **size))
+    first, second = frames.values()
+    assert len(frames) == 2  # the same prompt and seed, under two names
+    for video, picture in ((first, pictures[0]), (second, pictures[1])):
+        assert np.abs(video - stock_video(image_model, folder, image=Image.fromarray(picture), **size).astype(int)).max() <= 1
+    assert np.abs(first.astype(int) - second).max() > 3
+    record = json.loads((tmp_path / "out/videos.json").read_text())["videos"]
+    assert [(video["prompt"], video["image"]) for video in record] == [("a rabbit", str(file)) for file in files]
+    sheet = np.asarray(Image.open(tmp_path / "out/contact_sheet.png").convert("RGB"))
+    for picture in pictures:
+        assert any(np.array_equal(sheet[y : y + 32, 4:52], picture) for y in range(sheet.shape[0] - 32))
+    frames.clear()
+    generate.main(line(image_model, tmp_path / "one", lora=folder, prompt=["a rabbit", "a bird"], image=files[1], **size))
+    assert np.array_equal(next(video for name, video in frames.items() if "bird" not in name), second)
+
+
+def test_images_that_a_model_does_not_read_or_lacks_are_refused(tiny_model, image_model, tmp_path, capsys):
+    def told(model, **flags):
+        size = {"height": 32, "width": 48, "num_frames": 9}
+        return refused(generate.main, capsys, *line(model, tmp_path / "out", lora=tmp_path / "none", **size | flags))
+
+    Image.new("RGB", (48, 32)).save(tmp_path / "one.png")
+    Image.new("RGB", (48, 32)).save(tmp_path / "two.webp", save_all=True, append_images=[Image.new("RGB", (48, 32), "red")])
+    for name in ("text.png", "one.txt"):
+        (tmp_path / name).write_text("no picture")
+    assert "this model is text-to-video and reads no image; leave it out" in told(tiny_model, image=tmp_path / "one.png")
+    assert "--image: this model is image-to-video; give what the videos begin with" in told(image_model)
+    assert "--image: 2 images for 1 prompts" in told(image_model, image=[tmp_path / "one.png"] * 2)
+    said = told(image_model, prompt=list("abcd"), image=[tmp_path / name for name in ("none.png", "text.png", "two.webp", "one.txt")])
+    for words in ("none.png: no such file", "text.png: not a readable image", "an animation of 2 pictures", "not an image by its name"):
+        assert words in said, words
+    assert "one.png: given twice" in told(image_model, prompt=["a", "a"], image=[tmp_path / "one.png"] * 2)
+    assert "--height 0" in told(image_model, height=0, image=tmp_path / "one.png")
+
+
+@pytest.mark.slow
+def test_sizes_that_the_model_was_not_made_for_are_told(tiny_model, temporal_patch_model, tmp_path, capsys):
+    for model, words in ((tiny_model, "its positions are stretched"), (temporal_patch_model, "uses the top left corner")):
+        folder = make_lora(model, tmp_path / words, size=0.5)
+        generate.main(line(model, tmp_path / "out", lora=folder, num_inference_steps=1, num_frames=9))
+        assert words in capsys.readouterr().err
+        generate.main(line(model, tmp_path / "out", lora=folder, num_inference_steps=1, num_frames=9, height=None, width=None))
+        assert words not in capsys.readouterr().err
 
 
 def test_offloaded_models_make_the_same_video(tiny_model, lora, monkeypatch):

@@ -127,6 +127,14 @@ def test_videos_stand_still_if_they_move_less_than_step_0s_and_than_the_data(num
     assert motion.verdict_of([line(*numbers, step=0)]) == (False, [])
 
 
+def test_image_to_video_videos_stand_still_where_they_stay_on_the_image_that_step_0s_leave():
+    moves = video(with_square())
+    stays = np.repeat(moves[:1], FRAMES, axis=0)  # both begin with the image
+    for now, base, stands_still in ((stays, moves, True), (moves, moves, False), (stays, stays, False)):
+        measured = [{"name": "00"} | motion.compare(now, base, 8)]
+        assert motion.verdict_of([motion.line_of(50, measured, (), 20.0)])[0] is stands_still
+
+
 def test_only_a_run_that_learns_is_told_by_its_still_videos():
     videos = line(2.0, 20.0, 15.0)
     assert scoring.verdict([learned(0, 1.0), learned(50, 1.5), videos], 1e-4)[0] == scoring.WORSE

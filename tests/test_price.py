@@ -16,7 +16,7 @@ MEASURED = Measured(seconds_per_step=10.0, peak_gib=1.0, checkpoint_mib=100.0, f
 def parts_of(steps, looks=(), saves=(), scores=(), prompts=1, processes=1, base_videos=0, base=True, captions=2, **flags):
     """The predicted parts of a run: videos of 30 s after the steps `looks`, scores of two clips, checkpoints."""
     args = {"train_batch_size": 1, "validation_steps": 0, "validation_epochs": 2, "num_inference_steps": 50, "eval_steps": 0}
-    args = SimpleNamespace(**args | {"eval_clips": 2, "checkpointing_steps": 500} | flags)
+    args = SimpleNamespace(**args | {"eval_clips": 2, "checkpointing_steps": 500, "validation_scheduler": "stored"} | flags)
     jobs = [{"prompt": number} for number in range(prompts)]
     validator = SimpleNamespace(is_due=lambda step, last: step in looks, jobs=jobs, jobs_of=lambda step: jobs)
     sets = {"train": [0, 1], "held_out": []}
@@ -43,7 +43,8 @@ def test_each_part_is_counted_as_often_as_it_is_due():
     [
         ((2, 4, 6, 8, 10), {}, "--validation_epochs 4"),
         ((2, 4, 6, 8, 10), {"validation_steps": 2}, "--validation_steps 4"),
-        ((10,), {}, "--num_inference_steps 25"),  # a longer interval would not save the last one
+        ((10,), {}, "--num_inference_steps 25 (with --validation_scheduler dpm)"),  # a longer interval would not save the last one
+        ((10,), {"validation_scheduler": "dpm"}, "--num_inference_steps 25 halves"),  # that sampler is on already
     ],
 )
 def test_the_remedy_for_videos_halves_what_there_is_most_of(looks, flags, remedy):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from PIL import Image
 
 from cogvideox import launch, report, validation
 from cogvideox.files import read_json_lines, write_bytes
@@ -21,9 +22,10 @@ PROMPTS = ["a rabbit", "a bird"]
 def watcher(output_dir, trained=None, plan=None, **flags):
     """A validator with a prompt, unless the flags say otherwise."""
     flags = {"prompts": PROMPTS[:1]} | flags
-    args, vae = flags_of(output_dir, **flags), SimpleNamespace(decoder=torch.nn.Identity())
-    parts = make_trained() if trained is None else trained, CogVideoXDDIMScheduler(), Noise(), lambda: vae, (5, 32, 48)
-    validator = validation.Validator(args, *parts, plan or plan_of(), data_motion=lambda: 20.0)
+    images, load_vae = flags.pop("images", ()), flags.pop("load_vae", lambda: SimpleNamespace(decoder=torch.nn.Identity()))
+    args = flags_of(output_dir, **flags)
+    parts = make_trained() if trained is None else trained, CogVideoXDDIMScheduler(), Noise(), load_vae, (5, 32, 48)
+    validator = validation.Validator(args, *parts, plan or plan_of(), data_motion=lambda: 20.0, images=images)
     validator.begin(SimpleNamespace(lines=[], log=lambda line: validator.meter.lines.append(line)))
     return validator
 
@@ -311,6 +313,71 @@ def test_a_vae_that_does_not_load_costs_the_videos_and_not_the_run(tmp_path, pip
     assert pipeline.seeds == [42]
 
 
+def pictures(count):
+    """Images of the videos' size."""
+    return [np.full((32, 48, 3), 60 * number, np.uint8) for number in range(1, count + 1)]
+
+
+def test_an_image_to_video_model_gets_each_prompts_image_and_the_vae_before_it_samples(tmp_path, pipeline):
+    loaded = []
+
+    def load():
+        loaded.append((SimpleNamespace(decoder=torch.nn.Identity()), len(pipeline.seeds)))
+        return loaded[-1][0]
+
+    watcher(tmp_path / "a", images=pictures(2), prompts=PROMPTS, load_vae=load, num_validation_videos=2).offer(0)
+    [(vae, videos_so_far)] = loaded  # once, and kept
+    assert videos_so_far == 0
+    assert all(settings.pop("vae") is vae for settings in pipeline.settings)
+    assert [np.asarray(settings.pop("image"))[0, 0, 0] for settings in pipeline.settings] == [60, 60, 120, 120]
+    text = watcher(tmp_path / "b", prompts=PROMPTS, load_vae=load)
+    text.offer(0)
+    assert loaded[1][1] == len(pipeline.seeds) == 6  # a text-to-video model loads it to decode
+    assert pipeline.settings[-1] == text.settings == pipeline.settings[0]
+
+
+def test_a_vae_that_does_not_load_costs_an_image_to_video_model_its_videos_and_not_the_run(tmp_path, pipeline, capsys):
+    def load():
+        raise OSError("vae: no such file")
+
+    watcher(tmp_path, images=pictures(2), prompts=PROMPTS, load_vae=load).offer(0)
+    assert pipeline.seeds == []
+    assert capsys.readouterr().err.count("failed, training continues: OSError: vae: no such file") == 2
+
+
+def test_a_video_of_step_0_is_kept_under_its_image_and_one_without_an_image_under_the_name_of_earlier_versions(tmp_path):
+    plain = watcher(tmp_path, prompts=PROMPTS)
+    assert plain.base_key(plain.jobs[0]) == "1dfb1f0c580f22e815a84a0ad28ccf2814d143c0"
+    first, second = pictures(2)
+    with_images = [watcher(tmp_path, prompts=PROMPTS, images=images) for images in ([first, second], [second, first], [first, first])]
+    keys = [[validator.base_key(job) for job in validator.jobs] for validator in with_images]
+    assert keys[0][0] == keys[2][0]
+    assert keys[0][1] != keys[2][1]
+    assert len({plain.base_key(plain.jobs[0]), keys[0][0], keys[1][0]}) == 3
+
+
+def test_the_video_without_the_trigger_begins_with_its_partners_image(tmp_path, pipeline):
+    both = OLD_FILM | {"prompts": ["a bird", "OLDFILM a rabbit"], "plain_prompt": (1, "a rabbit")}
+    watcher(tmp_path, **both, images=pictures(2)).offer(0)
+    assert [np.asarray(settings["image"])[0, 0, 0] for settings in pipeline.settings] == [60, 120, 120]
+
+
+def test_the_image_stands_above_its_videos_in_the_sheet_and_in_the_report(tmp_path, pipeline):
+    for name, images in (("with", pictures(2)), ("without", ())):
+        validator = watcher(tmp_path / name, images=images, prompts=PROMPTS)
+        validator.offer(0)
+        folder = validator.folder_of(0)
+        sheet = np.asarray(Image.open(folder / "contact_sheet.png").convert("RGB"))
+        found = [any((sheet[y : y + 32, 4:52] == 60 * number).all() for y in range(len(sheet) - 32)) for number in (1, 2)]
+        assert found == [name == "with"] * 2
+        assert len(list(folder.glob("image-*.png"))) == len(images)
+        record = json.loads((folder / "videos.json").read_text())["videos"]
+        assert [video.get("image") for video in record] == (["image-00.png", "image-01.png"] if images else [None, None])
+        [first, second] = report.videos(tmp_path / name, [])["rows"]
+        assert (first["image"] != second["image"]) is (name == "with")
+        assert (tmp_path / name / report.NAME).read_text().count("<img src=") == len(images)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [("stored", CogVideoXDDIMScheduler), ("ddim", CogVideoXDDIMScheduler), ("dpm", CogVideoXDPMScheduler)]
 )
@@ -320,6 +387,14 @@ def test_a_sampler_keeps_the_noise_schedule_of_the_model(name, kind):
     assert type(sampler) is kind
     assert torch.equal(sampler.alphas_cumprod, stored.alphas_cumprod)
     assert not torch.equal(kind().alphas_cumprod, stored.alphas_cumprod)
+
+
+@pytest.mark.parametrize(("shift", "spacing"), [(1.0, "trailing"), (3.0, "trailing"), (1.0, "leading")])
+def test_the_dpm_sampler_keeps_the_shift_and_the_spacing_of_the_models_scheduler(shift, spacing):
+    sampler = validation.sampler_of(CogVideoXDDIMScheduler(snr_shift_scale=shift, timestep_spacing=spacing), "dpm")
+    sampler.set_timesteps(4)
+    assert (sampler.config.snr_shift_scale, sampler.config.timestep_spacing) == (shift, spacing)
+    assert (sampler.timesteps.tolist() == [999, 749, 499, 249]) is (spacing == "trailing")
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from diffusers import CogVideoXPipeline
 from peft import get_peft_model_state_dict
 
 from cogvideox import model
@@ -84,7 +83,7 @@ def load_pipeline(args, folder, trained_folder, dtype, device):
     transformer = model.load_transformer(trained_folder, dtype, args.variant if trained_folder == folder else None)
     vae = model.load_vae(folder, device, args.variant, args.enable_slicing, args.enable_tiling)
     scheduler = model.load_scheduler(folder)
-    pipeline = CogVideoXPipeline(tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler)
+    pipeline = model.bare_pipeline(transformer, vae=vae, scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
     if args.lora:
         weights = {}  # as every program here reads them: diffusers' own reading of a file knows no .alpha
@@ -104,7 +103,7 @@ def make_video(pipeline, embeddings, seed, scale, device, after_step, **settings
     """uint8 frames [F, H, W, 3] of one video.
 
     embeddings: of the prompt and the negative one, [T, D] each; scale: strength of the LoRA (0: the base; None: there is
-    none); after_step: called after each denoising step; settings: what else the pipeline is told.
+    none); after_step: called after each denoising step; settings: what else the pipeline is told, for image-to-video an `image`.
     """
     if scale is not None:
         (pipeline.enable_lora if scale else pipeline.disable_lora)()
@@ -116,8 +115,9 @@ def make_video(pipeline, embeddings, seed, scale, device, after_step, **settings
 
     prompt, negative = (text[None].to(device, pipeline.transformer.dtype) for text in embeddings)
     settings |= {"prompt_embeds": prompt, "negative_prompt_embeds": negative, "callback_on_step_end": count, "output_type": "latent"}
-    latents = pipeline(generator=torch.Generator().manual_seed(seed), **settings).frames
-    video = pipeline.decode_latents(latents.to(pipeline.vae.dtype))[0].float()  # [3, F, H, W]
+    latents = pipeline(generator=torch.Generator().manual_seed(seed), **settings).frames[0]
+    latents = model.drop_padding(latents, settings["num_frames"], pipeline.vae_scale_factor_temporal)
+    video = pipeline.decode_latents(latents[None].to(pipeline.vae.dtype))[0].float()  # [3, F, H, W]
     pipeline.maybe_free_model_hooks()
     video = video[:, -settings["num_frames"] :]  # of an even number of latents the VAE makes three frames too many, at the start
     return ((video / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 3, 0).cpu().numpy()
