@@ -154,6 +154,11 @@ def add_data_flags(parser):
     flag("--dataloader_num_workers", 0, "processes that load encodings (0: a thread on a GPU, none on a CPU)", at_least=0, free=True)
 
 
+def add_data_model_flag(flag):
+    """Declare the model of a tool that only looks at data."""
+    flag("--pretrained_model_name_or_path", None, "the model to be trained: its configs give the sizes (default: as CogVideoX-2B)")
+
+
 def check_data_flags(args):
     """Further problems of the flags of `add_data_flags`, as sentences. Fills in the values that depend on other flags."""
     from PIL import ImageColor  # not before a wrong flag has been refused

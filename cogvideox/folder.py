@@ -43,15 +43,17 @@ class ModelFacts:
     grid_size: tuple[int, int] = (480, 720)  # pixels for which the model has positions, where they are not stretched
 
 
+CONFIGS_OF_FACTS = ("transformer/config.json", "vae/config.json")
 COGVIDEOX_2B = ModelFacts(16, 4, 1, 226, 16, 8, 1.15258426)  # data is checked against these if the model cannot be read
 # CogVideoX 1.5 in its authors' README: pixels, and the longest clip. The grid of positions in a config may be larger (300 x 300 latents).
 MADE_FOR_15, LONGEST_15 = (768, 1360), 161
 
 
-def find_model(name_or_path, revision=None, variant=None, cache_dir=None, token=None):
+def find_model(name_or_path, revision=None, variant=None, cache_dir=None, token=None, configs_only=False):
     """Return the local folder of a model: the path itself, or the snapshot of a hub id (downloaded if necessary).
 
-    cache_dir: folder of downloads; a model that lies complete in the hub client's own folder is not downloaded again.
+    configs_only: download the configs of transformer and VAE alone. cache_dir: folder of downloads; a model that lies complete in the
+    hub client's own folder is not downloaded again.
     Raises ValueError with a sentence for the user.
     """
     path = Path(at_home(name_or_path))
@@ -64,14 +66,16 @@ def find_model(name_or_path, revision=None, variant=None, cache_dir=None, token=
     import huggingface_hub
 
     weights = f"*.{variant}*.safetensors" if variant else "*.safetensors"
-    patterns = [f"{part}/{kind}" for part in COMPONENTS for kind in ("*.json", "*.model", "*.txt", weights)]
+    patterns = ["*.json", *(f"{part}/{kind}" for part in COMPONENTS for kind in ("*.json", "*.model", "*.txt", weights))]
+    if configs_only:
+        patterns = CONFIGS_OF_FACTS
     used = holding_cache(name_or_path, revision, variant, cache_dir)
     if used != cache_dir:
         say(f"{name_or_path} lies in {used}: it is not downloaded again to --cache_dir {cache_dir}")
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                name_or_path, revision=revision, cache_dir=used, token=token, allow_patterns=["*.json", *patterns], tqdm_class=Bar
+                name_or_path, revision=revision, cache_dir=used, token=token, allow_patterns=patterns, tqdm_class=Bar
             )
         )
     except Exception as error:  # the hub client raises many kinds of errors
@@ -209,7 +213,24 @@ def unsupported_family(transformer, scheduler):
 
 def read_facts(folder):
     """ModelFacts of a folder."""
-    return facts_of(read_json(folder / "transformer/config.json"), read_json(folder / "vae/config.json"))
+    return facts_of(*(read_json(folder / file) for file in CONFIGS_OF_FACTS))
+
+
+def facts_for_data(args):
+    """(ModelFacts, problems) for a tool that looks at data: of --pretrained_model_name_or_path, else the 2B's.
+
+    Reads two configs, and fills in the flags' defaults.
+    """
+    name, facts = args.pretrained_model_name_or_path, COGVIDEOX_2B
+    try:
+        if name:
+            folder = find_model(name, cache_dir=getattr(args, "cache_dir", None), token=os.environ.get("HF_TOKEN"), configs_only=True)
+            facts = read_facts(folder)
+    except (OSError, ValueError) as error:
+        sentence = str(error) if "--pretrained" in str(error) else f"--pretrained_model_name_or_path {name}: cannot be read ({error})"
+        return facts, [sentence]
+    fill_in_defaults(args, facts)
+    return facts, []
 
 
 def facts_of(transformer, vae):

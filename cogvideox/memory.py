@@ -39,6 +39,7 @@ SMALLEST_8BIT = 4096
 RUN_BLOCKS = 4
 # What is added to the prediction where it decides: a GPU's convolutions have workspaces that the ledger does not see.
 MARGIN = 1.25
+SHARDING = ("FSDP2", "ZeRO-2", "ZeRO-3")  # engines that divide gradients between processes
 NAMES = {
     "base_weights": "base weights",
     "adapters": "trained weights (fp32)",
@@ -353,6 +354,19 @@ def training_pieces(configs, args, compute_loss, shape, recomputed, keep_attenti
     return [piece for piece, repeat in zip(pieces, repeats, strict=True) for _ in range(repeat)], start
 
 
+def without_casts(pieces, casts, recomputed):
+    """The pieces without autocast's copies of trained weights, of `casts` bytes a block: an engine that shards weights gathers them
+    in the compute dtype, block by block. Autocast drops those of recomputed blocks after the forward pass, others block by block."""
+    run, forward, result = min(recomputed, RUN_BLOCKS), 0, []
+    for piece in pieces:
+        kind, _, number = piece["name"].partition(" ")
+        is_recomputed = number and int(number) < run
+        forward += kind == "forward" and bool(is_recomputed)
+        change = {"forward": -casts, "loss": forward * casts, "backward": 0 if is_recomputed else casts}.get(kind, 0)
+        result.append(piece | {"left": piece["left"] + change})
+    return result
+
+
 def optimizer_bytes(args, parameters):
     """Bytes of the optimizer states of parameters (fp32 tensors, on any device), and of their average."""
     name, total = args.optimizer, sum(4 * parameter.numel() for parameter in parameters) if args.ema_decay else 0
@@ -367,19 +381,23 @@ def optimizer_bytes(args, parameters):
     return total
 
 
-def training_parts(configs, args, compute_loss, shape, recomputed, keep_attention, device="cuda"):
+def training_parts(configs, args, compute_loss, shape, recomputed, keep_attention, device="cuda", shards=1):
     """The parts of a training step's peak, in bytes; their sum is `training`.
 
     base_weights, adapters, optimizer_state, batch: constant. gradients, activations, working_set: at the peak; activations are
-    kept from the forward pass for the backward one, working_set is one block's further memory.
+    kept from the forward pass for the backward one, working_set is one block's further memory. shards: of the gradients, which
+    decide where the peak is: of all weights at the end of the backward pass, of an eighth of them rather at its begin.
     """
     pieces, start = training_pieces(configs, args, compute_loss, shape, recomputed, keep_attention, device)
+    if shards > 1 and args.training_type == "sft" and args.mixed_precision != "no":
+        pieces = without_casts(pieces, start["adapters_of_block"] // 2, recomputed)
     accumulated = start["adapters"] if args.gradient_accumulation_steps > 1 else 0
     above, gradients, best = accumulated, accumulated, None
     for piece in [*pieces, {"name": "optimizer step", "left": 0, "high": 0, "gradients": 0}]:
-        if best is None or above + piece["high"] > best["above"]:
+        height = above - gradients + gradients // shards + piece["high"]
+        if best is None or height > best["height"]:
             best = {
-                "above": above + piece["high"],
+                "height": height,
                 "gradients": gradients,
                 "kept": above - gradients,
                 "working": piece["high"],
@@ -556,12 +574,12 @@ def phase_parts(configs, args, device="cuda", room=None):
 
 
 def split_over(parts, configs, args, engine, processes):
-    """The result of `training_parts` per rank of several. engine: DDP, FSDP2, ZeRO-2 or ZeRO-3. Computed, not measured.
+    """The result of `training_parts`, with so many shards, per rank of several. engine: DDP or of SHARDING. Computed, not measured.
 
     FSDP2 and ZeRO-3 gather two blocks at a time (one is prefetched), in the compute dtype, and hold a block's full gradients
     before sharding them. ZeRO-2 keeps all weights in the compute dtype, and shards the fp32 ones.
     """
-    if engine in ("one process", "DDP") or processes == 1:
+    if engine not in SHARDING or processes == 1:
         return parts
     block = next(iter(define_transformer(configs, args, "cuda", layers=1).transformer_blocks))
     size = 4 if args.mixed_precision == "no" else 2
@@ -589,7 +607,8 @@ def predict(configs, args, compute_loss, device="cuda", recomputation=None, phas
     layers = configs["transformer"].get("num_layers", 30)
     recomputation = recomputation or blocks_to_recompute(args.gradient_checkpointing, layers)
     shape = latents_of(configs, *largest_shape(args))
-    parts = training_parts(configs, args, compute_loss, shape, *recomputation, device)
+    shards = processes if engine in SHARDING else 1
+    parts = training_parts(configs, args, compute_loss, shape, *recomputation, device, shards)
     phases = phases or phase_parts(configs, args, device)
     weights = parts["base_weights"] + parts["adapters"] * (1 if args.training_type == "lora" or args.mixed_precision == "no" else 0.5)
     parts = split_over(parts, configs, args, engine, processes)

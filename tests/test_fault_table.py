@@ -201,9 +201,9 @@ def test_a_clip_that_may_not_be_read_is_named(clips, train, capsys, open_folder,
     data = shutil.copytree(clips, open_folder / "clips")
     data.chmod(0o755)
 
-    def read(*args):
+    def read(*args, **settings):
         with without_privileges():
-            return read_records(*args)
+            return read_records(*args, **settings)
 
     monkeypatch.setattr("dataset.read_records", read)
     assert len(lora_of(train(data=data))) == 16

@@ -356,7 +356,8 @@ def test_smaller_cards_are_a_share_of_the_card_and_larger_ones_are_not_run(monke
     monkeypatch.setattr(phases, "measure_preset", measure)
     monkeypatch.setattr(phases.memory, "phase_parts", lambda *inputs: {})
     found = list(phases.check_memory(JOB | {"device": "cuda", "folder": str(tmp_path)}))
-    assert [row["verdict"] for row in found] == ["passes"] * 4 + ["not run"]
+    assert [row["verdict"] for row in found] == ["passes"] * 4 + ["not run"] * 2
+    assert "48 GB" in found[-2]["claim"]
     assert "80 GB" in found[-1]["claim"]
     shares = [pytest.approx((size * GIB - phases.CONTEXT) / (24 * GIB)) for size in (8, 12, 16, 24)]
     assert measured == [

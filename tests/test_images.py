@@ -334,7 +334,7 @@ def test_an_image_is_encoded_whole_beside_clips_in_tiles(tiny_model, vae):
     tiled = load_vae(tiny_model, CPU, tiling=True)
     tiled.tile_sample_min_height = tiled.tile_sample_min_width = 32
     tiled.tile_latent_min_height = tiled.tile_latent_min_width = 4
-    frame = np.asarray(picture(3, size=(96, 96)))
+    frame = np.asarray(picture(3, size=(64, 48)))
     assert torch.equal(encodings.encode_image(tiled, frame, "content"), encodings.encode_image(vae, frame, "content"))
     assert tiled.use_tiling
     video = torch.from_numpy(frame.copy()).permute(2, 0, 1)[:, None].float() / 127.5 - 1
@@ -517,3 +517,24 @@ def test_a_run_trains_on_its_images(train, image_model, pictured, tmp_path, caps
         cache_tool.main(["check", str(tmp_path / "cache")])
     assert stop.value.code == 1
     assert f"{bad.relative_to(tmp_path / 'cache')}: its content is not what was stored" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_check_and_encode_images_as_one_does(forked, image_model, pictured, tmp_path):
+    one = Run(image_model, pictured, tmp_path, image_column="images.txt")
+    flags = {"image_column": "images.txt", "validation_prompt": "a", "max_train_steps": 1}
+    line = words(image_model, pictured, tmp_path / "two", tmp_path / "other", **flags)
+    codes, output = forked.run(line, processes=2)
+    assert codes == [0, 0], output[-3000:]
+    assert "0 of 6 images" in output
+    entries = [
+        {path.name: path.read_bytes() for path in (cache / "images").rglob("*.safetensors")} for cache in (one.cache, tmp_path / "other")
+    ]
+    assert entries[0] == entries[1]
+    assert len(entries[0]) == 6
+    (pictured / "images/4.png").write_bytes(b"no picture")  # the last line of one rank
+    (pictured / "images/5.png").unlink()  # of the other
+    codes, output = forked.run([*line, "--overwrite_output_dir"], processes=2)
+    assert codes == [3, 3], output[-3000:]
+    assert "images/4.png: not a readable image" in output
+    assert "its image images/5.png: no such file" in output

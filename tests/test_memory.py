@@ -12,6 +12,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 
 import train_cogvideox_lora as script
 from cogvideox import folder, linear, lora, memory, model, offload
+from cogvideox.engine import unfit_flags
 from dataset import TrainingClips
 from demo.make_model import TRANSFORMERS
 from tests.conftest import FAMILIES
@@ -198,6 +199,20 @@ def test_gradients_of_earlier_batches_are_there_from_the_start():
     assert one["batch"] == two["batch"]
 
 
+@pytest.mark.slow
+def test_where_gradients_are_sharded_the_peak_is_where_the_activations_are(monkeypatch):
+    config, shape, args = configs_of(**TINY | {"num_layers": 8}), (3, 16, 12, 20), flags(training_type="sft")
+    alone, eight = (memory.training_parts(config, args, script.velocity_loss, shape, 8, False, shards=shards) for shards in (1, 8))
+    assert alone["gradients"] > 0.8 * alone["adapters"]  # at the end of the backward pass
+    assert eight["gradients"] < 0.1 * alone["adapters"]
+    with_attention = memory.training_parts(config, args, script.velocity_loss, shape, 8, True, shards=8)
+    assert with_attention["training"] > eight["training"]
+    # Such an engine gathers weights in the compute dtype, of which autocast would keep copies until the forward pass ends.
+    monkeypatch.setattr(memory, "without_casts", lambda pieces, *inputs: pieces)
+    with_casts = memory.training_parts(config, args, script.velocity_loss, shape, 8, False, shards=8)
+    assert with_casts["activations"] > eight["activations"] + 0.8 * eight["adapters"] / 2
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_are_those_of_the_loaded_model(family_model, family):
     args, configs = flags(mixed_precision="bf16", rank=4), memory.read_configs(family_model(family))
@@ -356,6 +371,68 @@ def test_the_tool_prints_the_parts_and_fits_a_card(tiny_model, tmp_path, capsys)
     told = capsys.readouterr().err
     assert "--width 90" in told
     assert "--rank 0" in told
+
+
+@pytest.mark.slow
+def test_the_tool_has_a_row_for_each_card_and_model(tiny_model, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(estimate, "CARDS", (1.0001, 2))
+    monkeypatch.setattr(estimate, "SAVINGS", ({}, {"offload": True}))
+    monkeypatch.setattr(
+        memory, "phase_parts", lambda *inputs: {"captions": 1, "clips_encode": 2, "clips_decode": 3, "sampling": 4, "decoding": 5}
+    )
+    monkeypatch.setattr(memory, "encoding_bytes", lambda *inputs: 2)
+    words = ["--presets", "--height", "64", "--width", "96", "--max_num_frames", "9", "--rank", "4", "--json", str(tmp_path / "rows.json")]
+    estimate.main([*words, "--model", str(tiny_model)])
+    text, rows = capsys.readouterr().out, json.loads((tmp_path / "rows.json").read_text())
+    assert [row["card_gb"] for row in rows] == [1.0001, 2]
+    assert {row["clip"] for row in rows} == {"9x64x96"}
+    assert [row["flags"] for row in rows] == ["--offload", ""]  # next to nothing is left of 1 GiB
+    assert f"| {tiny_model} | 9x64x96 | 2 | - | none |" in text
+    assert "no: training" in text
+    assert f"--pretrained_model_name_or_path {tiny_model} --instance_data_root DATA" in text
+
+
+def test_the_tool_takes_each_familys_own_defaults(capsys):
+    options, models = estimate.parse(["--presets"])
+    shapes = {name: (*memory.largest_shape(args), args.mixed_precision) for name, _, args in models}
+    own = {family: (81, 768, 1360, "bf16") if family.startswith("1.5") else (49, 480, 720, "bf16") for family in FAMILIES}
+    assert shapes == own | {"2b": (49, 480, 720, "fp16")}
+    assert set(memory.PRESETS) == set(FAMILIES) == set(estimate.FAMILIES) == set(memory.HUB_NAMES)
+    _, ((name, _, args),) = estimate.parse(["--preset", "2b", "--engine", "FSDP2", "--processes", "8"])
+    assert (name, args.mixed_precision) == ("2b", "bf16")  # the engine does not scale an fp16 loss
+    _, ((name, configs, args),) = estimate.parse(["--preset", "1.5-5b-i2v", "--height", "768", "--width", "768"])
+    assert memory.largest_shape(args) == (81, 768, 768)
+    assert configs == memory.PRESETS["1.5-5b-i2v"]
+    with pytest.raises(SystemExit):
+        estimate.parse(["--preset", "5b-i2v", "--max_num_frames", "53", "--width", "704"])
+    told = capsys.readouterr().err
+    assert "--max_num_frames 53: this model has learned positions" in told
+    assert "--height 480, --width 704: " in told
+
+
+@pytest.mark.parametrize(
+    ("changed", "engine", "tried"),
+    [({}, "DDP", estimate.SAVINGS), ({"training_type": "sft"}, "DDP", estimate.SAVINGS_SFT), ({"training_type": "sft"}, "FSDP2", ({},))],
+)
+def test_the_flags_for_a_card_are_those_that_the_run_would_take(monkeypatch, changed, engine, tried):
+    seen = []
+
+    def chosen(memory, configs, args, compute_loss, room, device, phases, engine, processes):
+        seen.append((args.offload, args.base_precision, args.optimizer))
+        return (0, True), {"training": room + 1, "validation": 0, "clips": 0}
+
+    monkeypatch.setattr(estimate, "chosen_recomputation", chosen)
+    monkeypatch.setattr(memory, "encoding_bytes", lambda *inputs: 0)
+    args = flags(**changed)
+    saving, *_ = estimate.flags_for(24, memory, {}, args, None, "cuda", {}, engine, 8)
+    assert saving == tried[-1]
+    assert seen == [(s.get("offload", False), s.get("base_precision", "stored"), s.get("optimizer", "adamw")) for s in tried]
+    # None of them is refused.
+    for saving in tried:
+        problems = script.check_flags(argparse.Namespace(**vars(args) | saving | {"instance_data_root": "."}))
+        assert not [problem for problem in problems if "bitsandbytes" not in problem]
+        sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if engine == "FSDP2" else {}
+        assert not unfit_flags(argparse.Namespace(**vars(args) | saving), sharded)
 
 
 @pytest.mark.slow

@@ -171,6 +171,26 @@ def test_windows_within_shots_and_shots_that_are_too_short():
     windows, short = shots.windows_of("a", [(0.0, 13.0), (13.2, 15.5)], "slide", 8.0, 49, 17)
     assert [w.frames for w in windows] == [49, 49, 17]
     assert short == []
+    # CogVideoX 1.5 takes 8k + 1 frames.
+    shots_of_15 = [(0.0, 6.0), (6.2, 10.0), (10.2, 11.0)]
+    windows, short = shots.windows_of("a", shots_of_15, "one", 16.0, 81, 17, 2)
+    assert [w.frames for w in windows] == [81, 57]
+    assert [w.frames for w in shots.windows_of("a", shots_of_15, "one", 16.0, 81, 17)[0]] == [81, 57 + 4]
+    assert short == [(10.2, 11.0)]
+
+
+@pytest.mark.parametrize("family", ["2b", "1.5-5b"])
+def test_windows_have_the_length_and_rate_of_the_model_to_be_trained(family_model, tmp_path, family):
+    (tmp_path / "film.mp4").write_text("x")
+    words = [str(tmp_path / "film.mp4"), "--output_dir", str(tmp_path / "data")]
+    model = ["--pretrained_model_name_or_path", str(family_model(family))]
+    args = prepare.parse(words)
+    assert (args.fps, args.frames, args.height, args.width) == (8, 49, 480, 720)
+    args = prepare.parse([*words, *model, "--min_num_frames", "10"])
+    is_15 = family == "1.5-5b"
+    assert (args.fps, args.frames, args.height, args.width, args.least) == (16 if is_15 else 8, 17, 64, 96, 17 if is_15 else 13)
+    args = prepare.parse([*words, *model, "--max_num_frames", "85", "--fps", "12"])
+    assert (args.fps, args.frames) == (12, 81 if is_15 else 85)
 
 
 # -----------------------------------------------------------------------------
@@ -234,6 +254,8 @@ def test_names_become_words():
         (["film.mp4", "--review", "bad.txt"], 3, "bad.txt:1: 'perhaps film.mp4' is neither"),
         (["film.mp4", "--detector", "none", "--cut_threshold", "3"], 2, "--detector none finds no cuts"),
         (["film.mp4", "--min_num_frames", "99"], 2, "is above --max_num_frames 49"),
+        (["film.mp4", "--pretrained_model_name_or_path", "./no-model"], 2, "--pretrained_model_name_or_path ./no-model: no such folder"),
+        (["film.mp4", "--pretrained_model_name_or_path", "other"], 2, "--pretrained_model_name_or_path other: cannot be read"),
         (["film.mp4", "--output_dir", "other"], 4, "has a prompts.txt that tools.prepare did not write"),
     ],
 )

@@ -5,6 +5,7 @@ import functools
 import re
 from dataclasses import replace
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
@@ -280,3 +281,27 @@ def test_the_lengths_of_15_are_those_with_one_more_latent_in_front():
     assert [n for n in range(1, 100) if decode.longest_legal_length(n, 4, 2) == n] == [1 + 8 * k for k in range(13)]
     for frames in (9, 17, 81):
         assert memory.latents_of(memory.PRESETS["1.5-5b"], frames, 768, 1360)[0] == (frames - 1) // 4 + 2
+
+
+@pytest.mark.parametrize(("family", "seen"), [(None, "49 frames"), ("1.5-5b", "17 frames")])
+def test_tools_that_look_at_data_take_the_models_sizes(family_model, family, seen):
+    args = argparse.Namespace(height=None, width=None, fps=None, max_num_frames=None, pretrained_model_name_or_path=None)
+    args.pretrained_model_name_or_path = family and str(family_model(family))
+    facts, problems = folder.facts_for_data(args)
+    assert not problems
+    assert facts == (folder.read_facts(family_model(family)) if family else folder.COGVIDEOX_2B)
+    assert (args.height, args.width, f"{args.max_num_frames} frames", args.fps) == ((64, 96, seen, 16) if family else (480, 720, seen, 8))
+
+
+def test_a_hub_model_for_a_tool_that_looks_at_data_costs_two_configs(family_model, monkeypatch):
+    asked = []
+
+    def download(name, allow_patterns, **settings):
+        asked.append((name, tuple(allow_patterns)))
+        return family_model("1.5-5b")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    args = argparse.Namespace(max_num_frames=None, pretrained_model_name_or_path="owner/name")
+    facts, problems = folder.facts_for_data(args)
+    assert (problems, args.max_num_frames, facts.positions) == ([], 17, "slice")
+    assert asked == [("owner/name", ("transformer/config.json", "vae/config.json"))]

@@ -108,6 +108,22 @@ def test_every_program_names_an_old_package_before_any_import(tmp_path, command)
     assert run.stderr.count("\n") == 2
 
 
+@pytest.mark.slow
+def test_the_trainer_and_the_gpu_check_start_without_any_optional_package(tmp_path):
+    """The packages that requirements.txt does not name, or that it calls dispensable, are hidden as if they were not installed."""
+    hidden = ["deepspeed", "bitsandbytes", "prodigyopt", "wandb", "datasets", *versions.DISPENSABLE]
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.machinery\n"
+        "finder = importlib.machinery.PathFinder\n"
+        "find = finder.find_spec\n"
+        f"finder.find_spec = lambda name, *rest: None if name in {hidden} else find(name, *rest)\n"
+    )
+    code = "import importlib.util, train_cogvideox_lora, tools.gpu_check.steps; print(importlib.util.find_spec('deepspeed'))"
+    paths = environment() | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=paths, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout.strip()) == (0, "None"), run.stderr
+
+
 def test_a_python_without_packages_is_told_what_to_install():
     """-S leaves out the folder of packages, as the python of another environment would."""
     run = subprocess.run([sys.executable, "-S", "train_cogvideox_lora.py"], cwd=ROOT, capture_output=True, text=True, timeout=60)

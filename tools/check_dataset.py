@@ -12,7 +12,7 @@ import numpy as np
 from cogvideox import flags
 from cogvideox.console import BAD_DATA, fail
 from cogvideox.decode import clip_framing, image_request
-from cogvideox.folder import COGVIDEOX_2B, fill_in_defaults, load_tokenizer
+from cogvideox.folder import facts_for_data, load_tokenizer
 from cogvideox.motion import STATIC, motion
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.survey import (
@@ -121,18 +121,20 @@ def main(words=None):
     parser.add_argument("--cache_dir", help="where downloaded datasets are stored")
     parser.add_argument("--seed", type=int, default=42, help="seed of random crops")
     flags.add_data_flags(parser)
+    flags.add_data_model_flag(flags.flag_group(parser, "model"))
     args = parser.parse_args(words)
     args.instance_data_root = args.root or args.instance_data_root
-    if problems := flags.out_of_bounds(args) + flags.check_data_flags(args):
+    problems = flags.out_of_bounds(args) + flags.check_data_flags(args)
+    facts, found = facts_for_data(args)
+    if problems := problems + found:
         flags.refuse(parser, problems)
-    fill_in_defaults(args, COGVIDEOX_2B)
 
     records, problems, layout = list_clips(args)
     priors, prior_problems, _ = list_prior_clips(args)
     left_out, before_prior = files_left_out(args, args.instance_data_root, records, layout), len(records)
     listed, problems = records + priors, problems + prior_problems
-    framing, cache = framing_of(args, COGVIDEOX_2B), Path(args.encoding_cache_dir)
-    tokenizer, limit = load_tokenizer(Path(args.tokenizer)), COGVIDEOX_2B.max_text_seq_length
+    framing, cache = framing_of(args, facts), Path(args.encoding_cache_dir)
+    tokenizer, limit = load_tokenizer(Path(args.tokenizer)), facts.max_text_seq_length
     with Readers(decode_workers(), args.clip_timeout_seconds) as readers:
         records, clips, parts_of, _ = survey_windows(
             args.windows, listed, framing, lambda records: survey_clips(records, framing, args.seed, cache, readers)

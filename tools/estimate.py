@@ -142,7 +142,7 @@ def print_parts(memory, options, models, compute_loss):
 
 def flags_for(card, memory, configs, args, compute_loss, device, phases, engine="DDP", processes=1):
     """The first of SAVINGS that fits a card of so many GB, or the last: (saving, the flags with it, plan of recomputation, prediction)."""
-    room, sharded = usable(card), engine in ("FSDP2", "ZeRO-2", "ZeRO-3")
+    room, sharded = usable(card), engine in memory.SHARDING
     phases = phases | {"clips_encode": memory.encoding_bytes(configs, args, room)}
     for saving in SAVINGS_SHARDED if sharded else SAVINGS_SFT if args.training_type == "sft" else SAVINGS:
         changed = argparse.Namespace(**vars(args) | saving)

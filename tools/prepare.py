@@ -57,11 +57,18 @@ def parse(words):
     flag("--clip_timeout_seconds", 60.0, "timeout of reading 20 seconds of film", above=0)
     flag = flags.flag_group(parser, "windows: give the trainer the same values")
     flag("--windows", "one", "within a shot: its middle; one after the other; or evenly to its end", choices=("one", "slide", "spread"))
-    flag("--fps", 8.0, "frames per second that are trained", above=0)
-    flag("--max_num_frames", 49, "frames per window: 4k + 1", at_least=1)
+    flags.add_data_model_flag(flag)
+    flag("--fps", None, "frames per second that are trained (default: 8; 1.5: 16)", type=float, above=0)
+    flag("--max_num_frames", None, "frames per window: 4k + 1; 1.5: 8k + 1 (default: 49; 1.5: 81)", type=int, at_least=1)
     flag("--min_num_frames", None, "take shots too short for --max_num_frames down to so many frames (default: none)", type=int, at_least=1)
-    flag("--height", 480, "pixels; with --width, the trained shape, which decides what black bars are cropped anyway", at_least=1)
-    flag("--width", 720, "pixels", at_least=1)
+    flag(
+        "--height",
+        None,
+        "pixels; with --width, the trained shape, which decides what black bars are cropped anyway (default: 480; 1.5: 768)",
+        type=int,
+        at_least=1,
+    )
+    flag("--width", None, "pixels (default: 720; 1.5: 1360)", type=int, at_least=1)
     flag = flags.flag_group(parser, "cuts")
     flag("--detector", "adaptive", "scenedetect's detector", choices=("adaptive", "content", "threshold", "none"))
     flag("--cut_threshold", None, "of the detector; lower finds more cuts (default: its own)", type=float, above=0)
@@ -77,6 +84,8 @@ def parse(words):
 
 def check_flags(args):
     """What is wrong with the flags beside their bounds, as sentences. Fills in paths and lengths."""
+    from cogvideox.folder import clip_step, facts_for_data  # imports torch, which wrong flags need not wait for
+
     flags.expand_home(args, "output_dir", "review")
     args.output_dir = Path(args.output_dir).absolute()
     problems = flags.undecodable(args, "caption")
@@ -91,11 +100,21 @@ def check_flags(args):
     if args.detector == "none" and args.cut_threshold is not None:
         problems.append("--cut_threshold: --detector none finds no cuts; leave it out")
     args.caption = args.caption and " ".join(args.caption.split())
-    args.frames = longest_legal_length(args.max_num_frames)
-    args.least = args.frames if args.min_num_frames is None else longest_legal_length(args.min_num_frames + 3)
+    facts, found = facts_for_data(args)
+    problems += found
+    if found:
+        return problems
+    args.latents_per_patch = facts.latents_per_patch
+    args.frames = legal_length(args, args.max_num_frames)
+    args.least = args.frames if args.min_num_frames is None else legal_length(args, args.min_num_frames + clip_step(facts) - 1)
     if args.least > args.frames:
         problems.append(f"--min_num_frames {args.min_num_frames}: is above --max_num_frames {args.max_num_frames}")
     return problems
+
+
+def legal_length(args, num_frames):
+    """The longest clip of at most so many frames that the model accepts."""
+    return longest_legal_length(num_frames, latents_per_patch=args.latents_per_patch)
 
 
 def list_footage(names, output_dir):
@@ -237,7 +256,7 @@ def find_windows(film, key, args, folder):
     data = dict(np.load(folder / f"{key}.npz"))
     preview = folder / f"{key}.mp4"
     shots = shots_of(data, cuts_of(data, args.detector, args.cut_threshold), args.margin_seconds)
-    windows, short = windows_of(film, shots, args.windows, args.fps, args.frames, args.least)
+    windows, short = windows_of(film, shots, args.windows, args.fps, args.frames, args.least, args.latents_per_patch)
     thumbnails = [thumbnails_of(data, window) for window in windows]
     if not windows:
         return windows, thumbnails, short, shots
@@ -269,7 +288,7 @@ def summarise(args, films, shots, windows, trained, short, counts):
     told += [f"{number} left out: {reason}, {REASONS[reason]}" for reason, number in counts.most_common()]
     if short:
         told.append(f"{len(short)} shots are too short")
-        half = longest_legal_length(args.frames // 2 + 1)
+        half = legal_length(args, args.frames // 2 + 1)
         more = sum((end - start) * args.fps + 1e-3 >= half for _, start, end in short)
         if half < args.least and more:
             told[-1] += f"; --min_num_frames {half} ({half / args.fps:.1f} s) takes {more} of them"

@@ -81,11 +81,11 @@ def shots_of(film, cuts, margin_seconds):
     return [(float(a), float(b)) for a, b in zip(starts, ends, strict=True)]
 
 
-def windows_of(name, shots, kind, fps, most_frames, least_frames):
+def windows_of(name, shots, kind, fps, most_frames, least_frames, latents_per_patch=1):
     """(windows, shots that are too short) of a film. A shot that is shorter than `most_frames` gives the longest legal length."""
     windows, short = [], []
     for start, end in shots:
-        frames = longest_legal_length(min(most_frames, int((end - start) * fps + 1e-3)))
+        frames = longest_legal_length(min(most_frames, int((end - start) * fps + 1e-3)), latents_per_patch=latents_per_patch)
         if frames < least_frames:
             short.append((start, end))
             continue

@@ -23,7 +23,6 @@ import json
 import random
 from pathlib import Path
 
-import decord
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
@@ -57,6 +56,8 @@ def read_lists(root):
 
 def decode_clip(path, height, width, max_num_frames):
     """One file as fp32 pixels in [-1, 1], [F, 3, H, W]: stretched by the decoder, frames at an even stride, 4k + 1 of them."""
+    import decord  # a step does without it
+
     video = decord.VideoReader(str(path), width=width, height=height)
     indices = list(range(0, len(video), max(1, len(video) // max_num_frames)))[:max_num_frames]
     indices = indices[: (len(indices) - 1) // 4 * 4 + 1]

@@ -23,7 +23,7 @@ from cogvideox import flags, versions
 from cogvideox.console import BAD_DATA, BAD_FLAGS, fail, progress, say
 from cogvideox.decode import clip_framing
 from cogvideox.files import at_home, key_of
-from cogvideox.folder import COGVIDEOX_2B, UNKNOWN_REFUSED, load_tokenizer, unknown_shares
+from cogvideox.folder import UNKNOWN_REFUSED, facts_for_data, load_tokenizer, unknown_shares
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.survey import begin_with, framing_of, is_placeholder, printable, read_placeholders, some
 from cogvideox.video import contact_sheet
@@ -57,9 +57,12 @@ def parse(words):
     flag("--cache_dir", None, "as of the trainer: the encodings' cache is in it")
     flag("--seed", 42, "seed of random crops, and of second answers")
     flags.add_data_flags(parser)
+    flags.add_data_model_flag(flag)
     args = parser.parse_args(words)
     args.instance_data_root = args.root or args.instance_data_root
-    if problems := flags.out_of_bounds(args) + flags.check_data_flags(args) + check_flags(args):
+    problems = flags.out_of_bounds(args) + flags.check_data_flags(args) + check_flags(args)
+    args.facts, found = facts_for_data(args)
+    if problems := problems + found:
         flags.refuse(parser, problems)
     return args
 
@@ -96,7 +99,7 @@ class Answer:
 
 def ask(write, pictures, args, tokenizer):
     """The Answer of a model: asked again with the reason until a caption keeps the rules, at most --tries times."""
-    attempts, limit, prompt = [], COGVIDEOX_2B.max_text_seq_length, args.prompt
+    attempts, limit, prompt = [], args.facts.max_text_seq_length, args.prompt
     for number in range(args.tries):
         attempts.append(tidy(write(pictures, prompt, number)))
         faults = faults_of(attempts[-1], tokenizer, args.id_token, limit)
@@ -113,7 +116,7 @@ class Captions:
 
     def __init__(self, args, layout, journal, write, name, tokenizer, readers):
         self.args, self.layout, self.journal, self.write, self.name = args, layout, journal, write, name
-        self.tokenizer, self.readers, self.framing = tokenizer, readers, framing_of(args, COGVIDEOX_2B)
+        self.tokenizer, self.readers, self.framing = tokenizer, readers, framing_of(args, args.facts)
         self.words, self.tokens, self.asked_again, self.shortened, self.failures, self.kept = [], [], 0, 0, [], 0
 
     def settings_of(self, record):
@@ -158,7 +161,7 @@ class Captions:
         """One sentence on what was done."""
         if not self.words:
             return "no caption written"
-        tokens = f"{statistics.median(self.tokens):g} of {COGVIDEOX_2B.max_text_seq_length} tokens, {max(self.tokens)} at most"
+        tokens = f"{statistics.median(self.tokens):g} of {self.args.facts.max_text_seq_length} tokens, {max(self.tokens)} at most"
         trigger = f" with {self.args.id_token} before them" if self.args.id_token else ""
         middle = f"{len(self.words)} captions written: median {statistics.median(self.words):g} words, {tokens}{trigger}"
         changed = f"; {self.kept} left as they are, because somebody changed them meanwhile" if self.kept else ""
