@@ -231,3 +231,11 @@ def test_the_vae_encodes_the_image_in_its_own_precision(image_model, monkeypatch
     monkeypatch.setattr(model, "load_vae", lambda *args: load(*args).to(torch.bfloat16))
     halved = our_video(image_model, monkeypatch, picture())
     assert 0 < np.abs(halved - whole).mean() < 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training_type", ["lora", "sft"])
+def test_a_run_in_bf16_makes_the_videos_of_an_image_to_video_model(image_15_model, training_type, train, capsys):
+    run = train(model=image_15_model, training_type=training_type, mixed_precision="bf16", validation_prompt="a rabbit")
+    assert "failed, training continues" not in capsys.readouterr().err
+    assert len(list((run / "validation").rglob("*.mp4"))) == 2
