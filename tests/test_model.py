@@ -114,7 +114,7 @@ def test_geometry_offers_the_nearest_legal_values(tiny_model, temporal_patch_mod
         "--height 36: this model needs multiples of 16; the nearest are 32 or 48",
         "--max_num_frames 50: this model needs 4k + 1 frames; the nearest are 49 or 53",
     ]
-    assert "the nearest are 45 or 53" in folder_of.check_geometry(folder_of.read_facts(temporal_patch_model), 480, 720, 49)[0]
+    assert "8k + 1 frames; the nearest are 9 or 17" in folder_of.check_geometry(folder_of.read_facts(temporal_patch_model), 64, 96, 13)[0]
 
 
 def edited(folder, target, part, **changes):
