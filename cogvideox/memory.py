@@ -92,6 +92,7 @@ def on_device(configs, device):
 class Ledger(TorchDispatchMode):
     """Counts the bytes of the live storages and their peak, in pieces separated by `mark`.
 
+    In half precision cuDNN copies a convolution's input and output to channels-last, so both are counted twice (measured on an H200).
     attention_extra: whether to add the workspace of the GPUs' flash attention backward kernels: an fp32 gradient of the queries
     and one number per row.
     """
@@ -110,6 +111,8 @@ class Ledger(TorchDispatchMode):
         if self.attention_extra and "_scaled_dot_product" in str(function) and "backward" in str(function):
             query = args[1]
             self.high = max(self.high, self.live + 4 * query.numel() + 4 * query.numel() // query.shape[-1])
+        if function is torch.ops.aten.convolution.default and args[0].dtype in (torch.float16, torch.bfloat16):
+            self.high = max(self.high, self.live + args[0].nbytes + result.nbytes)
         return result
 
     def add(self, tensor):
