@@ -330,6 +330,14 @@ def test_encoding_is_predicted_whole_where_it_fits_and_in_tiles_elsewhere():
     assert memory.encoding_bytes(configs, args, 0) == whole
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("direction", "tiling", "measured"), [("encode", True, 2.47), ("encode", False, 8.18), ("decode", True, 4.19)])
+def test_the_vae_takes_what_an_h200_measured(direction, tiling, measured):
+    """GiB allocated in fp16, torch 2.11, cuDNN 9.19: `python -m tools.gpu_check --only encode`. Without cuDNN's copies 2.08 and 6.68."""
+    bytes_taken = sum(memory.vae_bytes(memory.PRESETS["2b"], direction, (49, 480, 720), tiling=tiling))
+    assert bytes_taken / 2**30 == pytest.approx(measured, rel=0.02)
+
+
 def test_t5_takes_what_is_predicted(tiny_model):
     encoder = model.load_text_encoder(tiny_model, torch.device("cpu"))
     weights, height = memory.captions_bytes(memory.read_configs(tiny_model))
