@@ -673,7 +673,10 @@ def one_ahead(batches, device):
     At 49 x 480 x 720 a batch of one clip takes tens of milliseconds of a core, for which a GPU would wait in each step. Torch does
     not hold Python's lock meanwhile. A thread, not a process: it needs no shared memory and no fork after CUDA has started.
     """
-    on_device = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None  # a new thread has GPU 0
+    on_device = None
+    if device.type == "cuda":  # a new thread has GPU 0; with one process accelerate's device has no index, which set_device refuses
+        index = torch.cuda.current_device() if device.index is None else device.index
+        on_device = functools.partial(torch.cuda.set_device, index)
     with ThreadPoolExecutor(1, initializer=on_device) as thread:
         coming = thread.submit(next, batches, None)
         while (batch := coming.result()) is not None:

@@ -160,10 +160,8 @@ def read_validation_images(args, data, readers):
     if args.image_files:
         located = [(file, *locate_image(Path.cwd(), file, allow_external_paths=True)) for file in args.image_files]
         chosen = [Record("--validation_images", file, str(path), "", reason, image=str(path)) for file, path, reason in located]
-    problems = unusable(chosen, [{"reason": record.reason} if record.reason else {} for record in chosen])
-    if problems:
-        return [], problems
-    found = list(readers.read_all([image_request(record, data.framing, args.seed, size) for record in chosen]))
+    decoded = readers.read_all([image_request(record, data.framing, args.seed, size) for record in chosen if not record.reason])
+    found = [(None, None, record.reason) if record.reason else next(decoded) for record in chosen]
     facts = [{"reason": reason} if reason else image for image, _, reason in found]
     facts = [of_one_picture(image) if record.image else image for record, image in zip(chosen, facts, strict=True)]
     return [frames[0] for _, frames, reason in found if not reason], unusable(chosen, facts)

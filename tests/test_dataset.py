@@ -456,18 +456,20 @@ class Positions(torch.utils.data.Dataset):
         return {"position": position, "in_main_thread": threading.current_thread() is threading.main_thread()}
 
 
-@pytest.mark.parametrize(("kind", "ahead"), [("cuda", True), ("cpu", False)])
+@pytest.mark.parametrize(("name", "ahead"), [("cuda:3", True), ("cuda", True), ("cpu", False)])  # one process has no index
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
-def test_on_a_gpu_batches_are_made_ahead_in_a_thread_of_its_device(monkeypatch, kind, ahead):
+def test_on_a_gpu_batches_are_made_ahead_in_a_thread_of_its_device(monkeypatch, name, ahead):
     devices = []
-    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
-    device = torch.device(kind, 3) if kind == "cuda" else torch.device(kind)
+    # torch's own function refuses a device without an index; the rest of it needs a GPU.
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: devices.append(torch.cuda._utils._get_device_index(device)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    device = torch.device(name)
     accelerator = SimpleNamespace(process_index=0, num_processes=1, device=device)
     args = SimpleNamespace(train_batch_size=2, gradient_accumulation_steps=1, dataloader_num_workers=0)
     batches = list(script.load_batches(args, accelerator, Positions(), {}, 1, 4))
     assert [batch["position"].tolist() for batch in batches] == [[2, 3], [4, 5], [6, 7]]
     assert {flag for batch in batches for flag in batch["in_main_thread"].tolist()} == {not ahead}
-    assert devices == ([device] if ahead else [])
+    assert devices == ([3] if ahead else [])
 
 
 def test_workers_that_would_fill_the_shared_memory_are_not_started(monkeypatch, capsys, tmp_path):

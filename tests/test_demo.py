@@ -22,6 +22,7 @@ from demo.measure import WANTED, Pair, brightness_correlation, figures, read_pai
 from demo.old_film import old_film, write_dataset, write_demo
 from demo.picture import COLUMNS, FRAME_WIDTH, write_picture
 from demo.train_base import TEXT_TOKENS, read_demo_clips, read_shots
+from tests.conftest import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, CLIPS = ROOT / "demo/model", ROOT / "demo/dataset"
@@ -126,16 +127,17 @@ def demo_flags():
     return recipe[recipe.index("bash finetune_single_gpu.sh") :].split("--overwrite_output_dir")[0].replace("\\\n", " ")
 
 
-def run_demo(data, output_dir, *flags):
+def run_demo(data, output_dir, *flags, model=MODEL, script="finetune_single_gpu.sh"):
     """Train with the flags of `make demo`, and others behind them. Returns (status.json, the scores)."""
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "MODEL_PATH": str(MODEL),
+        "MODEL_PATH": str(model),
         "DATASET_PATH": str(data),
         "OUTPUT_PATH": str(output_dir),
         "CACHE_PATH": str(data.parent / "cache"),
     }
     command = " ".join([demo_flags().replace("demo/old_film", str(data.parent)), *map(str, flags)])
+    command = command.replace("finetune_single_gpu.sh", script)
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=1400)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((output_dir / "status.json").read_text()), evaluations(read_json_lines(output_dir / "metrics.jsonl"))
@@ -205,3 +207,26 @@ def test_a_long_run_on_three_clips_learns_them_by_heart(old_clips, tmp_path):
     assert "use best/" in " ".join(status["verdict_sentences"])
     with safe_open(tmp_path / "out/best/pytorch_lora_weights.safetensors", framework="pt") as file:
         assert file.metadata()["step"] == str(best)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_demos_command_runs_to_its_end_on_a_random_model_of_each_family(family, old_clips, tmp_path):
+    model = make_model(tmp_path / "model", vae_channels=8, family=family)
+    example = f"examples/cogvideox{'' if family.startswith('1.5') else '_'}{family.replace('-', '_')}.sh"
+    flags = ("--max_train_steps", 4, "--validation_steps", 2, "--eval_steps", 2, "--checkpointing_steps", 2, "--num_inference_steps", 2)
+    script = "finetune_single_gpu.sh" if family == "2b" else example
+    status, scores = run_demo(old_clips.parent / "train", tmp_path / "output", *flags, model=model, script=script)
+    assert (status["reason"], status["step"]) == ("done", 4)
+    assert [line["step"] for line in scores] == [0, 2, 4]
+    assert scores[-1]["eval_train_loss"] != scores[0]["eval_train_loss"]
+    for step in (0, 4):
+        folder = tmp_path / f"output/validation/step-{step:06d}"
+        videos = {path.name: read_video(path) for path in folder.glob("*.mp4")}
+        assert len(videos) == 2
+        assert {video.shape for video in videos.values()} == {(17, 64, 96, 3)}
+    before = {path.name: read_video(path) for path in (tmp_path / "output/validation/step-000000").glob("*.mp4")}
+    assert any(not np.array_equal(before[name], videos[name]) for name in before)
+    assert "<video" in (tmp_path / "output/report.html").read_text()
+    assert sorted(figures(tmp_path / "output", read_pairs(tmp_path / "output"))) == sorted(WANTED)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 import train_cogvideox_lora as script
-from cogvideox import encodings, survey
+from cogvideox import encodings, memory, survey
 from cogvideox.decode import Framing, clip_framing, image_request, other_shots, read_clip
 from cogvideox.files import entry_path, key_of
 from cogvideox.folder import COGVIDEOX_2B, open_model, unread_images
@@ -342,6 +342,15 @@ def test_an_image_is_encoded_whole_beside_clips_in_tiles(tiny_model, vae):
         encode_pixels(tiled, video)
 
 
+@pytest.mark.slow
+def test_the_prediction_of_encoding_counts_a_whole_image_beside_clips_in_tiles():
+    args = script.parse_args(words("m", "d", "o", "c", height=768, width=1360, max_num_frames=9))
+    image, plain = memory.PRESETS["5b-i2v"], memory.PRESETS["5b"]
+    assert memory.encoding_bytes(plain, args, room=0) < memory.encoding_bytes(image, args, room=0)
+    assert memory.encoding_bytes(image, args, room=0) == sum(memory.vae_bytes(image, "encode", (1, 768, 1360), tiling=False))
+    assert memory.encoding_bytes(image, args) == memory.encoding_bytes(plain, args) > memory.encoding_bytes(image, args, room=0)
+
+
 class Run:
     """The data of a run, checked and encoded."""
 
@@ -492,13 +501,11 @@ def test_validation_images_are_those_given_or_those_of_the_first_held_out_clips_
     assert all(np.array_equal(image, expected[0]) for image in own.data.validation_images)
     assert not np.array_equal(expected[0], first)
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    wrong = ":::".join(map(str, (tmp_path / "gone.png", tmp_path / "given.png", pictured / "videos/02.mp4")))
-    problems = Run(image_model, pictured, tmp_path, **flags | {"validation_images": wrong}).data.problems
-    assert [problem.rpartition(": ")[2][:12] for problem in problems] == ["no such file", "not an image"]
-    assert problems[0].startswith(f"--validation_images: {tmp_path / 'gone.png'}")
-    wrong = given.replace("given", "broken", 1)
-    [problem] = Run(image_model, pictured, tmp_path, **flags | {"validation_images": wrong}).data.problems
-    assert "not a readable image" in problem
+    wrong = ":::".join(map(str, (tmp_path / "gone.png", tmp_path / "broken.png", pictured / "videos/02.mp4")))
+    gone, broken, video = Run(image_model, pictured, tmp_path, **flags | {"validation_images": wrong}).data.problems
+    assert gone == f"--validation_images: {tmp_path / 'gone.png'}: no such file"
+    assert broken.startswith(f"--validation_images: {tmp_path / 'broken.png'}: not a readable image")
+    assert "02.mp4: not an image by its name" in video
 
 
 @pytest.mark.slow

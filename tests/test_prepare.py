@@ -172,10 +172,10 @@ def test_windows_within_shots_and_shots_that_are_too_short():
     assert [w.frames for w in windows] == [49, 49, 17]
     assert short == []
     # CogVideoX 1.5 takes 8k + 1 frames.
-    shots_of_15 = [(0.0, 6.0), (6.2, 10.0), (10.2, 11.0)]
+    shots_of_15 = [(0.0, 6.0), (6.2, 10.1), (10.2, 11.0)]
     windows, short = shots.windows_of("a", shots_of_15, "one", 16.0, 81, 17, 2)
     assert [w.frames for w in windows] == [81, 57]
-    assert [w.frames for w in shots.windows_of("a", shots_of_15, "one", 16.0, 81, 17)[0]] == [81, 57 + 4]
+    assert [w.frames for w in shots.windows_of("a", shots_of_15, "one", 16.0, 81, 17)[0]] == [81, 61]
     assert short == [(10.2, 11.0)]
 
 
