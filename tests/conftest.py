@@ -42,7 +42,15 @@ LONGEST_FIRST = [
     "test_benchmark.py",
     "test_faults.py",
 ]
-LONGEST_FIRST += ["test_fault_table.py", "test_encodings.py", "test_flags.py", "test_memory.py", "test_train.py", "test_output.py"]
+LONGEST_FIRST += [
+    "test_family_runs.py",
+    "test_fault_table.py",
+    "test_encodings.py",
+    "test_flags.py",
+    "test_memory.py",
+    "test_train.py",
+    "test_output.py",
+]
 
 
 def pytest_collection_modifyitems(items):

@@ -126,9 +126,15 @@ FLAGS = {"validation_prompt": "a rabbit:::a bird", "max_train_steps": 2, "checkp
 FLAGS |= {"eval_clips": 1, "eval_share": 0.34, "eval_steps": 1}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("training_type", ["lora", "sft"])
-@pytest.mark.parametrize("family", FAMILIES)
+def runs():
+    """All (family, training type) as cases. Long are the 2B, whose parts have tests of their own, and the full fine-tuning of two."""
+    for family in FAMILIES:
+        for training_type in ("lora", "sft"):
+            is_long = family == "2b" or (training_type == "sft" and family not in IMAGE_TO_VIDEO)
+            yield pytest.param(family, training_type, marks=pytest.mark.long if is_long else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("family", "training_type"), list(runs()))
 def test_a_run_is_shown_resumed_and_used_as_its_stock_pipeline_has_it(
     family_model, family, training_type, train, shown, tmp_path, monkeypatch
 ):

@@ -208,12 +208,14 @@ def test_images_that_a_model_does_not_read_or_lacks_are_refused(tiny_model, imag
 
 @pytest.mark.slow
 def test_sizes_that_the_model_was_not_made_for_are_told(tiny_model, temporal_patch_model, tmp_path, capsys):
-    for model, words in ((tiny_model, "its positions are stretched"), (temporal_patch_model, "uses the top left corner")):
-        folder = make_lora(model, tmp_path / words, size=0.5)
+    for model in (tiny_model, temporal_patch_model):
+        folder, notes = make_lora(model, tmp_path / model.name, size=0.5), folder_of.geometry_notes(folder_of.read_facts(model), 32, 48, 9)
         generate.main(line(model, tmp_path / "out", lora=folder, num_inference_steps=1, num_frames=9))
-        assert words in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "32 x 48: this model was made for 64 x 96" in told
+        assert all(note in told for note in notes)
         generate.main(line(model, tmp_path / "out", lora=folder, num_inference_steps=1, num_frames=9, height=None, width=None))
-        assert words not in capsys.readouterr().err
+        assert "this model was made for 64 x 96" not in capsys.readouterr().err
 
 
 def test_offloaded_models_make_the_same_video(tiny_model, lora, monkeypatch):
