@@ -130,7 +130,7 @@ def at_step(monkeypatch, step, action):
 # The table
 
 
-@pytest.mark.parametrize(("page", "least"), [("faults", 60), ("gpu", 30)])
+@pytest.mark.parametrize(("page", "least"), [("faults", 60), ("gpu", 30), ("models", 12)])
 def test_every_test_that_a_table_names_exists(page, least):
     text = (ROOT / f"docs/{page}.md").read_text()
     named = set(re.findall(r"`(tests/\w+\.py)::(\w+)`", text))

@@ -66,7 +66,7 @@ def test_every_module_script_and_make_target_exists(page):
     text = page.read_text()
     for module in set(re.findall(r"python -m ((?:tools|demo|cogvideox)\.[a-z_]+)", text)):
         assert is_there(module.replace(".", "/") + ".py"), module
-    for name in set(re.findall(r"\b(?:bash|sbatch) ([\w/]+\.\w+)", text)):
+    for name in set(re.findall(r"\b(?:bash|sbatch) ([\w/.]+\.\w+)", text)):
         assert is_there(name), name
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = set(re.findall(r"`make ([a-z-]+)", text)) | set(re.findall(r"^make ([a-z-]+)", text, re.M))

@@ -24,7 +24,7 @@ from cogvideox.files import read_json_lines, write_bytes
 from cogvideox.flags import refuse
 from tools.benchmark.harness import ROOT, environment_of, machine_facts
 from tools.benchmark.sizes import SIZES
-from tools.gpu_check.cases import CASES
+from tools.gpu_check.cases import CASES, ENVIRONMENT
 from tools.gpu_check.rows import FAILS, not_run, summary_of, table_of
 
 WORKER = "tools.gpu_check.worker"
@@ -88,6 +88,7 @@ def run_worker(job, seconds, tick):
     tick: called with the seconds so far, once a second.
     """
     environment = environment_of(job["threads"]) | ({"CUDA_VISIBLE_DEVICES": ""} if job["device"] == "cpu" else {})
+    environment = ENVIRONMENT.get(job["case"], {}) | environment  # what the user has set wins
     with tempfile.TemporaryFile() as log:
         started = time.monotonic()
         line = [sys.executable, "-m", WORKER, json.dumps(job)]

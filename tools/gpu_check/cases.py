@@ -17,3 +17,5 @@ CASES = {
 }
 SHAPES = {"tiny": (9, 32, 48), "mid": (9, 96, 96), "2b": (49, 480, 720)}  # frames, height and width in pixels, by size
 SHORT_SHAPES = SHAPES | {"2b": (13, 480, 720)}  # for cases that compare many variants
+# name -> variables of the environment: those of both shell scripts, where 18 GiB lay in pieces without them
+ENVIRONMENT = {"families": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}}
