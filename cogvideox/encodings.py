@@ -27,7 +27,7 @@ from cogvideox.files import entry_path, hash_file, key_of, read_json, still_miss
 from cogvideox.folder import PRECISIONS, component_note, latent_shape, stored_dtype, weight_files
 from cogvideox.launch import free
 from cogvideox.memory import memory_for_encoding, untiled_encoding_bytes
-from cogvideox.model import encode_captions, encode_frames, encode_pixels, load_text_encoder, load_vae, usable_dtype
+from cogvideox.model import encode_captions, encode_frames, encode_pixels, load_text_encoder, load_vae, usable_dtype, whole_frames
 from cogvideox.order import seeded_generator
 from cogvideox.stopping import exit_if_requested, interruptible
 from cogvideox.survey import remember_survey
@@ -591,14 +591,11 @@ def encode_image(vae, frame, content):
     draw is one call, as the pipeline's, which encodes whole frames, not tiles.
     """
     pixels = torch.from_numpy(frame.copy()).permute(2, 0, 1)[:, None].to(torch.float32) / 127.5 - 1  # [3, 1, H, W]
-    tiling, vae.use_tiling = vae.use_tiling, False
-    try:
-        draws = []
+    draws = []
+    with whole_frames(vae):
         for draw in range(IMAGE_DRAWS):
             noise = torch.randn(pixels.shape, generator=seeded_generator("image noise", content, draw))
             draws.append(encode_pixels(vae, (pixels + image_sigma(draw) * noise).to(vae.device))[:, 0])
-    finally:
-        vae.use_tiling = tiling
     return torch.stack(draws)
 
 

@@ -546,7 +546,7 @@ def encoding_bytes(configs, args, room=None):
     clip, slicing = largest_shape(args), args.enable_slicing
     tiled = args.enable_tiling and room is not None and untiled_encoding_bytes(configs, clip, slicing) > room
     peak = sum(vae_bytes(configs, "encode", clip, slicing, tiled))
-    if tiled and facts_of(configs["transformer"], configs["vae"]).image_channels:
+    if tiled and image_channels(configs):
         peak = max(peak, sum(vae_bytes(configs, "encode", (1, *clip[1:]), slicing, tiling=False)))
     return peak
 
@@ -555,8 +555,7 @@ def phase_parts(configs, args, device="cuda", room=None):
     """The peaks of the other phases, in bytes, without the transformer and the optimizer: captions, clips, sampling, decoding
     (the last two are 0 without validation prompts). room: as in `encoding_bytes`.
 
-    Encoding the images of clips takes less than encoding clips. The VAE that encodes the images of validation stays while an
-    image-to-video model samples.
+    The VAE that encodes the images of validation, whole, stays while an image-to-video model samples.
     """
     clip = largest_shape(args)
     settings = {"slicing": args.enable_slicing, "tiling": args.enable_tiling}
@@ -571,7 +570,7 @@ def phase_parts(configs, args, device="cuda", room=None):
     decoding = phases["clips_decode"] if shown == clip else sum(vae_bytes(configs, "decode", shown, **settings))
     sampling = sampling_bytes(configs, args, shown, device)
     if image_channels(configs):
-        weights, working = vae_bytes(configs, "encode", (1, *shown[1:]), **settings)
+        weights, working = vae_bytes(configs, "encode", (1, *shown[1:]), args.enable_slicing, tiling=False)
         sampling = weights + max(sampling, working)
     return phases | {"sampling": sampling, "decoding": decoding}
 

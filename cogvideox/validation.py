@@ -19,7 +19,7 @@ from cogvideox import base_model, metrics, motion, report
 from cogvideox.console import say, timed, warn
 from cogvideox.files import key_of, read_json, write_bytes
 from cogvideox.launch import free
-from cogvideox.model import bare_pipeline, decode_latents, drop_padding
+from cogvideox.model import bare_pipeline, decode_latents, drop_padding, whole_frames
 from cogvideox.stopping import interruptible, raise_if_noticed
 from cogvideox.video import contact_sheet, film_strip, png_bytes, read_video, write_video
 
@@ -71,14 +71,15 @@ def sample_latents(transformer, scheduler, prompt, negative_prompt, seed, device
     """
     pipeline = bare_pipeline(transformer, scheduler=copy.deepcopy(scheduler), vae=vae)
     pipeline.set_progress_bar_config(disable=True)
-    result = pipeline(
-        prompt_embeds=prompt[None].to(device),
-        negative_prompt_embeds=negative_prompt[None].to(device),
-        generator=torch.Generator().manual_seed(seed),
-        output_type="latent",
-        callback_on_step_end=stop_sampling_if_requested,
-        **settings,
-    )
+    with whole_frames(vae):
+        result = pipeline(
+            prompt_embeds=prompt[None].to(device),
+            negative_prompt_embeds=negative_prompt[None].to(device),
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+            callback_on_step_end=stop_sampling_if_requested,
+            **settings,
+        )
     return drop_padding(result.frames[0], settings["num_frames"], pipeline.vae_scale_factor_temporal)
 
 

@@ -1,5 +1,6 @@
 """Each family of CogVideoX: its videos are those of its own stock pipeline, and its runs are trained, resumed, shown and used."""
 
+import contextlib
 import json
 import shutil
 
@@ -19,7 +20,7 @@ from tests.conftest import FAMILIES, same
 from tests.stand_ins import flags_of
 from tests.test_export_comfyui import make_lora
 from tests.test_report import run_of
-from tools import generate
+from tools import generate, lora_file
 
 IMAGE_TO_VIDEO = [family for family in FAMILIES if "i2v" in family]
 CPU = torch.device("cpu")
@@ -237,6 +238,42 @@ def test_the_vae_encodes_the_image_in_its_own_precision(image_model, monkeypatch
     monkeypatch.setattr(model, "load_vae", lambda *args: load(*args).to(torch.bfloat16))
     halved = our_video(image_model, monkeypatch, picture())
     assert 0 < np.abs(halved - whole).mean() < 3
+
+
+def in_small_tiles(vae):
+    """A VAE with tiles that are smaller than the videos of these tests."""
+    vae.tile_sample_min_height = vae.tile_sample_min_width = 16
+    vae.tile_latent_min_height = vae.tile_latent_min_width = 2
+    vae.tile_overlap_factor_height = vae.tile_overlap_factor_width = 0.5
+    return vae
+
+
+@pytest.mark.slow
+def test_the_image_of_a_video_is_encoded_whole_where_videos_are_decoded_in_tiles(image_model, tmp_path, monkeypatch):
+    scheduler, texts = model.load_scheduler(image_model), prompt_embeddings()
+    given = SETTINGS | {"num_inference_steps": 1, "image": Image.fromarray(picture())}
+
+    def latents(tiling):
+        vae, transformer = (
+            in_small_tiles(model.load_vae(image_model, CPU, tiling=tiling)),
+            model.load_transformer(image_model, torch.float32),
+        )
+        made = validation.sample_latents(transformer, scheduler, *texts, 1, CPU, vae=vae, **given)
+        assert vae.use_tiling == tiling
+        return made
+
+    def frames():
+        args = flags_of("", lora=None, offload="none", enable_slicing=True, enable_tiling=True, variant=None)
+        pipeline = lora_file.load_pipeline(args, image_model, image_model, torch.float32, CPU)
+        in_small_tiles(pipeline.vae)
+        return lora_file.make_video(pipeline, texts, 1, None, CPU, lambda: None, **given).astype(int)
+
+    whole, tiled, video = latents(False), latents(True), frames()
+    assert torch.equal(whole, tiled)
+    monkeypatch.setattr(validation, "whole_frames", contextlib.nullcontext)
+    monkeypatch.setattr(model, "whole_frames", contextlib.nullcontext)
+    assert not torch.allclose(latents(True), whole, atol=1e-2)
+    assert np.abs(frames() - video).max() > 3
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Reading, checking and loading models; encoding as the stock pipeline encodes."""
 
+import gc
 import json
 import re
 import shutil
@@ -512,3 +513,20 @@ def test_a_t5_that_does_not_fit_is_split_between_gpu_and_host(tiny_model, monkey
     split = T5EncoderModel.from_pretrained(tiny_model / "text_encoder", device_map="auto", max_memory={"cpu": 2**50})
     with torch.no_grad():
         assert torch.equal(whole(torch.arange(226)[None])[0], split(torch.arange(226)[None])[0])
+
+
+def test_the_fp32_pixels_of_a_clip_are_gone_while_it_is_encoded():
+    frames, found = np.zeros((5, 8, 16, 3), np.uint8), []
+
+    def encode(video):
+        tensors = [one for one in gc.get_objects() if type(one) is torch.Tensor and one.shape[-2:] == (8, 16)]
+        found.append({one.dtype for one in tensors})
+        return SimpleNamespace(latent_dist=SimpleNamespace(parameters=torch.zeros(1, 2, 2, 1, 2)))
+
+    config = SimpleNamespace(block_out_channels=range(4))
+    vae = SimpleNamespace(device=torch.device("cpu"), dtype=torch.bfloat16, config=config, encode=encode)
+    model.encode_frames(vae, frames)
+    held = torch.zeros(3, 5, 8, 16)
+    model.encode_pixels(vae, held)
+    assert [torch.float32 in dtypes for dtypes in found] == [False, True]
+    assert torch.bfloat16 in found[0]

@@ -115,7 +115,8 @@ def make_video(pipeline, embeddings, seed, scale, device, after_step, **settings
 
     prompt, negative = (text[None].to(device, pipeline.transformer.dtype) for text in embeddings)
     settings |= {"prompt_embeds": prompt, "negative_prompt_embeds": negative, "callback_on_step_end": count, "output_type": "latent"}
-    latents = pipeline(generator=torch.Generator().manual_seed(seed), **settings).frames[0]
+    with model.whole_frames(pipeline.vae):
+        latents = pipeline(generator=torch.Generator().manual_seed(seed), **settings).frames[0]
     latents = model.drop_padding(latents, settings["num_frames"], pipeline.vae_scale_factor_temporal)
     video = pipeline.decode_latents(latents[None].to(pipeline.vae.dtype))[0].float()  # [3, F, H, W]
     pipeline.maybe_free_model_hooks()
