@@ -444,7 +444,7 @@ def open_model(args):
 
     Returns (folder, facts, tokenizer, problems), and fills in --mixed_precision.
     """
-    problems, folder, facts, tokenizer = [], None, COGVIDEOX_2B, None
+    problems, notes, folder, facts, tokenizer = [], [], None, COGVIDEOX_2B, None
     token = args.hub_token or os.environ.get("HF_TOKEN")
     try:
         folder = find_model(args.pretrained_model_name_or_path, args.revision, args.variant, args.cache_dir, token)
@@ -452,15 +452,16 @@ def open_model(args):
         if not problems:
             facts, tokenizer = read_facts(folder), load_tokenizer(folder)
             problems += check_targets(folder, args.target_modules) if args.training_type == "lora" else []
-            problems += unread_images(args, facts)
+            more, notes = unread_images(args, facts)
+            problems += more
     except ValueError as error:
         problems.append(str(error))
     args.mixed_precision, problem = choose_precision(args.mixed_precision, None if problems else folder, args.variant)
     problems += [problem] if problem else []
     fill_in_defaults(args, facts)
-    found, notes = check_sizes(args, facts)
+    found, more_notes = check_sizes(args, facts)
     problems += found
-    for note in [] if problems else notes:
+    for note in [] if problems else notes + more_notes:
         warn(note)
     return folder, facts, tokenizer, problems
 
@@ -480,10 +481,14 @@ def check_sizes(args, facts):
 
 
 def unread_images(args, facts):
-    """A sentence for each flag that gives images to a model that reads none."""
+    """(problems, notes): a sentence for each flag about images that was given for a model that reads none. Images are refused."""
+    if facts.image_channels:
+        return [], []
+    reason, dropout = "this model is text-to-video and reads no image", args.noised_image_dropout
     given = [(name, value) for name in ("image_column", "validation_images") if (value := getattr(args, name))]
-    rule = "would do nothing, because this model is text-to-video and reads no image; leave it out"
-    return [f"--{name} {value}: {rule}" for name, value in given if not facts.image_channels]
+    idle = dropout != args.declared["noised_image_dropout"].default
+    notes = [f"flags that do nothing here: --noised_image_dropout {dropout} ({reason})"] if idle else []
+    return [f"--{name} {value}: would do nothing, because {reason}; leave it out" for name, value in given], notes
 
 
 def meta_transformer(folder):

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cogvideox.console import say, warn
 from cogvideox.files import read_json
 from cogvideox.folder import latent_shape, patches_of
-from cogvideox.scoring import BANDS, LEAST_CAPTIONS
+from cogvideox.scoring import BANDS, LEAST_CAPTIONS, image_scalings
 
 LARGE_SHARE = 0.2  # a larger share of the time is a warning
 
@@ -73,7 +73,8 @@ def predict(args, plan, first_step, measured, seconds_of_video, base_videos, pro
     forward = measured.forward_seconds / args.train_batch_size / processes
     captions = len({scorer.captions[clip] for clip in scorer.sets["held_out"] or scorer.sets["train"]})
     crossed = captions**2 * (BANDS - BANDS // 2) if captions >= LEAST_CAPTIONS else 0
-    passes = scores * clips * BANDS + crossed + (0 if scorer.base else clips * BANDS + crossed)
+    base = 0 if scorer.base else clips * BANDS * max(1, len(image_scalings(scorer.facts))) + crossed
+    passes = scores * clips * BANDS + crossed + base
     parts.append(Part("scores", scores, passes * forward / scores if scores else 0.0, halve_scores(args, scorer, steps)))
 
     saves = sum(checkpointer.is_due(step, last) for step, last in steps)

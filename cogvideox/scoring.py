@@ -111,8 +111,10 @@ def image_scalings(facts):
     """The factors of the image's latent that trainers and samplers of image-to-video models have used; the pipeline's own first.
 
     The authors' own sampler takes 1 for 1.5, diffusers 1 / 0.7, and other trainers 0.7: a LoRA trained with one of them sees an
-    image of another size in a pipeline that takes another.
+    image of another size in a pipeline that takes another. None for a text-to-video model.
     """
+    if not facts.image_channels:
+        return []
     others = {1.0, facts.scaling_factor, 1 / facts.scaling_factor} - {facts.image_scaling_factor}
     return [facts.image_scaling_factor, *sorted(others)]
 
@@ -255,19 +257,20 @@ class Scorer:
         """Score the base model and keep the score in the cache. Returns None if a signal requested a stop."""
         with timed("score the base model"):
             score = base_score(full_model, self.score)
-        if score and self.facts.image_channels:
+        if score and (factors := image_scalings(self.facts)):
             with timed("compare scalings of the image"):
-                score = self.with_scalings(full_model, score)
+                score = self.with_scalings(full_model, score, factors)
         if score and self.trained.is_main:
             base_model.write_score(self.args.encoding_cache_dir, self.base_key, score)
         return score
 
-    def with_scalings(self, full_model, score):
-        """The base model's score with "image_scalings", factor -> its mean loss. None as `score`."""
-        factors, losses = image_scalings(self.facts), {}
+    def with_scalings(self, full_model, score, factors):
+        """The base model's score with "image_scalings", factor -> its mean loss. The score is that with the first of `factors`. None as
+        `score`."""
+        losses = {}
         for factor in factors:
-            scored = base_score(full_model, functools.partial(self.score, with_gap=False, image_factor=factor / factors[0]))
-            if not scored:
+            of_factor = functools.partial(self.score, with_gap=False, image_factor=factor / factors[0])
+            if not (scored := base_score(full_model, of_factor) if losses else score):
                 return None
             values = [*scored["train"], *(scored["held_out"] or [])]
             losses[factor] = sum(values) / len(values)

@@ -309,8 +309,9 @@ def survey_images(records, clips, framing, seed, cache, readers, show_progress=T
     own = [number for number, record in enumerate(records) if record.image and "reason" not in clips[number]]
     sizes = [(clips[number]["height"], clips[number]["width"]) for number in own]
     requests = [image_request(records[number], framing, seed, size) for number, size in zip(own, sizes, strict=True)]
-    found = [of_one_picture(image) for image in survey_files(requests, cache, readers, "image", show_progress)]
-    return [dict(zip(own, found, strict=True)).get(number) for number in range(len(records))]
+    found = map(of_one_picture, survey_files(requests, cache, readers, "image", show_progress))
+    images = dict(zip(own, found, strict=True))
+    return [images.get(number) for number in range(len(records))]
 
 
 def of_one_picture(facts):

@@ -175,11 +175,22 @@ def test_each_validation_prompt_has_one_image(capsys):
 
 
 def test_images_for_a_text_to_video_model_are_refused():
-    args = SimpleNamespace(image_column="images.txt", validation_images=None)
-    [problem] = unread_images(args, COGVIDEOX_2B)
+    args = script.parse_args(words("m", "d", "o", "c", image_column="images.txt"))
+    [problem], notes = unread_images(args, COGVIDEOX_2B)
+    assert notes == []
     assert problem.startswith("--image_column images.txt: would do nothing, because this model is text-to-video")
-    assert unread_images(args, SimpleNamespace(image_channels=16)) == []
-    assert unread_images(SimpleNamespace(image_column=None, validation_images=None), COGVIDEOX_2B) == []
+    assert unread_images(args, SimpleNamespace(image_channels=16)) == ([], [])
+
+
+def test_a_dropout_of_images_that_a_text_to_video_model_does_not_read_is_noted_as_idle(tiny_model, capsys):
+    args = script.parse_args(words(tiny_model, "d", "o", "c", noised_image_dropout=0.1))
+    assert open_model(args)[3] == []
+    assert "--noised_image_dropout 0.1" in capsys.readouterr().err
+    problems, [note] = unread_images(args, COGVIDEOX_2B)
+    assert problems == []
+    assert note == "flags that do nothing here: --noised_image_dropout 0.1 (this model is text-to-video and reads no image)"
+    assert unread_images(args, SimpleNamespace(image_channels=16)) == ([], [])
+    assert unread_images(script.parse_args(words("m", "d", "o", "c")), COGVIDEOX_2B) == ([], [])
 
 
 # -----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The predicted share of a run's time beside training, and the flag that halves the largest part of it."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,12 +9,15 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cogvideox import price
+from cogvideox.folder import COGVIDEOX_2B
 from cogvideox.rehearsal import Measured
 
 MEASURED = Measured(seconds_per_step=10.0, peak_gib=1.0, checkpoint_mib=100.0, forward_seconds=2.0, save_seconds=5.0)
 
 
-def parts_of(steps, looks=(), saves=(), scores=(), prompts=1, processes=1, base_videos=0, base=True, captions=2, **flags):
+def parts_of(
+    steps, looks=(), saves=(), scores=(), prompts=1, processes=1, base_videos=0, base=True, captions=2, facts=COGVIDEOX_2B, **flags
+):
     """The predicted parts of a run: videos of 30 s after the steps `looks`, scores of two clips, checkpoints."""
     args = {"train_batch_size": 1, "validation_steps": 0, "validation_epochs": 2, "num_inference_steps": 50, "eval_steps": 0}
     args = SimpleNamespace(**args | {"eval_clips": 2, "checkpointing_steps": 500, "validation_scheduler": "stored"} | flags)
@@ -21,7 +25,7 @@ def parts_of(steps, looks=(), saves=(), scores=(), prompts=1, processes=1, base_
     validator = SimpleNamespace(is_due=lambda step, last: step in looks, jobs=jobs, jobs_of=lambda step: jobs)
     sets = {"train": [0, 1], "held_out": []}
     texts = [f"caption {number % captions}" for number in range(9)]
-    scorer = SimpleNamespace(is_due=lambda step, last: step in scores, sets=sets, captions=texts, base=base)
+    scorer = SimpleNamespace(is_due=lambda step, last: step in scores, sets=sets, captions=texts, base=base, facts=facts)
     checkpointer = SimpleNamespace(is_due=lambda step, last: step in saves)
     plan = SimpleNamespace(total_steps=steps)
     parts = price.predict(args, plan, 0, MEASURED, 30.0, base_videos, processes, (checkpointer, scorer, validator))
@@ -36,6 +40,13 @@ def test_each_part_is_counted_as_often_as_it_is_due():
     assert parts_of(10, looks=(5, 10), prompts=3, processes=2, base_videos=3)["videos"].seconds == 3 * 2 * 30  # and the base model's
     assert parts_of(10, scores=(10,), base=None)["scores"].seconds == 2 * parts_of(10, scores=(10,))["scores"].seconds
     assert parts_of(10) == {}
+
+
+def test_the_base_of_an_image_to_video_model_is_scored_with_each_scaling_of_the_image():
+    image_15 = replace(COGVIDEOX_2B, image_channels=16, scaling_factor=0.7, image_scaling_factor=1 / 0.7)
+    once = parts_of(10, scores=(10,))["scores"].seconds
+    assert parts_of(10, scores=(10,), facts=image_15)["scores"].seconds == once
+    assert parts_of(10, scores=(10,), base=None, facts=image_15)["scores"].seconds == once + 3 * once  # 1 / 0.7, 0.7 and 1
 
 
 @pytest.mark.parametrize(

@@ -592,15 +592,18 @@ class NoiseAndImage(Noise):
 
 
 @pytest.mark.parametrize(("known_factor", "is_doubtful"), [(1 / 0.7, False), (0.7, True), (1.0, True)])
-def test_the_base_tells_which_scaling_of_the_image_its_weights_know(tmp_path, capsys, known_factor, is_doubtful):
+def test_the_base_tells_which_scaling_of_the_image_its_weights_know(tmp_path, monkeypatch, capsys, known_factor, is_doubtful):
     facts = replace(UNSCALED, image_channels=2, scaling_factor=0.7, image_scaling_factor=1 / 0.7)
 
     def losses(model, batch):  # least where the image is as large as the weights know it
         return 1 + (batch["image"][:, 0].mean(dim=(1, 2, 3)) - known_factor).abs()
 
     args = flags_of(tmp_path, eval_clips=2)
-    scorer = scoring.Scorer(args, make_trained(), losses, NoiseAndImage(), clips_of(4, 2), facts, 1000)
+    scorer, scored, score = scoring.Scorer(args, make_trained(), losses, NoiseAndImage(), clips_of(4, 2), facts, 1000), [], scoring.score
+    monkeypatch.setattr(scoring, "score", lambda *args: scored.append(args) or score(*args))
     base = scorer.score_base(scorer.trained.transformer)
+    assert len(scored) == len(base["image_scalings"]) == 3  # the score itself is that of the pipeline's own factor
+    assert base["image_scalings"][f"{1 / 0.7:.6g}"] == pytest.approx(sum(base["train"] + base["held_out"]) / 8)
     least = min(base["image_scalings"], key=base["image_scalings"].get)
     assert float(least) == pytest.approx(known_factor, rel=1e-4)
     told = capsys.readouterr()
