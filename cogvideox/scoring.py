@@ -125,7 +125,7 @@ def scaling_sentence(losses):
     Returns (sentence, whether another factor is clearly better).
     """
     (own, loss), *others = losses.items()
-    told = ", ".join(f"{other / loss - 1:+.1%} with {factor:.3g}" for factor, other in others)
+    told = ", ".join(f"{percent(other / loss - 1)} with {factor:.3g}" for factor, other in others)
     best = min(losses, key=losses.get)
     if losses[best] > (1 - CLEAR_SCALING) * loss:
         return (

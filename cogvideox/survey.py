@@ -400,7 +400,7 @@ def describe(records, facts, readings, limit, framing, held_out=(), left_out=(),
     mute = [clip for clip, reading in zip(clips, readings, strict=True) if not reading.has_letters and not clip["problem"]]
     listed = len({clip["line"] for clip in clips})
     found = [f"{listed} clips give {len(clips)} windows (--windows {windows})"] if windows != "one" and clips else []
-    found += [*remarks(clips, usable, totals, limit, framing), *content_remarks(clips, facts), *shot_remarks(usable)]
+    found += [*remarks(clips, usable, totals, limit, framing), *content_remarks(clips, facts), *shot_remarks(usable, windows)]
     found += [*caption_remarks(usable, alike, mute, limit), *left_out_remarks(left_out)]
     return {"clips": clips, "totals": totals, "remarks": found, "left_out": list(left_out)}
 
@@ -457,6 +457,10 @@ def remarks(clips, usable, totals, limit, framing):
             lambda c: c["source_height"] * c["source_width"] < c["height"] * c["width"] * 0.8,
             "are upscaled: the source is smaller than the training size",
         ),
+        (
+            lambda c: framing.latents_per_patch > 1 and (c["frames"] - 1) % 16,
+            "have a length that is not 16N + 1 frames, and this model was trained on no other; --bucket 81 65 49 33 17 cuts clips to these",
+        ),
     ]
     for test, finding in checks:
         if hits := [clip for clip in usable if test(clip)]:
@@ -493,13 +497,14 @@ def content_remarks(clips, facts):
         yield f"{len(copies)} of the held-out clips {alike} a training clip: {score}: {some(copies)}"
 
 
-def shot_remarks(usable):
-    """Sentences about clips whose first or last frames seem to be of another shot. usable: clips of `describe`."""
+def shot_remarks(usable, windows):
+    """Sentences about clips whose first or last frames seem to be of another shot. usable, windows: clips and --windows of `describe`."""
     rule = "name the part to train in the list (FILE | START-END)"
     if begin := [clip for clip in usable if clip.get("shot_before")]:
         image = "the first frame has a latent of its own, and is the image of image-to-video"
-        skip = f"--skip_frames_start {max(clip['shot_before'] for clip in begin)}"
-        yield f"{len(begin)} clips begin with frames that seem to be of the shot before; {image}: {skip}, or {rule}: {some(begin)}"
+        # With other windows it would skip frames of each, and is refused.
+        skip = f"--skip_frames_start {max(clip['shot_before'] for clip in begin)}, or " if windows == "one" else ""
+        yield f"{len(begin)} clips begin with frames that seem to be of the shot before; {image}: {skip}{rule}: {some(begin)}"
     if end := [clip for clip in usable if clip.get("shot_after")]:
         yield f"{len(end)} clips end with frames that seem to be of the shot after: {rule}: {some(end)}"
 

@@ -252,12 +252,27 @@ def test_frames_of_another_shot_are_found_at_both_ends_and_not_where_a_clip_only
 
 def test_the_report_names_clips_that_begin_or_end_with_another_shot():
     clips = [{"path": name, "shot_before": before, "shot_after": after} for name, before, after in (("a", 3, 0), ("b", 0, 0), ("c", 6, 2))]
-    begin, end = survey.shot_remarks(clips)
+    begin, end = survey.shot_remarks(clips, "one")
     assert begin.startswith("2 clips begin with frames that seem to be of the shot before")
     assert "--skip_frames_start 6" in begin
     assert begin.endswith("a, c")
     assert end.startswith("1 clips end with frames")
-    assert list(survey.shot_remarks(clips[1:2])) == []
+    assert list(survey.shot_remarks(clips[1:2], "one")) == []
+    begin, _ = survey.shot_remarks(clips, "slide")
+    assert "--skip_frames_start" not in begin  # which is refused then
+    assert "FILE | START-END" in begin
+
+
+@pytest.mark.parametrize(("latents_per_patch", "told"), [(1, False), (2, True)])
+def test_the_report_names_clips_of_lengths_that_the_model_was_not_trained_on(latents_per_patch, told):
+    plain = dict.fromkeys(("repeated_frames", "cropped_percent", "stretch_percent"), 0) | {"used_percent": 100, "split": "trained"}
+    plain |= {"is_caption_cut": False, "caption": "", "line": "1"}
+    plain |= dict.fromkeys(("source_height", "source_width", "height", "width"), 64)
+    clips = [plain | {"path": f"{frames} frames", "frames": frames} for frames in (1, 17, 25, 33, 41)]
+    totals = {"buckets": {}, "seconds": 1.0, "source_seconds": 1.0}
+    found = list(survey.remarks(clips, clips, totals, 226, framing(latents_per_patch=latents_per_patch)))
+    assert any(one.startswith("2 of 5 clips have a length") and one.endswith("25 frames, 41 frames") for one in found) is told
+    assert any("16N + 1" in one for one in found) is told
 
 
 @pytest.mark.slow
