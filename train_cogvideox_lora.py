@@ -550,8 +550,8 @@ def main(args):
     guard = metrics.NonFiniteGuard(args, trained, plan.clip_of, data.records, checkpointer)
     say_plan(args, accelerator, plan, first_step, learning_rate, num_trained, num_parameters)
     say_price(first_step=first_step)
-    pipeline = pipeline_class(transformer.config).__name__
-    run = report.describe_run(args, accelerator, engine.engine_of(accelerator), plan, data, validator.settings, num_trained, pipeline)
+    engine_name, pipeline = engine.engine_of(accelerator), pipeline_class(transformer.config).__name__
+    run = report.describe_run(args, facts, accelerator, engine_name, plan, data, validator.settings, num_trained, pipeline)
     if is_main and (problem := report.write_run_facts(output_dir, run)):
         warn(problem)
 

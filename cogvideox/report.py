@@ -5,6 +5,7 @@ The page is built from the files of the output folder, complete or not, so it ca
 content, and the macro of the same name in templates/parts.html.j2.
 """
 
+import argparse
 import base64
 import importlib.metadata
 import json
@@ -70,11 +71,14 @@ def run_facts(flags, facts, defaults=None):
     return hub.without_secrets(record)
 
 
-def describe_run(args, accelerator, engine, plan, data, video, num_trained, pipeline):
+def describe_run(args, model_facts, accelerator, engine, plan, data, video, num_trained, pipeline):
     """The content of run.json before step 1.
 
-    engine: its name. video: the settings of the validation videos. pipeline: the name of the stock pipeline's class.
+    model_facts: folder.ModelFacts, which has the defaults of some flags. engine: its name. video: the settings of the validation videos.
+    pipeline: the name of the stock pipeline's class.
     """
+    from cogvideox.folder import fill_in_defaults  # imports torch, without which a page is written
+
     base = args.pretrained_model_name_or_path
     is_on_hub = not Path(at_home(base)).exists()
     facts = {"name": Path(args.output_dir).resolve().name, "device": device_name(accelerator.device)}
@@ -84,8 +88,9 @@ def describe_run(args, accelerator, engine, plan, data, video, num_trained, pipe
     facts |= {"base_model": base if is_on_hub else Path(base).name, "is_base_on_hub": is_on_hub}
     facts |= {"example_prompt": args.prompts[0] if args.prompts else data.records[0].caption}
     facts |= {name: video[name] for name in ("num_frames", "height", "width")} | {"steps": 0, "videos": [], "pipeline": pipeline}
-    defaults = {name: action.default for name, action in args.declared.items()}
-    return run_facts(public_flags(args), facts, defaults)
+    defaults = argparse.Namespace(**{name: action.default for name, action in args.declared.items()})
+    fill_in_defaults(defaults, model_facts)
+    return run_facts(public_flags(args), facts, vars(defaults))
 
 
 def write_run_facts(output_dir, run):

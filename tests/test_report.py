@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import html
 import http.server
 import json
@@ -13,14 +14,19 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
+import train_cogvideox_lora as script
 from cogvideox import charts, hub, report
+from cogvideox.folder import COGVIDEOX_2B, fill_in_defaults
 from cogvideox.video import contact_sheet, write_video
+from tests import conftest
 from tests.conftest import ROOT
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -308,6 +314,22 @@ def test_run_json_alone_is_a_report(tmp_path):
     for words in ("step 0 of 100", "--rank", hub.snippet(run_of()), "Start prompts with <code>TOK</code>", "first checkpoint writes it"):
         assert words in text, words
     assert "could not be rendered" not in text
+
+
+def test_flags_that_the_model_fills_in_are_at_their_defaults_and_given_ones_are_not():
+    args = script.parse_args(conftest.words("m", "d", "o", "c", height=512, width=None, max_num_frames=None))
+    rotary = dataclasses.replace(COGVIDEOX_2B, positions="rotary", sample_size=(768, 1360), sample_frames=81, fps=16.0)
+    fill_in_defaults(args, rotary)
+    plan, accelerator = (
+        SimpleNamespace(clips=[1], clips_per_step=1, total_steps=1),
+        SimpleNamespace(num_processes=1, device=torch.device("cpu")),
+    )
+    data, video = SimpleNamespace(records=[SimpleNamespace(caption="a")]), {"num_frames": 9, "height": 512, "width": 1360}
+    run = report.describe_run(args, rotary, accelerator, "DDP", plan, data, video, 1, "CogVideoXPipeline")
+    own, rest = (dict(report.settings(run)[part]) for part in ("own", "rest"))
+    assert own["--height"] == "512"
+    by_model = {"--width": "1360", "--max_num_frames": "81", "--fps": "16.0", "--validation_scheduler": "dpm", "--use_dynamic_cfg": "yes"}
+    assert {name: rest.get(name) for name in by_model} == by_model
 
 
 def test_the_report_shows_the_snippet_of_the_model_card(whole_run):
