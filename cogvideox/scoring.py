@@ -138,6 +138,13 @@ def scaling_sentence(losses):
     ), True
 
 
+def say_scalings(score):
+    """Print what a base model's score says about the scaling of the image, a warning if another factor is clearly better."""
+    if losses := {float(factor): loss for factor, loss in score.get("image_scalings", {}).items()}:
+        sentence, is_doubtful = scaling_sentence(losses)
+        (warn if is_doubtful else say)(sentence)
+
+
 @torch.no_grad()
 def update_share(transformer):
     """The relative size of the update, ‖ΔW‖ / ‖W‖ with ΔW = (alpha / rank) B A: Frobenius norms over all layers.
@@ -251,7 +258,9 @@ class Scorer:
     def stored_base(self):
         """The base model's score in the cache, the same on all ranks, or None."""
         stored = base_model.read_score(self.args.encoding_cache_dir, self.base_key) if self.trained.is_main else None
-        return broadcast_object_list([stored])[0]
+        stored = broadcast_object_list([stored])[0]
+        say_scalings(stored or {})
+        return stored
 
     def score_base(self, full_model):
         """Score the base model and keep the score in the cache. Returns None if a signal requested a stop."""
@@ -274,9 +283,9 @@ class Scorer:
                 return None
             values = [*scored["train"], *(scored["held_out"] or [])]
             losses[factor] = sum(values) / len(values)
-        sentence, is_doubtful = scaling_sentence(losses)
-        (warn if is_doubtful else say)(sentence)
-        return score | {"image_scalings": {f"{factor:.6g}": loss for factor, loss in losses.items()}}
+        score = score | {"image_scalings": {f"{factor:.6g}": loss for factor, loss in losses.items()}}
+        say_scalings(score)
+        return score
 
     def earlier_lines(self):
         """The scores of the same clips in metrics.jsonl, the same on all ranks."""
