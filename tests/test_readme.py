@@ -104,7 +104,7 @@ def test_the_tree_names_every_part_and_every_tool():
 def test_the_readme_can_be_read_in_one_sitting_and_says_first_what_was_not_run():
     lines = README.splitlines()
     assert len(lines) < 180
-    assert "**Not run on a GPU" in "\n".join(lines[:30])
+    assert "**Not run on the real weights" in "\n".join(lines[:30])
     assert any(line.startswith("make demo") for line in lines[:15])  # on the first screen
 
 
