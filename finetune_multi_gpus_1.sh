@@ -21,7 +21,7 @@ MASTER_PORT="${MASTER_PORT:-}"                             # a free port there
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # Edit these, or set them in the environment.
 CONFIG_PATH="${CONFIG_PATH:-$HERE/accelerate_config_machine_multi.yaml}"   # the engine: DDP, or one of configs/
-MODEL_PATH="${MODEL_PATH:-THUDM/CogVideoX-2b}"             # hub id or folder of the base model
+MODEL_PATH="${MODEL_PATH:-THUDM/CogVideoX-2b}"             # hub id or folder; models other than the 2B: examples/
 DATASET_PATH="${DATASET_PATH:-$HOME/disney}"               # folder with prompts.txt, videos.txt and videos/
 OUTPUT_PATH="${OUTPUT_PATH:-cogvideox-lora-multi-gpu}"     # the LoRA, its checkpoints and videos go here
 CACHE_PATH="${CACHE_PATH:-$HOME/.cache}"                   # downloads, and the encoded clips and captions

@@ -6,7 +6,7 @@
 set -euo pipefail
 
 # Edit these four, or set them in the environment.
-MODEL_PATH="${MODEL_PATH:-THUDM/CogVideoX-2b}"             # hub id or folder of the base model
+MODEL_PATH="${MODEL_PATH:-THUDM/CogVideoX-2b}"             # hub id or folder; models other than the 2B: examples/
 DATASET_PATH="${DATASET_PATH:-$HOME/disney}"               # folder with prompts.txt, videos.txt and videos/
 OUTPUT_PATH="${OUTPUT_PATH:-cogvideox-lora-single-gpu}"    # the LoRA, its checkpoints and videos go here
 CACHE_PATH="${CACHE_PATH:-$HOME/.cache}"                   # downloads, and the encoded clips and captions

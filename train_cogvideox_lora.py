@@ -89,7 +89,12 @@ def build_parser():
     flag = flags.flag_group(parser, "validation")
     flag("--validation_prompt", None, "validation prompts, joined by the separator (default: no videos)", free=True)
     flag("--validation_prompt_separator", ":::", "separator between prompts", free=True)
-    flag("--validation_images", None, "image-to-video: one image per prompt, joined alike (default: images of the clips)", free=True)
+    flag(
+        "--validation_images",
+        None,
+        "image-to-video: an image for all prompts, or for each, joined alike (default: of the clips)",
+        free=True,
+    )
     flag("--validation_epochs", 50, "make videos every N epochs, and of step 0 and the last (0: only those)", at_least=0, free=True)
     flag("--validation_steps", 0, "make videos every N optimizer steps instead (0: off)", at_least=0, free=True)
     flag("--num_validation_videos", 1, "videos per prompt, with seeds --seed, --seed + 1, ...", at_least=1, free=True)
@@ -214,8 +219,8 @@ def check_flags(args):
     if args.validation_prompt and not args.prompts:
         problems.append("--validation_prompt: contains no prompt")
     args.image_files = [at_home(p.strip()) for p in (args.validation_images or "").split(separator) if p.strip()]
-    if args.validation_images and args.prompts and len(args.image_files) != len(args.prompts):
-        rule = f"{len(args.image_files)} images for {len(args.prompts)} prompts; give one for each"
+    if args.validation_images and args.prompts and len(args.image_files) not in (1, len(args.prompts)):
+        rule = f"{len(args.image_files)} images for {len(args.prompts)} prompts; give one for all, or one for each"
         problems.append(f"--validation_images {args.validation_images}: {rule}, joined by {args.validation_prompt_separator}")
     plain = [(number, text) for number, prompt in enumerate(args.prompts) if (text := flags.without_token(prompt, args.id_token))]
     args.prompts_have_trigger = bool(plain)

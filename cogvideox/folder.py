@@ -358,6 +358,20 @@ def length_notes(facts, num_frames):
     return notes
 
 
+def rate_notes(args, facts):
+    """What sampling clips at another rate than the model's means, as sentences. args: filled in."""
+    if args.fps == facts.fps:
+        return []
+    return [f"--fps {args.fps:g}: this model was made for {facts.fps:g} frames a second, so what the clips show will move at another speed"]
+
+
+def what_it_is(facts):
+    """A model in words, for the first line of a run."""
+    task = "image to video" if facts.image_channels else "text to video"
+    height, width = facts.sample_size
+    return f"{task}, {facts.positions} positions, made for {facts.sample_frames} frames of {height} x {width} at {facts.fps:g} a second"
+
+
 def is_made_for(facts, height, width):
     """Whether the model was made for a size: one size, and for 1.5's image-to-video also others with the same short side, up to the
     same long side (the authors' README)."""
@@ -461,6 +475,9 @@ def open_model(args):
     fill_in_defaults(args, facts)
     found, more_notes = check_sizes(args, facts)
     problems += found
+    more_notes += rate_notes(args, facts)
+    if folder and not problems:
+        say(f"{args.pretrained_model_name_or_path}: {what_it_is(facts)}")
     for note in [] if problems else notes + more_notes:
         warn(note)
     return folder, facts, tokenizer, problems

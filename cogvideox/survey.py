@@ -33,6 +33,7 @@ from cogvideox.stopping import exit_if_requested
 from cogvideox.windows import listed_window, place_windows, seconds_trained
 from dataset import MOST_LEFT_OUT, Record, files_left_out, list_clips, list_eval_clips, list_prior_clips, locate_image
 
+CLIPS_SHOWN = 12  # of the table, in the log
 FEW_WORDS, SAME_WORDS = 20, 10  # of a caption: too few for this model; at the start of two captions that say the same
 
 
@@ -125,8 +126,9 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     if accelerator.is_main_process:
         write_bytes(Path(args.output_dir) / "dataset.json", json.dumps(dataset, indent=1).encode())
         write_bytes(Path(args.output_dir) / "dataset_report.txt", report_text(dataset).encode(errors="replace"))  # names hold any byte
-    table = list(table_lines(dataset))
-    shown = table if len(table) <= 13 else table[:13] + [f"... {len(table) - 13} more in dataset_report.txt"]
+    shown = list(table_lines(dataset | {"clips": dataset["clips"][:CLIPS_SHOWN]}))
+    if (more := len(dataset["clips"]) - CLIPS_SHOWN) > 0:
+        shown.append(f"... {more} more in dataset_report.txt")
     for sentence in bad if skipped else []:
         warn(f"skipped {sentence}")
     say(f"\n{layout} of {dataset['source']}")
@@ -158,7 +160,8 @@ def read_validation_images(args, data, readers):
     clips = [data.records[number] for number in data.held_out or data.own]
     chosen = [clips[number % len(clips)] for number in range(len(args.prompts))]
     if args.image_files:
-        located = [(file, *locate_image(Path.cwd(), file, allow_external_paths=True)) for file in args.image_files]
+        files = args.image_files * (len(args.prompts) if len(args.image_files) == 1 else 1)
+        located = [(file, *locate_image(Path.cwd(), file, allow_external_paths=True)) for file in files]
         chosen = [Record("--validation_images", file, str(path), "", reason, image=str(path)) for file, path, reason in located]
     decoded = readers.read_all([image_request(record, data.framing, args.seed, size) for record in chosen if not record.reason])
     found = [(None, None, record.reason) if record.reason else next(decoded) for record in chosen]

@@ -244,6 +244,8 @@ def test_the_example_of_a_family_gives_what_its_model_would_choose(ask, name):
         }
         assert ("--noised_image_dropout" in changed) == name.endswith("i2v")
     assert ask(example, "--max_num_frames", "17", MODEL_PATH="mine")[2]["--max_num_frames"] == "17"
+    whole = ask(example, SCRIPT="examples/finetune_sft.sh")[2]
+    assert (whole["--training_type"], whole["--pretrained_model_name_or_path"]) == ("sft", told["--pretrained_model_name_or_path"])
 
 
 def start_listener(tmp_path, script):

@@ -128,7 +128,7 @@ def print_parts(memory, options, models, compute_loss):
     size = "x".join(map(str, clip))
     what = f"rank {args.rank}" if args.training_type == "lora" else "full fine-tuning"
     spread = f"; each of {options.processes} processes under {options.engine}" if options.processes > 1 else ""
-    print(f"{name} on {options.device}, {size}, batch {args.train_batch_size}, {what}, {args.mixed_precision}{spread};")
+    print(f"{name} on {options.device}, {size}, batch {args.train_batch_size}, {what}, {args.mixed_precision}{spread}")
     print(f"blocks recomputed: {spell_recomputation(plan, layers)}; the peak of training is in the {parts['training_peak_at']} pass\n")
     print("\n".join(memory.table(parts)))
     for name, words in (("kept", "not recomputed"), ("attention", "recomputed except attention"), ("full", "recomputed")):
@@ -159,14 +159,14 @@ def spell_flags(saving):
 
 def print_presets(memory, options, models, compute_loss):
     """For each model and card the first of SAVINGS that fits it. Returns the rows."""
-    rows = []
-    with progress(desc="models and cards", total=len(models) * len(CARDS), unit="card") as bar:
+    rows, cards = [], (options.card,) if options.card else CARDS
+    with progress(desc="models and cards", total=len(models) * len(cards), unit="card") as bar:
         for name, configs, args in models:
             layers = configs["transformer"].get("num_layers", 30)
             args.validation_prompt = args.validation_prompt or "x"  # a run that validates needs more
             phases = memory.phase_parts(configs, args, options.device)
             engine = options.engine, options.processes
-            for card in CARDS:
+            for card in cards:
                 saving, _, plan, parts = flags_for(card, memory, configs, args, compute_loss, options.device, phases, *engine)
                 clip, recomputed = "x".join(map(str, memory.largest_shape(args))), spell_recomputation(plan, layers)
                 row = {"model": name, "clip": clip, "card_gb": card, "flags": spell_flags(saving), "recomputed": recomputed}
@@ -180,12 +180,12 @@ def print_presets(memory, options, models, compute_loss):
         above = [name for name, size in peaks.items() if size > row["room"]]
         sizes = " | ".join(f"{size / 2**30:.1f}" for size in peaks.values())
         fits = "yes, T5 partly in host memory" if above == ["captions"] else f"no: {', '.join(above)}" if above else "yes"
-        what = f"| {row['model']} | {row['clip']} | {row['card_gb']} | {row['flags'] or '-'} | {row['recomputed']} |"
+        what = f"| {row['model']} | {row['clip']} | {row["card_gb"]:g} | {row['flags'] or '-'} | {row['recomputed']} |"
         print(f"{what} {sizes} | {fits} |")
     each = f" of each of {options.processes} processes under {options.engine}" if options.processes > 1 else ""
     print(f"\nGiB of tensors at the peak of each phase{each}; a tenth of each card, and at least 1 GiB, is left free.\n")
     for row in rows if options.processes == 1 else ():
-        print(f"# {row['model']}, {row['card_gb']} GB")
+        print(f"# {row['model']}, {row['card_gb']:g} GB")
         print(f"python train_cogvideox_lora.py --pretrained_model_name_or_path {memory.HUB_NAMES.get(row['model'], row['model'])}", end=" ")
         print(f"--instance_data_root DATA --output_dir OUT {row['flags']}".rstrip())
     return rows

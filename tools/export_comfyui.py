@@ -46,6 +46,14 @@ OF_THE_5B = (
     "this LoRA is of a rotary model of CogVideoX 1.0, and ComfyUI's own nodes (0.33) give that model other positions than diffusers, with "
     f"or without a LoRA. Use the CogVideoX wrapper nodes, with the trainer's own {LORA_FILE}"
 )
+OF_15 = (
+    "at an odd number of latents (81 frames are 21) ComfyUI's own nodes (0.33) put the copy of the first latent of "
+    "CogVideoX 1.5 at the end, and diffusers at the front"
+)
+OF_15_IMAGES = (
+    "both kinds of nodes make the latent of 1.5's image 2.04 times too small; the wrapper's CogVideo ImageEncode corrects that with "
+    f"strength 2.04, native nodes do not: use the wrapper, with the trainer's own {LORA_FILE}"
+)
 WIDTH_OF_THE_2B = 1920
 
 
@@ -67,7 +75,11 @@ def remarks(file):
     sizes = [size for _, *both in read_layers(file).values() for size in both]
     if not base.get("use_rotary_positional_embeddings", all(size % WIDTH_OF_THE_2B for size in sizes)):
         return [OF_THE_2B]
-    return [OF_THE_5B] if base and not base.get("patch_size_t") else []
+    if not base:
+        return []
+    if not base.get("patch_size_t"):
+        return [OF_THE_5B]
+    return [OF_15, OF_15_IMAGES] if base.get("in_channels") != base.get("out_channels") else [OF_15]
 
 
 def exported(file):
