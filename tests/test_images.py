@@ -163,9 +163,9 @@ def test_windows_of_a_clip_share_no_image(capsys):
     script.parse_args(words("m", "d", "o", "c", windows="slide"))
 
 
-def test_each_validation_prompt_has_one_image(capsys):
-    told = refused(capsys, validation_prompt="a:::b", validation_images="one.png")
-    assert "--validation_images one.png: 1 images for 2 prompts; give one for each, joined by :::" in told
+def test_all_validation_prompts_have_one_image_or_each_its_own(capsys):
+    told = refused(capsys, validation_prompt="a:::b:::c", validation_images="1.png:::2.png")
+    assert "--validation_images 1.png:::2.png: 2 images for 3 prompts; give one for all, or one for each, joined by :::" in told
     assert script.parse_args(words("m", "d", "o", "c", validation_prompt="a:::b", validation_images="1.png ::: 2.png")).image_files == [
         "1.png",
         "2.png",
@@ -521,10 +521,12 @@ def test_validation_images_are_those_given_or_those_of_the_first_held_out_clips_
     trained = Run(image_model, pictured, tmp_path, **flags | {"eval_share": 0.0, "image_column": None})
     assert np.array_equal(trained.data.validation_images[1], trained.image_of(trained.data.own[1]))
     picture(11, size=(70, 40)).save(tmp_path / "given.png")
-    given = ":::".join([str(tmp_path / "given.png")] * 3)
-    own = Run(image_model, pictured, tmp_path, **flags | {"validation_images": given})
     expected, _ = read_clip(tmp_path / "given.png", framing())
-    assert all(np.array_equal(image, expected[0]) for image in own.data.validation_images)
+    for count in (1, 3):  # one for all, one for each
+        given = ":::".join([str(tmp_path / "given.png")] * count)
+        own = Run(image_model, pictured, tmp_path, **flags | {"validation_images": given})
+        assert len(own.data.validation_images) == 3
+        assert all(np.array_equal(image, expected[0]) for image in own.data.validation_images)
     assert not np.array_equal(expected[0], first)
     (tmp_path / "broken.png").write_bytes(b"no picture")
     wrong = ":::".join(map(str, (tmp_path / "gone.png", tmp_path / "broken.png", pictured / "videos/02.mp4")))

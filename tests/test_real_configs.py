@@ -4,6 +4,7 @@ import argparse
 import functools
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -305,3 +306,12 @@ def test_a_hub_model_for_a_tool_that_looks_at_data_costs_two_configs(family_mode
     facts, problems = folder.facts_for_data(args)
     assert (problems, args.max_num_frames, facts.positions) == ([], 17, "slice")
     assert asked == [("owner/name", ("transformer/config.json", "vae/config.json"))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_frame_rate_than_the_models_is_told(family):
+    facts = folder.facts_of(memory.PRESETS[family]["transformer"], memory.PRESETS[family]["vae"])
+    own, other = (16, 8) if family.startswith("1.5") else (8, 16)
+    assert folder.rate_notes(SimpleNamespace(fps=float(own)), facts) == []
+    (note,) = folder.rate_notes(SimpleNamespace(fps=float(other)), facts)
+    assert note.startswith(f"--fps {other}: this model was made for {own} frames a second")

@@ -180,7 +180,7 @@ def print_presets(memory, options, models, compute_loss):
         above = [name for name, size in peaks.items() if size > row["room"]]
         sizes = " | ".join(f"{size / 2**30:.1f}" for size in peaks.values())
         fits = "yes, T5 partly in host memory" if above == ["captions"] else f"no: {', '.join(above)}" if above else "yes"
-        what = f"| {row['model']} | {row['clip']} | {row["card_gb"]:g} | {row['flags'] or '-'} | {row['recomputed']} |"
+        what = f"| {row['model']} | {row['clip']} | {row['card_gb']:g} | {row['flags'] or '-'} | {row['recomputed']} |"
         print(f"{what} {sizes} | {fits} |")
     each = f" of each of {options.processes} processes under {options.engine}" if options.processes > 1 else ""
     print(f"\nGiB of tensors at the peak of each phase{each}; a tenth of each card, and at least 1 GiB, is left free.\n")
