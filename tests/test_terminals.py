@@ -152,7 +152,8 @@ def test_a_tool_whose_reader_ends_does_all_its_work(six_clips, tmp_path):
     words += f" --encoding_cache_dir {tmp_path}/cache"
     pipeline = f"{sys.executable} -m tools.check_dataset {words} | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", pipeline], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.stdout == f"line files of {six_clips}\n0\n"
+    told = "for the 2B: text to video, sincos positions, made for 49 frames of 480 x 720 at 8 a second"
+    assert done.stdout == f"line files of {six_clips}, {told}\n0\n"
     assert "Error" not in done.stderr
     assert (tmp_path / "sheet.png").stat().st_size > 1000
 
@@ -162,6 +163,8 @@ def test_a_tool_whose_reader_ends_does_all_its_work(six_clips, tmp_path):
 
 # Every line of a plain run, in the order of their first one.
 LINES = [
+    r"\S+: text to video, sincos positions, made for 17 frames of 64 x 96 at 8 a second",
+    r"warning: 32 x 48: this model was made for 64 x 96, and its positions are counted from .*",
     r"process \d of \d on \S+: cpu(:0)? \(.*, \d+ threads\)(, gloo)?",
     r"(checking clips|encoding captions|encoding clips|scoring|training): +\d+%\|.*\| \d+/\d+ \[.*\]",
     r"line files of .*",
