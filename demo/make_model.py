@@ -12,22 +12,17 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
+from cogvideox.memory import PRESETS
 from cogvideox.model import pipeline_class
 
 TOKENIZER = Path(__file__).resolve().parent / "tokenizer"
-ROTARY, IMAGE = {"use_rotary_positional_embeddings": True}, {"in_channels": 32}
-PATCH_15 = ROTARY | {"patch_size_t": 2, "patch_bias": False}
-# How the transformers and VAEs of the family differ from those of the 2B, which are the defaults of diffusers' classes.
+# The published configs without what makes them large.
+OF_SIZE = ("num_attention_heads", "num_layers", "sample_height", "sample_width", "sample_frames")
 TRANSFORMERS = {
-    "2b": {},
-    "5b": ROTARY,
-    "1.5-5b": PATCH_15,
-    "5b-i2v": ROTARY | IMAGE | {"use_learned_positional_embeddings": True},
-    "1.5-5b-i2v": PATCH_15 | IMAGE | {"ofs_embed_dim": 64},
+    family: {name: value for name, value in parts["transformer"].items() if name not in OF_SIZE} for family, parts in PRESETS.items()
 }
-OF_5B = {"scaling_factor": 0.7}
-VAES = {"2b": {}, "5b": OF_5B, "1.5-5b": OF_5B | {"invert_scale_latents": True}, "5b-i2v": OF_5B}
-VAES["1.5-5b-i2v"] = VAES["1.5-5b"]
+TRANSFORMERS["1.5-5b-i2v"]["ofs_embed_dim"] = 64  # as time_embed_dim here
+VAES = {family: parts["vae"] for family, parts in PRESETS.items()}
 
 
 def make_model(
