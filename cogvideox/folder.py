@@ -367,9 +367,10 @@ def rate_notes(args, facts):
 
 def what_it_is(facts):
     """A model in words, for the first line of a run."""
-    task = "image to video" if facts.image_channels else "text to video"
-    height, width = facts.sample_size
-    return f"{task}, {facts.positions} positions, made for {facts.sample_frames} frames of {height} x {width} at {facts.fps:g} a second"
+    task, (height, width) = "image to video" if facts.image_channels else "text to video", facts.sample_size
+    positions = {"slice": "rotary positions cut from a grid", "learned": "rotary and learned positions"}
+    known = positions.get(facts.positions, f"{facts.positions} positions")
+    return f"{task}, {known}, made for {facts.sample_frames} frames of {height} x {width} at {facts.fps:g} a second"
 
 
 def is_made_for(facts, height, width):
