@@ -448,7 +448,7 @@ def untiled_bytes(folder, dtype, clips, slicing):
 
 def image_shape(image, facts):
     """[2C, H', W'] of the posterior of one image. image: facts of its size."""
-    channels, _, height, width = moments_shape({"frames": 1, "height": image["height"], "width": image["width"]}, facts)
+    channels, _, height, width = moments_shape(image | {"frames": 1}, facts)
     return channels, height, width
 
 

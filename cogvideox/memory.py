@@ -247,6 +247,11 @@ def latents_of(configs, frames, height, width):
     return latent_frames + -latent_frames % facts.latents_per_patch, *rest
 
 
+def layers_of(configs):
+    """The number of transformer blocks."""
+    return configs["transformer"].get("num_layers", 30)
+
+
 def image_channels(configs):
     """Channels of the image's latent beside the noisy ones; 0 for text-to-video."""
     return facts_of(configs["transformer"], configs["vae"]).image_channels
@@ -272,7 +277,7 @@ def step_pieces(configs, args, compute_loss, shape, recomputed, keep_attention, 
     recomputed, keep_attention: as in `checkpoint_blocks`. layers: how many blocks to run (default: all). Returns (pieces, bytes
     at the start: base, adapters, states (of the optimizer), batch; the first three also of one block).
     """
-    layers = layers or configs["transformer"].get("num_layers", 30)
+    layers = layers or layers_of(configs)
     transformer = define_transformer(configs, args, device, layers)
     with counting(attention_extra=device == "cuda") as ledger:
         prepare_transformer(transformer, args, device)
@@ -342,7 +347,7 @@ def frozen_tensors(module):
 
 def training_pieces(configs, args, compute_loss, shape, recomputed, keep_attention, device="cuda"):
     """`step_pieces` of all blocks, extrapolated from a run with a few of each kind. Returns (pieces, start)."""
-    layers = configs["transformer"].get("num_layers", 30)
+    layers = layers_of(configs)
     kinds = [(0, min(recomputed, layers)), (min(recomputed, RUN_BLOCKS), layers - min(recomputed, layers))]
     run = [min(blocks, RUN_BLOCKS) for _, blocks in kinds]
     times = {first + RUN_BLOCKS - 2: 1 + blocks - RUN_BLOCKS for first, blocks in kinds if blocks > RUN_BLOCKS}
@@ -606,7 +611,7 @@ def predict(configs, args, compute_loss, device="cuda", recomputation=None, phas
     default: from --gradient_checkpointing. phases: a known result of `phase_parts`. engine, processes: as in `split_over`; an
     engine that shards weights validates with a full copy of the model in the compute dtype.
     """
-    layers = configs["transformer"].get("num_layers", 30)
+    layers = layers_of(configs)
     recomputation = recomputation or blocks_to_recompute(args.gradient_checkpointing, layers)
     shape = latents_of(configs, *largest_shape(args))
     shards = processes if engine in SHARDING else 1

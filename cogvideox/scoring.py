@@ -276,14 +276,14 @@ class Scorer:
     def with_scalings(self, full_model, score, factors):
         """The base model's score with "image_scalings", factor -> its mean loss. The score is that with the first of `factors`. None as
         `score`."""
-        losses = {}
-        for factor in factors:
-            of_factor = functools.partial(self.score, with_gap=False, image_factor=factor / factors[0])
-            if not (scored := base_score(full_model, of_factor) if losses else score):
+        scores = [score]
+        for factor in factors[1:]:
+            scores.append(base_score(full_model, functools.partial(self.score, with_gap=False, image_factor=factor / factors[0])))
+            if not scores[-1]:
                 return None
-            values = [*scored["train"], *(scored["held_out"] or [])]
-            losses[factor] = sum(values) / len(values)
-        score = score | {"image_scalings": {f"{factor:.6g}": loss for factor, loss in losses.items()}}
+        values = [[*scored["train"], *(scored["held_out"] or [])] for scored in scores]
+        losses = {f"{factor:.6g}": sum(own) / len(own) for factor, own in zip(factors, values, strict=True)}
+        score = score | {"image_scalings": losses}
         say_scalings(score)
         return score
 

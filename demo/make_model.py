@@ -23,6 +23,7 @@ TRANSFORMERS = {
 }
 TRANSFORMERS["1.5-5b-i2v"]["ofs_embed_dim"] = 64  # as time_embed_dim here
 VAES = {family: parts["vae"] for family, parts in PRESETS.items()}
+SMALL_CLIP = {"sample_frames": 9, "sample_height": 4, "sample_width": 6}  # 9 frames of 32 x 48 pixels, for settings of `make_model`
 
 
 def make_model(

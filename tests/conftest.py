@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import train_cogvideox_lora as script
 from cogvideox import metrics
-from demo.make_model import TRANSFORMERS, make_model
+from demo.make_model import SMALL_CLIP, TRANSFORMERS, make_model
 from tests import shortcuts
 from tests.forked import ForkServer
 
@@ -94,7 +94,12 @@ def tiny_model(tmp_path_factory):
 
 
 FAMILIES = list(TRANSFORMERS)
-CLIP = {"sample_frames": 9, "sample_height": 4, "sample_width": 6}  # of `words`: the size for which a learned table has positions
+IMAGE_TO_VIDEO = [family for family in FAMILIES if "i2v" in family]
+
+
+def example_of(family):
+    """The script in examples/ for a family other than the 2B."""
+    return f"examples/cogvideox{'' if family.startswith('1.5') else '_'}{family.replace('-', '_')}.sh"
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +110,7 @@ def family_model(tiny_model, tmp_path_factory):
     def make(family):
         if family == "2b":
             return tiny_model
-        size = CLIP if "i2v" in family else {}
+        size = SMALL_CLIP if family in IMAGE_TO_VIDEO else {}  # that of `words`: a learned table has no other positions
         return make_model(tmp_path_factory.mktemp("models") / family, vae_channels=8, head_width=32, family=family, **size)
 
     return make
@@ -127,12 +132,6 @@ def temporal_patch_model(family_model):
 def image_model(family_model):
     """A random image-to-video model of the 5B's kind, with learned positions for clips of `words`."""
     return family_model("5b-i2v")
-
-
-@pytest.fixture(scope="session")
-def image_15_model(family_model):
-    """A random image-to-video model of the 1.5's kind."""
-    return family_model("1.5-5b-i2v")
 
 
 @pytest.fixture(scope="session")

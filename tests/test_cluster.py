@@ -22,7 +22,7 @@ import train_cogvideox_lora as script
 from cogvideox.folder import facts_of, fill_in_defaults
 from cogvideox.memory import PRESETS
 from demo.make_model import TRANSFORMERS
-from tests.conftest import ROOT, environment, lora_of, same, words
+from tests.conftest import ROOT, environment, example_of, lora_of, same, words
 from tests.forked import free_port
 from tests.test_launch import GUIDE
 from tools.chaos import family, strike
@@ -224,7 +224,7 @@ def test_both_scripts_and_that_for_all_weights_differ_in_their_purpose_only(ask)
 
 @pytest.mark.parametrize("name", sorted(name for name in TRANSFORMERS if name != "2b"))
 def test_the_example_of_a_family_gives_what_its_model_would_choose(ask, name):
-    example = f"examples/cogvideox{'' if name.startswith('1.5') else '_'}{name.replace('-', '_')}.sh"
+    example = example_of(name)
     advised = SimpleNamespace(**dict.fromkeys(("height", "width", "max_num_frames", "fps", "validation_scheduler", "use_dynamic_cfg")))
     fill_in_defaults(advised, facts_of(PRESETS[name]["transformer"], PRESETS[name]["vae"]))
     for shell_script in SCRIPTS:

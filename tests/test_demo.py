@@ -22,7 +22,7 @@ from demo.measure import WANTED, Pair, brightness_correlation, figures, read_pai
 from demo.old_film import old_film, write_dataset, write_demo
 from demo.picture import COLUMNS, FRAME_WIDTH, write_picture
 from demo.train_base import TEXT_TOKENS, read_demo_clips, read_shots
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, example_of
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, CLIPS = ROOT / "demo/model", ROOT / "demo/dataset"
@@ -214,9 +214,8 @@ def test_a_long_run_on_three_clips_learns_them_by_heart(old_clips, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_demos_command_runs_to_its_end_on_a_random_model_of_each_family(family, old_clips, tmp_path):
     model = make_model(tmp_path / "model", vae_channels=8, family=family)
-    example = f"examples/cogvideox{'' if family.startswith('1.5') else '_'}{family.replace('-', '_')}.sh"
     flags = ("--max_train_steps", 4, "--validation_steps", 2, "--eval_steps", 2, "--checkpointing_steps", 2, "--num_inference_steps", 2)
-    script = "finetune_single_gpu.sh" if family == "2b" else example
+    script = "finetune_single_gpu.sh" if family == "2b" else example_of(family)
     status, scores = run_demo(old_clips.parent / "train", tmp_path / "output", *flags, model=model, script=script)
     assert (status["reason"], status["step"]) == ("done", 4)
     assert [line["step"] for line in scores] == [0, 2, 4]

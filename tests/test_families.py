@@ -12,12 +12,11 @@ from cogvideox import folder as folder_of
 from cogvideox import model
 from cogvideox.order import seeded_generator
 from dataset import TrainingClips
-from demo.make_model import make_model
-from tests.conftest import FAMILIES
+from demo.make_model import SMALL_CLIP, make_model
+from tests.conftest import FAMILIES, IMAGE_TO_VIDEO
 from train_cogvideox_lora import velocity_loss
 
 OWN, VERTICAL, SMALL = (32, 48), (48, 32), (32, 32)  # pixels
-IMAGE_TO_VIDEO = [family for family in FAMILIES if "i2v" in family]
 LENGTHS = {"2b": (9, 13), "5b": (9, 13), "5b-i2v": (9, 5), "1.5-5b": (9, 17), "1.5-5b-i2v": (9, 17)}
 
 
@@ -26,8 +25,7 @@ def folders(tmp_path_factory):
     """family -> a tiny model whose own clips are 9 frames of 32 x 48; 1.5's image-to-video one has a larger grid, as the real one."""
     found = {}
     for family in FAMILIES:
-        height, width = (8, 8) if family == "1.5-5b-i2v" else (4, 6)
-        size = {"sample_frames": 9, "sample_height": height, "sample_width": width}
+        size = SMALL_CLIP | ({"sample_height": 8, "sample_width": 8} if family == "1.5-5b-i2v" else {})
         found[family] = make_model(tmp_path_factory.mktemp("models") / family, vae_channels=8, head_width=32, family=family, **size)
     return found
 

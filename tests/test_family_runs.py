@@ -16,13 +16,12 @@ from cogvideox import folder as folder_of
 from cogvideox import hub, model, validation
 from cogvideox.files import LORA_FILE
 from cogvideox.video import write_video
-from tests.conftest import FAMILIES, same
+from tests.conftest import FAMILIES, IMAGE_TO_VIDEO, same
 from tests.stand_ins import flags_of
 from tests.test_export_comfyui import make_lora
 from tests.test_report import run_of
 from tools import generate, lora_file
 
-IMAGE_TO_VIDEO = [family for family in FAMILIES if "i2v" in family]
 CPU = torch.device("cpu")
 SETTINGS = {"height": 32, "width": 48, "num_frames": 9, "num_inference_steps": 3, "guidance_scale": 6.0}
 
@@ -278,7 +277,7 @@ def test_the_image_of_a_video_is_encoded_whole_where_videos_are_decoded_in_tiles
 
 @pytest.mark.slow
 @pytest.mark.parametrize("training_type", ["lora", "sft"])
-def test_a_run_in_bf16_makes_the_videos_of_an_image_to_video_model(image_15_model, training_type, train, capsys):
-    run = train(model=image_15_model, training_type=training_type, mixed_precision="bf16", validation_prompt="a rabbit")
+def test_a_run_in_bf16_makes_the_videos_of_an_image_to_video_model(family_model, training_type, train, capsys):
+    run = train(model=family_model("1.5-5b-i2v"), training_type=training_type, mixed_precision="bf16", validation_prompt="a rabbit")
     assert "failed, training continues" not in capsys.readouterr().err
     assert len(list((run / "validation").rglob("*.mp4"))) == 2

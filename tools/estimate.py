@@ -89,7 +89,7 @@ def chosen_recomputation(memory, configs, args, compute_loss, room, device, phas
     """The least recomputation whose predicted peak is within `room` bytes, and its prediction: (plan, prediction)."""
     from cogvideox import rehearsal
 
-    layers = configs["transformer"].get("num_layers", 30)
+    layers = memory.layers_of(configs)
     shape = memory.latents_of(configs, *memory.largest_shape(args))
     predict = functools.partial(memory.predict, configs, args, compute_loss, device, phases=phases, engine=engine, processes=processes)
     none = predict(recomputation=(0, True))
@@ -116,7 +116,7 @@ def print_parts(memory, options, models, compute_loss):
     """The parts of one set of flags. Returns them."""
     ((name, configs, args),) = models
     phases = memory.phase_parts(configs, args, options.device, usable(options.card) if options.card else None)
-    layers = configs["transformer"].get("num_layers", 30)
+    layers = memory.layers_of(configs)
     if options.card and args.gradient_checkpointing == "auto":
         engine = options.engine, options.processes
         plan, parts = chosen_recomputation(memory, configs, args, compute_loss, usable(options.card), options.device, phases, *engine)
@@ -162,7 +162,7 @@ def print_presets(memory, options, models, compute_loss):
     rows, cards = [], (options.card,) if options.card else CARDS
     with progress(desc="models and cards", total=len(models) * len(cards), unit="card") as bar:
         for name, configs, args in models:
-            layers = configs["transformer"].get("num_layers", 30)
+            layers = memory.layers_of(configs)
             args.validation_prompt = args.validation_prompt or "x"  # a run that validates needs more
             phases = memory.phase_parts(configs, args, options.device)
             engine = options.engine, options.processes

@@ -87,7 +87,7 @@ def step_flops(configs, args, compute_loss, shape):
     """
     from cogvideox import memory  # not at the top: the baseline's process does without our trainer
 
-    layers = configs["transformer"].get("num_layers", 30)
+    layers = memory.layers_of(configs)
     transformer = memory.define_transformer(configs, args, "cpu", layers)
     with memory.counting():
         memory.prepare_transformer(transformer, args, "cpu")

@@ -7,7 +7,7 @@ from transformers import T5Config, T5EncoderModel
 
 from cogvideox import memory
 from cogvideox.folder import COGVIDEOX_2B, latent_shape
-from demo.make_model import TRANSFORMERS, imitate_trained_moments
+from demo.make_model import SMALL_CLIP, TRANSFORMERS, imitate_trained_moments
 from demo.make_model import VAES as FAMILY_VAES
 from tools.benchmark.harness import ROOT
 from tools.benchmark.sizes import SIZES, VAES
@@ -44,7 +44,7 @@ def configs_of_size(size, family="2b"):
     """(the transformer's config, the VAE's) of a size: as published at the size of the 2B, or a small model of the family."""
     if size == "2b":
         return memory.PRESETS[family]["transformer"], memory.PRESETS[family]["vae"]
-    clip = {"sample_frames": 9, "sample_height": 4, "sample_width": 6} if family != "2b" else {}
+    clip = SMALL_CLIP if family != "2b" else {}
     return SIZES[size]["transformer"] | TRANSFORMERS[family] | clip, FAMILY_VAES[family]
 
 

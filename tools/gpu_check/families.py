@@ -37,7 +37,7 @@ def measure_family(job, family):
     args = variants.our_flags(chosen)
     configs = configs_of(job) | {"transformer": transformer}
     recomputation, parts = plan_of(configs, args, device)
-    settings = estimate.spell_recomputation(recomputation, layers_of(configs))
+    settings = estimate.spell_recomputation(recomputation, memory.layers_of(configs))
     with tempfile.TemporaryDirectory(dir=job["folder"]) as folder:
         run = variants.our_run(chosen, Path(folder))
         model.checkpoint_blocks(run.trained.transformer, *recomputation)
@@ -53,21 +53,11 @@ def measure_family(job, family):
     yield memory_row(claim, parts["training"], peaks, remark, seconds=seconds, loss=loss)
 
 
-def layers_of(configs):
-    """The number of blocks."""
-    return configs["transformer"].get("num_layers", 30)
-
-
 def plan_of(configs, args, device):
     """(the least recomputation that fits this card, the prediction with it); all blocks on a CPU, whose memory is no card's."""
     if device == "cpu":
-        plan = layers_of(configs), False
-        return plan, memory.training_parts(configs, args, script.velocity_loss, latents_of(configs, args), *plan, device)
+        plan, latents = (memory.layers_of(configs), False), memory.latents_of(configs, *largest_shape(args))
+        return plan, memory.training_parts(configs, args, script.velocity_loss, latents, *plan, device)
     phases = dict.fromkeys(("captions", "clips_encode", "clips_decode", "sampling", "decoding"), 0)  # measured by other cases
     room = estimate.usable(torch.cuda.get_device_properties(0).total_memory / 2**30)
     return estimate.chosen_recomputation(memory, configs, args, script.velocity_loss, room, device, phases)
-
-
-def latents_of(configs, args):
-    """[F', C, H', W'] of the latents of a clip of the flags."""
-    return memory.latents_of(configs, *largest_shape(args))

@@ -53,7 +53,7 @@ def check_memory(job):
     seen = set()
     for card in estimate.CARDS:
         saving, changed, plan, parts = estimate.flags_for(card, memory, configs, args, script.velocity_loss, device, phases)
-        words, layers = estimate.spell_flags(saving), configs["transformer"].get("num_layers", 30)
+        words, layers = estimate.spell_flags(saving), memory.layers_of(configs)
         settings = f"{card} GB: {words or 'no flags'}, {estimate.spell_recomputation(plan, layers)} recomputed"
         if (words, plan) in seen:
             continue  # a larger card with the same flags

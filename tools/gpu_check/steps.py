@@ -200,7 +200,7 @@ def median_step(job, words):
 def offloaded_bytes(job):
     """Bytes of the frozen weights that --offload leaves in host memory, as cogvideox.memory counts them: a block's, times the blocks."""
     configs, sizes = configs_of(job), []
-    layers = configs["transformer"].get("num_layers", 30)
+    layers = memory.layers_of(configs)
     for words in ([], ["--offload"]):
         args = variants.our_flags(step_job(job, short=True, flags=words))
         _, start = memory.training_pieces(configs, args, script.velocity_loss, memory.latents_of(configs, 9, 32, 48), 0, True, "cuda")
