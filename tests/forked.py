@@ -2,7 +2,8 @@
 
 A session's first run starts a server (this file as a program) that imports torch, diffusers and the trainer, and runs no
 operation of torch, so that it has one thread and can be forked (Linux). For each process of a run it forks a child, which gets the
-variables a launcher would set, a session of its own, its output in a file, and then runs train_cogvideox_lora.py as a program.
+variables a launcher would set, a session of its own, its output in a file, and then runs train_cogvideox_lora.py as a program, or
+another of the repository.
 Signals, exit codes and the files it leaves are those of a real process (tests/test_forked.py).
 
 Two things are not here. Launchers end all processes when one has failed, and pass signals on. And Python orders sets of words
@@ -88,11 +89,12 @@ class ForkServer:
         self.server.wait(timeout=30)
         self.server.stdout.close()
 
-    def start(self, line, processes=1, before="", **variables):
+    def start(self, line, processes=1, before="", module=None, **variables):
         """Fork a run. Returns its processes, by rank.
 
-        line: flags of the trainer. processes: how many, with gloo between them. before: Python that each child runs first, to put
-        a fault into the modules; `rank` is known there. variables: environment on top of that of the tests.
+        line: its flags. processes: how many, with gloo between them. before: Python that each child runs first, to put a fault into the
+        modules; `rank` is known there. module: the program that is run as `python -m` would, in place of the trainer. variables:
+        environment on top of that of the tests.
         """
         self.number += 1
         ranks = []
@@ -106,7 +108,7 @@ class ForkServer:
             log = self.folder / f"run-{self.number}-{rank}.log"
             log.touch()
             ranks.append({"rank": rank, "environment": environment, "log": str(log), "exit_code_path": str(log.with_suffix(".code"))})
-        request = {"line": [str(word) for word in line], "before": before, "ranks": ranks}
+        request = {"line": [str(word) for word in line], "before": before, "module": module, "ranks": ranks}
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         answer = self.server.stdout.readline()
@@ -181,8 +183,8 @@ def serve():
             print(json.dumps(pids), file=answers, flush=True)
 
 
-def become_trainer(request, part):
-    """In a child: take the place of a process that a launcher has started, and run the script to its end."""
+def become_program(request, part):
+    """In a child: take the place of a process that a launcher has started, and run the trainer, or another program, to its end."""
     import runpy
 
     os.setsid()
@@ -195,8 +197,11 @@ def become_trainer(request, part):
     os.environ.clear()
     os.environ.update(part["environment"])
     exec(request["before"], {"rank": part["rank"]})
-    sys.argv = [SCRIPT, *request["line"]]
-    runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
+    sys.argv = [request["module"] or SCRIPT, *request["line"]]
+    if request["module"]:
+        runpy.run_module(request["module"], run_name="__main__")
+    else:
+        runpy.run_path(str(ROOT / SCRIPT), run_name="__main__")
 
 
 def warm_up(model):
@@ -217,4 +222,4 @@ def warm_up(model):
 
 if __name__ == "__main__":
     warm_up(Path(sys.argv[1]))
-    become_trainer(*serve())
+    become_program(*serve())

@@ -4,7 +4,6 @@ can read, of the frames that are trained on, none is lost, and none that a perso
 import base64
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -555,44 +554,26 @@ def test_a_real_class_reads_the_frames_without_torchvision_and_repeats_its_answe
     assert write(others, "Describe the rabbit.", 1) != answers[1]
 
 
-LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT
-
-
-def run_and_exit(words):
-    """Run the program in this forked process, and end it with the exit code."""
-    code = 1
-    try:
-        program.main([str(word) for word in words])
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        os._exit(code)
-
-
 @pytest.mark.slow
-def test_a_run_of_the_real_class_is_killed_and_resumed_and_writes_what_one_run_would_have(clips, vlm, tokenizer, encodings, tmp_path):
+def test_a_run_of_the_real_class_is_killed_and_resumed_and_writes_what_one_run_would_have(
+    forked, clips, vlm, tokenizer, encodings, tmp_path
+):
     """Its words are random and never end, so that every answer is too long and is asked for again, or shortened."""
     kept, other = uncaptioned(clips, keep=1), shutil.copytree(clips, tmp_path / "other")
     line = [*SIZE, "--model", vlm, "--samples", "0", "--frames", "2", "--encoding_cache_dir", encodings]
     program.main([str(word) for word in [other, *line]])
     expected = captions_in(other)
     assert len(set(expected)) == 6
-    kills, status = 0, None
-    while status is None or os.WIFSIGNALED(status):
-        before, child = len(read_json_lines(clips / "captions.jsonl")), os.fork()
-        if child == 0:
-            run_and_exit([clips, *line])
-        while kills < 3 and len(read_json_lines(clips / "captions.jsonl")) == before and not os.waitid(os.P_PID, child, LOOK):
+    for kill in (True, True, True, False):
+        before = len(read_json_lines(clips / "captions.jsonl"))
+        (run,) = forked.start([clips, *line], module="tools.caption")
+        while kill and run.poll() is None and len(read_json_lines(clips / "captions.jsonl")) == before:
             time.sleep(0.005)
-        if kills < 3:
-            os.kill(child, signal.SIGKILL)
-            kills += 1
-        status = os.waitpid(child, 0)[1]
+        if kill:
+            run.send_signal(signal.SIGKILL)
+        assert run.wait(150) == (-signal.SIGKILL if kill else 0), run.output()
         open_lines = [record.caption for record in read_records(clips, may_lack_captions=True)[0]]
         assert all(line in ("", caption) for line, caption in zip(open_lines, expected, strict=True))
-    assert status == 0
-    assert kills == 3
     assert captions_in(clips) == expected
     assert expected[:1] == kept
     assert all(rules.faults_of(caption, tokenizer, None, LIMIT) == [] for caption in expected[1:])
