@@ -4,6 +4,7 @@ import math
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 250, 56, 12, 12, 34
 CURVE_POINTS, HOVER_COLUMNS = 400, 80
+LONGEST_LABEL = 7  # characters that fit beside the left edge
 DOTTED_POINTS = 30  # a line of at most this many points is drawn with dots
 
 
@@ -80,9 +81,25 @@ def figure(title, absent="", note="", legend=(), **drawn):
     return empty | {"title": title, "absent": absent, "note": note, "legend": legend} | drawn
 
 
+def tick_labels(marks):
+    """The values of an axis as text, with the fewest digits that give each within a hundredth of their distance: as 0.0002, or as 2e-4
+    where that would be cut off at the left edge."""
+    gap = min((abs(b - a) for a, b in zip(marks, marks[1:], strict=False)), default=max(map(abs, marks), default=1.0))
+
+    def fewest(kind):
+        texts = [[f"{value:.{digits}{kind}}" for value in marks] for digits in range(16)]
+        exact = (text for text in texts if all(abs(float(t) - v) <= gap / 100 for t, v in zip(text, marks, strict=True)))
+        return next(exact, texts[-1])
+
+    plain = fewest("f")
+    if max(map(len, plain), default=0) <= LONGEST_LABEL:
+        return plain
+    return [label.replace("e+0", "e").replace("e-0", "e-").replace("e+", "e") for label in fewest("e")]
+
+
 def grid_of(marks, y):
     """The horizontal lines of a chart with their values."""
-    return [{"y": round(y(value), 1), "label": short(value)} for value in marks]
+    return [{"y": round(y(value), 1), "label": label} for value, label in zip(marks, tick_labels(marks), strict=True)]
 
 
 def line_chart(title, series, note="", mark=None):

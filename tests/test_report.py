@@ -474,6 +474,23 @@ def test_the_charts_have_round_ticks():
     assert [value for _, value in means] == pytest.approx([2.0] * 50)
 
 
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([1.3751, 1.3762], ["1.3752", "1.3754", "1.3756", "1.3758", "1.3760", "1.3762"]),
+        ([9.5e-5, 1e-4], ["9.5e-5", "9.6e-5", "9.7e-5", "9.8e-5", "9.9e-5", "1.0e-4"]),
+        ([0, 1e-4], ["0.00000", "0.00002", "0.00004", "0.00006", "0.00008", "0.00010"]),
+        ([1e-6, 1e-3], ["1e-6", "1e-5", "1e-4", "1e-3"]),
+        ([0, 100], ["0", "20", "40", "60", "80", "100"]),
+        ([-3, 4], ["-2", "0", "2", "4"]),
+    ],
+)
+def test_the_values_of_an_axis_differ_and_fit_beside_it(values, labels):
+    _, marks = charts.axis(values, 200, is_log=min(values) > 0 and max(values) / min(values) > 100)
+    assert charts.tick_labels(marks) == labels
+    assert max(map(len, labels)) <= charts.LONGEST_LABEL
+
+
 def test_the_motion_of_videos_is_a_curve_and_stands_below_each_and_the_one_without_the_trigger_is_named(tmp_path):
     write_validation(tmp_path, 0, ["OLDFILM a bird"], b"video")
     write_validation(tmp_path, 4, ["OLDFILM a bird"], b"video")
