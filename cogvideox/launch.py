@@ -86,6 +86,10 @@ def start_processes(mixed_precision, gradient_accumulation_steps, timeout_minute
     with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     for note in overruled_settings(mixed_precision):
         say(note)
+    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        # Every rank reads its weights here. With it, transformers may leave T5 empty on all ranks but one (some releases), and
+        # accelerate takes each stored tensor for a shard, which the learned positions of an image-to-video model are not.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     accelerator = Accelerator(
         # Without it, each of two processes on a CPU machine runs alone; DeepSpeed detects the CPU itself.
         cpu=on_cpu and not with_deepspeed,
@@ -130,6 +134,8 @@ def overruled_settings(mixed_precision, environment=os.environ):
         )
     if (backend := environment.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() != "no":
         notes.append(f"note: the launcher's dynamo backend {backend} is not used; --compile decides")
+    if environment.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true":
+        notes.append("note: the config file's fsdp_cpu_ram_efficient_loading is switched off: every process reads the weights itself")
     return notes
 
 

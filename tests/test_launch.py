@@ -242,7 +242,7 @@ def test_the_process_timeout_reaches_the_process_group(monkeypatch):
     assert seen["cpu"] is not torch.cuda.is_available()
 
 
-def test_the_flags_overrule_a_saved_configs_precision_and_dynamo_and_it_is_told():
+def test_the_trainer_overrules_a_saved_configs_precision_dynamo_and_partial_loading_and_it_is_told():
     from cogvideox.launch import overruled_settings
 
     def told(precision, **environment):
@@ -255,6 +255,9 @@ def test_the_flags_overrule_a_saved_configs_precision_and_dynamo_and_it_is_told(
     [note] = told("bf16", MIXED_PRECISION="bf16", DYNAMO_BACKEND="EAGER")
     assert "dynamo backend EAGER is not used" in note
     assert told("bf16", MIXED_PRECISION="no") == told("no") == []
+    [note] = overruled_settings("no", {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"})
+    assert "fsdp_cpu_ram_efficient_loading is switched off" in note
+    assert overruled_settings("no", {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}) == []
 
 
 @pytest.mark.slow
