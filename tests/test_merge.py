@@ -57,8 +57,8 @@ def test_the_merged_model_computes_what_base_and_lora_do(tiny_model, tmp_path, s
     merge.main(line(tiny_model, lora, tmp_path / "out", "--lora_scale", scale))
     said = capsys.readouterr().out
     assert "in 14 weights" in said
-    weights = f'CogVideoXTransformer3DModel.from_pretrained("{tmp_path / "out"}/transformer")'
-    assert f'load it with CogVideoXPipeline.from_pretrained("{tiny_model}", transformer={weights})' in said
+    weights = f'CogVideoXTransformer3DModel.from_pretrained("{tmp_path / "out"}/transformer", torch_dtype=torch.float32)'
+    assert f'load it with CogVideoXPipeline.from_pretrained("{tiny_model}", transformer={weights}, torch_dtype=torch.float32)\n' in said
     merged = predicted(CogVideoXTransformer3DModel.from_pretrained(tmp_path / "out/transformer"))
     torch.testing.assert_close(merged, base_and_lora(tiny_model, lora, scale), rtol=1e-4, atol=1e-5)
     assert (merged - base_and_lora(tiny_model, lora)).abs().max() > 1e-2
@@ -76,7 +76,7 @@ def test_every_linear_layer_of_every_family_is_merged_and_the_pipeline_that_is_n
     merge.main(line(model, lora, tmp_path / "out", "--whole_pipeline"))
     said, output = capsys.readouterr().out, tmp_path / "out"
     assert f"in {len(linear_layers(model))} weights" in said
-    assert f'load it with {kind.__name__}.from_pretrained("{output}")' in said
+    assert f'load it with {kind.__name__}.from_pretrained("{output}", torch_dtype=torch.float32)' in said
     merged = predicted(kind.from_pretrained(output, text_encoder=None).transformer)
     torch.testing.assert_close(merged, base_and_lora(model, lora, 1.0), rtol=1e-4, atol=1e-5)
     assert (merged - base_and_lora(model, lora)).abs().max() > 1e-2
@@ -87,7 +87,9 @@ def test_half_precision_stays_what_it_is_and_its_loss_is_told(tmp_path, dtype, c
     model = make_model(tmp_path / "half", vae_channels=8, head_width=16, dtype=dtype)
     lora = make_lora(model, tmp_path / "run", size=0.5)
     merge.main(line(model, lora, tmp_path / "out"))
-    told = float(capsys.readouterr().out.rsplit(" took ")[1].split("%")[0]) / 100
+    said = capsys.readouterr().out
+    assert said.count(f"torch_dtype={dtype})") == 2
+    told = float(said.rsplit(" took ")[1].split("%")[0]) / 100
     merged = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "out/transformer", torch_dtype=dtype)
     assert stored_dtype(tmp_path / "out", "transformer") == dtype
     written, base, trained = (

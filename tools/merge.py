@@ -23,7 +23,7 @@ import torch
 from cogvideox import flags
 from cogvideox.console import BAD_OUTPUT, fail, progress
 from cogvideox.files import at_home, read_json, why_unwritable, write_bytes
-from cogvideox.folder import COMPONENTS, TORCH_DTYPES, check_model_folder, find_model, safetensors_header, weight_files
+from cogvideox.folder import COMPONENTS, TORCH_DTYPES, check_model_folder, find_model, safetensors_header, stored_dtype, weight_files
 from cogvideox.lora import base_facts, load_pairs, read_layers
 from cogvideox.model import pipeline_class
 from cogvideox.sft import link_or_copy
@@ -124,10 +124,11 @@ def check(base, target, lora, scale, bar):
 def how_to_load(args, folder):
     """The call of diffusers that loads the result."""
     pipeline = pipeline_class(base_facts(read_json(folder / "transformer/config.json"))).__name__
+    dtype = f"torch_dtype={stored_dtype(folder, 'transformer', args.variant)}"  # without it, fp32
     if args.whole_pipeline:
-        return f'{pipeline}.from_pretrained("{args.output_dir}")'
-    transformer = f'CogVideoXTransformer3DModel.from_pretrained("{args.output_dir}/transformer")'
-    return f'{pipeline}.from_pretrained("{args.pretrained_model_name_or_path}", transformer={transformer})'
+        return f'{pipeline}.from_pretrained("{args.output_dir}", {dtype})'
+    transformer = f'CogVideoXTransformer3DModel.from_pretrained("{args.output_dir}/transformer", {dtype})'
+    return f'{pipeline}.from_pretrained("{args.pretrained_model_name_or_path}", transformer={transformer}, {dtype})'
 
 
 def parse(words):
