@@ -320,7 +320,7 @@ from cogvideox.order import Plan, positions_of, seeded_generator
 from cogvideox.owned import card_name, remove_files_of_runs
 from cogvideox.preview import Preview
 from cogvideox.reader import Readers, decode_workers
-from cogvideox.survey import check_data
+from cogvideox.survey import check_data, check_lists
 from dataset import TrainingClips, lacking_shared_memory, one_ahead
 
 # -----------------------------------------------------------------------------
@@ -451,7 +451,7 @@ def main(args):
     configure(args.verbose)
     for note in notes_on_flags(args):
         warn(note)
-    # Read the model's configs, not its weights; its problems are reported together with the data's.
+    # Read the model's configs, not its weights; its problems are reported together with those of the lists of clips.
     folder, facts, tokenizer, problems = open_model(args)
     problems += engine.unfit_flags(args) + (lora.unfit_initial(args, folder) if not problems else [])
     use_deterministic_algorithms(args.deterministic)  # before a GPU starts
@@ -467,13 +467,15 @@ def main(args):
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     problems += attention.unfit_backend(args.attention_backend, device, dtype, facts.head_width)
     lock = claim_output_dir(args, accelerator, problems)  # noqa: F841  no other run writes there while it lives
+    if problems:  # decoding all clips, maybe in a wrong size, would take minutes
+        fail(BAD_FLAGS, problems + check_lists(args, facts, tokenizer))
 
     # Data: decode every clip once, encode it once, then free T5 and the VAE.
     with Readers(decode_workers(), args.clip_timeout_seconds) as readers:
         with timed("check the clips"):
             data = check_data(args, facts, tokenizer, readers, accelerator, barrier)
-        if problems or data.problems:
-            fail(BAD_FLAGS if problems else BAD_DATA, problems + data.problems)
+        if data.problems:
+            fail(BAD_DATA, data.problems)
         if is_main and args.overwrite_output_dir and not args.dry_run:
             remove_earlier_run(output_dir)  # only after every check has passed
         if is_main and args.dry_run:

@@ -72,6 +72,16 @@ class Data:
         return shapes.most_common(1)[0][0]
 
 
+def check_lists(args, facts, tokenizer):
+    """What is wrong with the lists of clips and with the captions, as sentences, without decoding a clip. tokenizer: or None."""
+    found = list_clips(args), list_eval_clips(args), list_prior_clips(args)
+    records, problems = ([entry for part in found for entry in part[kind]] for kind in (0, 1))
+    readings = read_captions(args.id_token, tokenizer, records)
+    clips = without_unreadable([{"reason": record.reason} if record.reason else {} for record in records], readings)
+    problems += caption_problems(args.id_token, tokenizer, records, readings, facts.max_text_seq_length)
+    return problems + (unusable(records, clips) if args.bad_videos != "skip" else [])
+
+
 def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     """List and decode every clip, print the report, and return the Data. Writes dataset.json and dataset_report.txt."""
     records, problems, layout = list_clips(args)

@@ -27,6 +27,7 @@ from safetensors.torch import save
 import train_cogvideox_lora as script
 from cogvideox import checkpoint, encodings, hub, rehearsal, stopping, validation
 from cogvideox import folder as folder_of
+from cogvideox.reader import Readers
 from dataset import read_records
 from tests.conftest import ROOT, STEADY_ADAM, STEADY_BOUND, environment, lora_of, same, words
 from tests.test_faults import TWO, start, steps_of
@@ -188,6 +189,27 @@ def test_two_empty_lists_are_named_and_nothing_is_loaded(clips, train, capsys):
     told = capsys.readouterr().err
     assert "prompts.txt: no entries" in told
     assert "videos.txt: no entries" in told
+
+
+def test_flags_that_do_not_fit_the_model_end_the_run_before_a_clip_is_decoded(clips, train, capsys, monkeypatch):
+    decoded, read_all = [], Readers.read_all
+    monkeypatch.setattr(Readers, "read_all", lambda *arguments, **named: decoded.append(1) or read_all(*arguments, **named))
+    (clips / "videos/02.mp4").unlink()
+    captions = (clips / "prompts.txt").read_text().splitlines()
+    (clips / "prompts.txt").write_text("\n".join([*captions[:-1], "兔子在草地上跑"]) + "\n", encoding="utf-8")
+    ended(2, train, data=clips, max_num_frames=10, height=30)
+    told = capsys.readouterr().err
+    assert told.count("ERROR[2]") == 4
+    for part in ("--max_num_frames 10: this model needs", "--height 30: this model needs", "02.mp4: no such file", "unknown to T5"):
+        assert part in told
+    assert not decoded
+    ended(2, train, data=clips, max_num_frames=10, bad_videos="skip", max_bad_share=0.5)
+    told = capsys.readouterr().err
+    assert told.count("ERROR[2]") == 1
+    assert "--max_num_frames 10" in told
+    ended(3, train, data=clips)
+    assert "02.mp4: no such file" in capsys.readouterr().err
+    assert decoded
 
 
 def test_skipping_more_frames_than_a_clip_has_names_the_clip(clips, train, capsys):
