@@ -243,7 +243,8 @@ class Scorer:
         # Only scores of the same model, clips, captions and noise compare.
         settings = [*run_identity, args.seed, args.base_precision, args.mixed_precision]
         for clip in (clip for clips in self.sets.values() for clip in clips):
-            settings.append((data.clips[clip]["sha256"], self.captions[clip], *data.clips[clip].get("window", ())))
+            own_image = (data.images[clip]["sha256"],) if data.images[clip] else ()  # run_identity has those of trained clips alone
+            settings.append((data.clips[clip]["sha256"], self.captions[clip], *data.clips[clip].get("window", ()), *own_image))
         self.clips = {name: len(clips) for name, clips in self.sets.items()}
         self.clips["sha256"] = key_of(settings)[:12]
         # A clip's number seeds its noise.

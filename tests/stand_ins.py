@@ -147,6 +147,7 @@ def clips_of(count, held_out=0):
         trained=list(range(count - held_out)),
         own=list(range(count - held_out)),
         held_out=list(range(count - held_out, count)),
+        images=[None] * count,
     )
 
 

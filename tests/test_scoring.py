@@ -282,11 +282,14 @@ def loss_of_weight(model, batch):
     return model.trained.mean().expand(len(batch["latents"]))
 
 
-def scorer_of(output_dir, trained=None, saves=(), videos=(), held_out=2, run_identity=(), **flags):
-    """A scorer of a new run. saves, videos: the steps at which a checkpoint and videos are due. Returns (scorer, watcher)."""
+def scorer_of(output_dir, trained=None, saves=(), videos=(), held_out=2, run_identity=(), image=None, **flags):
+    """A scorer of a new run. saves, videos: the steps at which a checkpoint and videos are due. image: facts of the last clip's own.
+    Returns (scorer, watcher)."""
     trained, data = trained or make_trained(), clips_of(4, held_out)
+    encodings, data.images[3] = Noise(), image
+    encodings.image_keys = [f"{image['sha256']} encoded"] * 4 if image else ()
     args = flags_of(output_dir, **{"eval_clips": 2} | flags)
-    scorer = scoring.Scorer(args, trained, loss_of_weight, Noise(), data, UNSCALED, 1000, run_identity, run_identity)
+    scorer = scoring.Scorer(args, trained, loss_of_weight, encodings, data, UNSCALED, 1000, run_identity, run_identity)
     watcher = Watcher(saves)
     scorer.follow(watcher, SimpleNamespace(is_due=lambda step, last=False: step in videos))
     scorer.score_what_training_changes()
@@ -569,10 +572,18 @@ def test_captions_are_swapped_at_the_first_and_the_last_score_of_enough_clips(tr
 
 
 @pytest.mark.parametrize(
-    ("identity", "flags", "scored_again"), [(("model",), {}, False), (("other",), {}, True), (("model",), {"seed": 1}, True)]
+    ("identity", "flags", "scored_again"),
+    [
+        (("model",), {}, False),
+        (("other",), {}, True),
+        (("model",), {"seed": 1}, True),
+        (("model",), {"image": {"sha256": "of another image"}}, True),
+        (("model",), {"image": None}, True),
+    ],
 )
-def test_the_base_of_another_model_or_other_noise_is_scored_again(identity, flags, scored_again, tmp_path, monkeypatch):
-    scorer, _ = scorer_of(tmp_path, run_identity=("model",))
+def test_the_base_of_another_model_another_image_or_other_noise_is_scored_again(identity, flags, scored_again, tmp_path, monkeypatch):
+    flags = {"image": {"sha256": "of the held-out clip's image"}} | flags
+    scorer, _ = scorer_of(tmp_path, run_identity=("model",), image={"sha256": "of the held-out clip's image"})
     line = scoring.line_of(0, scorer.base, scorer.base, scorer.clips, None, [], 1000)
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     asked, score_base = [], scoring.base_score
