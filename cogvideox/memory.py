@@ -29,7 +29,7 @@ from cogvideox import linear, lora, offload
 from cogvideox.console import say
 from cogvideox.engine import engine_of
 from cogvideox.files import read_json
-from cogvideox.folder import PRECISIONS, facts_of, largest_shape, latent_shape, shown_shape, stored_precision
+from cogvideox.folder import PRECISIONS, facts_of, largest_shape, latent_shape, shown_shape, stored_precision, weight_files
 from cogvideox.model import blocks_to_recompute, checkpoint_blocks, constant_inputs, decode_latents, encode_frames, keep_position_tables
 from cogvideox.rehearsal import free_bytes
 
@@ -90,9 +90,16 @@ HUB_NAMES = {"2b": f"{HUB}-2b", "5b": f"{HUB}-5b", "5b-i2v": f"{HUB}-5b-I2V", "1
 
 
 def read_configs(folder, variant=None):
-    """The configs of a model folder in the form of PRESETS: component -> config, and `dtypes`: component -> no, fp16 or bf16."""
+    """The configs of a model folder in the form of PRESETS: component -> config, and `dtypes`: component -> no, fp16 or bf16.
+
+    T5 and the VAE count as stored like the transformer where their weights are missing: a run with full encodings needs none of them.
+    ValueError, a sentence, if the transformer's are missing; OSError without a config.
+    """
     configs = {part: read_json(folder / part / "config.json") for part in PARTS}
-    return configs | {"dtypes": {part: stored_precision(folder, part, variant) for part in PARTS}}
+    if problem := weight_files(folder / "transformer", variant)[1]:
+        raise ValueError(problem)
+    known = {part: part if weight_files(folder / part, variant)[0] else "transformer" for part in PARTS}
+    return configs | {"dtypes": {part: stored_precision(folder, found, variant) for part, found in known.items()}}
 
 
 def on_device(configs, device):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -379,6 +380,21 @@ def test_the_tool_prints_the_parts_and_fits_a_card(tiny_model, tmp_path, capsys)
     told = capsys.readouterr().err
     assert "--width 90" in told
     assert "--rank 0" in told
+
+
+def test_a_folder_that_is_no_model_is_told_and_t5_and_the_vae_may_be_gone(tiny_model, tmp_path, capsys):
+    shutil.copytree(tiny_model, whole := tmp_path / "whole")
+    for part in ("text_encoder", "vae"):
+        next((whole / part).glob("*.safetensors")).unlink()
+    assert memory.read_configs(whole) == memory.read_configs(tiny_model)
+    next((whole / "transformer").glob("*.safetensors")).unlink()
+    for name, told in ((whole, "no safetensors weights"), ("THUDM/CogVideoX-2b", "No such file"), (tiny_model / "vae", "No such file")):
+        with pytest.raises(SystemExit) as stop:
+            estimate.parse(["--model", str(name)])
+        assert stop.value.code == 2
+        sentence = capsys.readouterr().err
+        assert sentence.startswith(f"ERROR[2]: --model {name}: ")
+        assert told in sentence
 
 
 @pytest.mark.slow

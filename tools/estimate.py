@@ -1,7 +1,7 @@
 """Predict what a run will need of the device's memory, before any weight is loaded: python -m tools.estimate [flags].
 
     python -m tools.estimate --preset 2b --rank 64 --card 24          the 2B with these flags, on a card of 24 GB
-    python -m tools.estimate --model FOLDER --height 256 --width 384   another model: its configs are read, not its weights
+    python -m tools.estimate --model FOLDER --height 256 --width 384   another model: its configs and the headers of its files are read
     python -m tools.estimate --presets                                each family on cards of 8 to 80 GB, and the flags for each
 
 All flags of the trainer are taken; those that matter are sizes, batch, rank, targets, precision, optimizer, checkpointing,
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cogvideox import flags
 from cogvideox.console import progress
-from cogvideox.files import write_bytes
+from cogvideox.files import at_home, write_bytes
 
 FAMILIES = ("2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v")
 CARDS = (8, 12, 16, 24, 48, 80)
@@ -43,7 +43,7 @@ def parse(words):
     parser.prog = "python -m tools.estimate"
     flag = flags.flag_group(parser, "estimate")
     flag("--preset", None, f"a model whose configs are known here: {', '.join(FAMILIES)} (default: 2b)", choices=FAMILIES)
-    flag("--model", None, "folder of another model, whose configs are read")
+    flag("--model", None, "folder of another model, whose configs are read, and the headers of its files")
     flag("--card", None, "memory of the card in GB; auto then recomputes only what does not fit", type=float, above=0)
     flag("--device", "cuda", "device of the run", choices=("cuda", "cpu"))
     flag("--engine", "DDP", "engine of a run on several GPUs; DDP does not shard", choices=("DDP", "FSDP2", "ZeRO-2", "ZeRO-3"))
@@ -74,7 +74,10 @@ def read_model(options, args, name):
     from cogvideox import memory
     from cogvideox.folder import check_sizes, facts_of, fill_in_defaults
 
-    configs = memory.read_configs(Path(name), args.variant) if options.model else memory.PRESETS[name]
+    try:
+        configs = memory.read_configs(Path(at_home(name)), args.variant) if options.model else memory.PRESETS[name]
+    except (OSError, ValueError) as error:
+        return name, {}, args, [f"--model {name}: {error}; give a model's folder, or --preset"]
     configs, args = memory.on_device(configs, options.device), argparse.Namespace(**vars(args))
     stored = configs["dtypes"]["transformer"]
     # Like the trainer, which does not scale an fp16 loss there.
