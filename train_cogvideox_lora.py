@@ -119,7 +119,7 @@ def build_parser():
     flag("--negative_prompt", "", "negative prompt of the videos", free=True)
     flag("--validation_height", None, "pixels (default: --height)", type=int, at_least=1, free=True)
     flag("--validation_width", None, "pixels (default: --width)", type=int, at_least=1, free=True)
-    flag("--validation_frames", None, "frames (default: the most common length of the training clips)", type=int, at_least=1, free=True)
+    flag("--validation_frames", None, "frames (default: the clips' most common length; 5B-I2V: 49)", type=int, at_least=1, free=True)
     flag("--eval_clips", 4, "score N training and N held-out clips at every checkpoint (0: off)", at_least=0, free=True)
     flag("--eval_steps", 0, "also score them every N optimizer steps (0: only at checkpoints and with videos)", at_least=0, free=True)
 

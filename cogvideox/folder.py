@@ -358,6 +358,17 @@ def length_notes(facts, num_frames):
     return notes
 
 
+def short_clip_remarks(facts, clips):
+    """A sentence about the clips that are shorter than a model's learned positions. clips: facts of usable ones."""
+    short = [clip["frames"] for clip in clips if facts.positions == "learned" and clip["frames"] < facts.sample_frames]
+    if short:
+        yield (
+            f"{len(short)} clips have fewer frames than the {facts.sample_frames} for which this model has learned positions (the shortest "
+            f"{min(short)}) and get the first of them; a stock pipeline computes other ones at such a length: make videos of "
+            f"{facts.sample_frames} frames with the result"
+        )
+
+
 def rate_notes(args, facts):
     """What sampling clips at another rate than the model's means, as sentences. args: filled in."""
     if args.fps == facts.fps:
@@ -385,12 +396,14 @@ def fill_in_defaults(args, facts):
     """Fill in the flags whose default comes from the model: size, length, frame rate, sampler and dynamic guidance.
 
     The 2B is sampled by its own scheduler (DDIM) with a constant guidance, the rotary models by DPM with a dynamic one: what the
-    authors' own demo (inference/cli_demo.py of CogVideo) advises for each.
+    authors' own demo (inference/cli_demo.py of CogVideo) advises for each. A model with learned positions shows videos of its one length
+    however short the clips are: a stock pipeline has other positions at any other, so it would make other videos than the run showed.
     """
     rotary = facts.positions != "sincos"
     advised = {"height": facts.sample_size[0], "width": facts.sample_size[1], "max_num_frames": facts.sample_frames, "fps": facts.fps}
     advised |= {"validation_scheduler": "dpm" if rotary else "stored", "use_dynamic_cfg": rotary}
     advised |= {"num_frames": advised["max_num_frames"], "scheduler": advised["validation_scheduler"]}  # tools.generate's names
+    advised |= {"validation_frames": facts.sample_frames} if facts.positions == "learned" else {}
     for name, value in advised.items():
         if hasattr(args, name) and getattr(args, name) is None:
             setattr(args, name, value)

@@ -27,7 +27,7 @@ from cogvideox.decode import (
     longest_legal_length,
 )
 from cogvideox.files import at_home, hash_file, key_of, read_json, write_bytes
-from cogvideox.folder import UNKNOWN_NOTED, UNKNOWN_REFUSED, text_notes, token_ids, unknown_shares
+from cogvideox.folder import UNKNOWN_NOTED, UNKNOWN_REFUSED, short_clip_remarks, text_notes, token_ids, unknown_shares
 from cogvideox.order import choose_held_out
 from cogvideox.stopping import exit_if_requested
 from cogvideox.windows import listed_window, place_windows, seconds_trained
@@ -131,7 +131,10 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
             left_out += [str(Path(root, name)) for name in files_left_out(args, root, found, kind)]
     prior = {i for i, part in enumerate(parts_of) if part >= before_prior}
     dataset = describe(records, clips, readings, limit, framing, drawn, left_out, args.windows, prior, images)
-    dataset["remarks"] += caption_audit([listed[i] for i in own], args.id_token, args.instance_data_root)
+    dataset["remarks"] += [
+        *short_clip_remarks(facts, [clip for clip in clips if "reason" not in clip]),
+        *caption_audit([listed[i] for i in own], args.id_token, args.instance_data_root),
+    ]
     dataset = {"source": args.dataset_name or args.instance_data_root, "layout": layout} | dataset | {"problems": problems}
     if accelerator.is_main_process:
         write_bytes(Path(args.output_dir) / "dataset.json", json.dumps(dataset, indent=1).encode())

@@ -271,6 +271,20 @@ def test_all_sizes_of_buckets_and_of_videos_are_looked_at():
     assert note.startswith("33 frames")
 
 
+def test_videos_of_a_model_with_learned_positions_have_its_one_length_whatever_the_clips_have():
+    """A stock pipeline computes other positions at another length: the card's snippet would make other videos than the run showed."""
+    for family in FAMILIES:
+        unset, given = argparse.Namespace(validation_frames=None), argparse.Namespace(validation_frames=33)
+        for args in (unset, given):
+            folder.fill_in_defaults(args, facts_of(family))
+        assert (unset.validation_frames, given.validation_frames) == (49 if family == "5b-i2v" else None, 33)
+        told = list(folder.short_clip_remarks(facts_of(family), [{"frames": frames} for frames in (49, 33, 45)]))
+        assert len(told) == (family == "5b-i2v")
+    (told,) = folder.short_clip_remarks(facts_of("5b-i2v"), [{"frames": frames} for frames in (49, 33, 45)])
+    assert told.startswith("2 clips have fewer frames than the 49 for which this model has learned positions (the shortest 33)")
+    assert not list(folder.short_clip_remarks(facts_of("5b-i2v"), [{"frames": 49}]))
+
+
 def test_positions_of_the_2b_are_counted_from_the_corner_and_not_stretched():
     """What `size_notes` says of it; tests/test_families.py compares the rotary ones."""
     large, small = (get_3d_sincos_pos_embed(96, (w, h), 2, 1.875, 1.0, output_type="pt") for h, w in ((6, 9), (4, 5)))

@@ -12,7 +12,7 @@ import numpy as np
 from cogvideox import flags
 from cogvideox.console import BAD_DATA, fail
 from cogvideox.decode import clip_framing, image_request
-from cogvideox.folder import facts_for_data, load_tokenizer, what_it_is
+from cogvideox.folder import facts_for_data, load_tokenizer, short_clip_remarks, what_it_is
 from cogvideox.motion import STATIC, motion
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.survey import (
@@ -150,6 +150,7 @@ def main(words=None):
     own = [clip for i, clip in enumerate(clips) if "reason" not in clip and i not in prior]
     dataset = describe(records, clips, readings, limit, framing, left_out=left_out, windows=args.windows, prior=prior, images=images)
     captioned = [listed[part] for part in sorted({parts_of[i] for i, clip in enumerate(clips) if "reason" not in clip and i not in prior})]
+    dataset["remarks"] += [*short_clip_remarks(facts, good)]
     dataset["remarks"] += [*caption_audit(captioned, args.id_token, args.instance_data_root), *alike_captions(captioned)]
     print(f"{layout} of {args.dataset_name or args.instance_data_root}, for {args.pretrained_model_name_or_path or 'the 2B'}:", end=" ")
     print(f"{what_it_is(facts)}\n")
