@@ -485,7 +485,8 @@ def main(args):
         plan = Plan.of(args, data, accelerator.num_processes)
         if args.lr_warmup_steps >= plan.total_steps:
             warn(f"--lr_warmup_steps {args.lr_warmup_steps}: the run has {plan.total_steps} steps, so it never trains at the full rate")
-        encodings, identities = encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier)
+        refuse_ahead = functools.partial(checkpoint.refuse_ahead, args, accelerator, plan.clips_per_step)
+        encodings, identities = encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier, refuse_ahead)
 
     # Transformer: frozen in the compute dtype with a LoRA in fp32, or all weights in fp32.
     scheduler, kind = load_scheduler(folder), checkpoint.RESULTS[args.training_type]
@@ -527,7 +528,7 @@ def main(args):
         fail(BAD_OUTPUT, problem)
 
     # Checkpoints, scores and videos; each is a no-op while its flag is off.
-    run_facts = {"flags": flags.public_flags(args), "clips_per_step": plan.clips_per_step, **identities}
+    run_facts = checkpoint.facts_of_run(args, plan.clips_per_step, identities)
     checkpointer = checkpoint.Checkpointer(args, trained, run_facts, result_facts)
     base_identity = base_model.identity_of(args, identities["transformer"], scheduler, device)
     vae = functools.partial(load_vae, folder, device, args.variant, args.enable_slicing, args.enable_tiling)

@@ -6,6 +6,7 @@ hash of each file. Full fine-tuning has `transformer/` and `weights.safetensors`
 (not sharded), so engine and number of ranks may change. There is no random state to save (see order.py).
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 from cogvideox import engine, lora, report, sft
 from cogvideox.console import BAD_OUTPUT, fail, say, timed, warn
 from cogvideox.files import at_home, file_sha256, read_json, still_missing, write_durably, write_tensors
+from cogvideox.flags import public_flags
 from cogvideox.launch import problem_of_any_rank
 from cogvideox.owned import CHECKPOINT, remove_checkpoint
 
@@ -267,18 +269,24 @@ def read_manifest(path):
     return manifest
 
 
+def find_checkpoint(requested, output_dir):
+    """The folder that --resume_from_checkpoint names, as it is or in `output_dir`. Raises BadCheckpoint if there is none."""
+    path = Path(at_home(requested))
+    if not path.is_dir() and (Path(output_dir) / requested).is_dir():
+        path = Path(output_dir) / requested
+    if not path.is_dir():
+        existing = ", ".join(p.name for _, p in list_checkpoints(output_dir)) or "none"
+        raise BadCheckpoint(f"--resume_from_checkpoint {requested}: no such folder ({output_dir} has: {existing})")
+    return path
+
+
 def choose_checkpoint(requested, output_dir):
     """The checkpoint to resume from. Returns (path, manifest, remarks); path is None where "latest" finds nothing.
 
     "latest" takes the newest valid one and remarks on those that it skipped; a given path must be valid. Raises BadCheckpoint.
     """
     if requested != "latest":
-        path = Path(at_home(requested))
-        if not path.is_dir() and (Path(output_dir) / requested).is_dir():
-            path = Path(output_dir) / requested
-        if not path.is_dir():
-            existing = ", ".join(p.name for _, p in list_checkpoints(output_dir)) or "none"
-            raise BadCheckpoint(f"--resume_from_checkpoint {requested}: no such folder ({output_dir} has: {existing})")
+        path = find_checkpoint(requested, output_dir)
         return path, read_manifest(path), []
     remarks = []
     for _, path in reversed(list_checkpoints(output_dir)):
@@ -311,6 +319,44 @@ def changed_settings(stored, current, declared):
             values = f" (were {stored[name]}, are {current[name]})" if name == "clips_per_step" else ""
             changes.append(f"{label} changed{values}")
     return changes
+
+
+def refusal(path, changes):
+    """The sentence about a checkpoint of other settings, or None. changes: from `changed_settings`."""
+    return f"--resume_from_checkpoint {path}: other training settings: {'; '.join(changes)}" if changes else None
+
+
+def facts_of_run(args, clips_per_step, identities):
+    """What a manifest has of the run, and `changed_settings` compares. identities: from `encodings.encode_data`."""
+    return {"flags": public_flags(args), "clips_per_step": clips_per_step, **identities}
+
+
+def refuse_ahead(args, accelerator, clips_per_step, identities):
+    """End the run before anything is encoded if `resume` would refuse it for what the manifests say, unverified. A collective."""
+    if not args.resume_from_checkpoint:
+        return
+    problem = [None]
+    if accelerator.is_main_process:
+        problem = [foreseen_refusal(args, facts_of_run(args, clips_per_step, identities))]
+    if problem := broadcast_object_list(problem)[0]:
+        fail(BAD_OUTPUT, problem)
+
+
+def foreseen_refusal(args, facts):
+    """The sentence with which `resume` will end the run, or None if a checkpoint fits, or only verifying can tell."""
+    requested, problem = args.resume_from_checkpoint, None
+    try:
+        newest_first = [path for _, path in reversed(list_checkpoints(args.output_dir))]
+        paths = newest_first if requested == "latest" else [find_checkpoint(requested, args.output_dir)]
+    except BadCheckpoint as error:
+        return str(error)
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged: "latest" skips it
+            found = refusal(path, changed_settings(read_json(path / "manifest.json"), facts, args.declared))
+            if not found:
+                return None
+            problem = problem or found
+    return problem
 
 
 def load_checkpoint(path, trained):
@@ -347,8 +393,7 @@ def resume(args, trained, facts):
         try:
             path, manifest, remarks = choose_checkpoint(args.resume_from_checkpoint, args.output_dir)
             changes = changed_settings(manifest, facts, args.declared) if path else []
-            problem = f"--resume_from_checkpoint {path}: other training settings: {'; '.join(changes)}" if changes else None
-            choice = [(path, manifest and manifest["step"], remarks, problem)]
+            choice = [(path, manifest and manifest["step"], remarks, refusal(path, changes))]
         except BadCheckpoint as error:
             choice = [(None, None, [], str(error))]
     path, step, remarks, problem = broadcast_object_list(choice)[0]

@@ -223,12 +223,13 @@ def missing_entries(cache, kind, shapes):
 # Filling: captions in batches, clips one by one while the next are decoded; each rank encodes its share
 
 
-def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier):
+def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier, before=lambda identities: None):
     """Encode the missing entries on all ranks. Returns (Encodings, identities).
 
     T5 is loaded only if a caption is missing, then the VAE only if a clip or an image is; both are freed before this returns (T5 not where
-    captions are encoded on demand). identities: a hash of all trained clips, their captions, their images (of an image-to-video model)
-    and how they were encoded, and one of the transformer's weights.
+    captions are encoded on demand). before: called with the identities, on all ranks, before anything is encoded; it may end the run.
+    identities: a hash of all trained clips, their captions, their images (of an image-to-video model) and how they were encoded, and one
+    of the transformer's weights.
     """
     cache, rank, world_size = Path(args.encoding_cache_dir), accelerator.process_index, accelerator.num_processes
     device, variant, length = accelerator.device, args.variant, facts.max_text_seq_length
@@ -240,6 +241,7 @@ def encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barr
     keys, clip_keys, image_keys, *missing, vae, tiling, identities, problems = broadcast_object_list(plan)[0]
     if problems:
         fail(BAD_FLAGS, problems)
+    before(identities)
     missing_captions, missing_clips, missing_images = missing
     jobs = plan_jobs(args, data, clip_keys, image_keys, missing_clips, missing_images)
     say(f"\nencodings in {cache}: {cached_text((keys.values(),), clip_keys, image_keys, *missing)}; {tiling.reason}")

@@ -1,5 +1,6 @@
 """When a checkpoint is written, what it holds, and what a failure costs. No model folder, no training run."""
 
+import json
 import shutil
 from collections import namedtuple
 from types import SimpleNamespace
@@ -120,6 +121,28 @@ def test_a_run_that_would_train_something_else_is_not_resumed(facts, sentence, t
         watcher(tmp_path, facts=RUN_FACTS | facts, resume_from_checkpoint="latest", declared=declared)
     assert end.value.code == 4
     assert sentence in capsys.readouterr().err
+
+
+def test_what_the_manifests_refuse_is_known_before_anything_is_encoded(tmp_path):
+    run(watcher(tmp_path, checkpointing_steps=1)[0], 0, 2)
+    declared = {"seed": SimpleNamespace(default=42, free=False)}
+    other = RUN_FACTS | {"flags": FLAGS | {"seed": 43}}
+
+    def foreseen(facts, requested="latest"):
+        return checkpoint.foreseen_refusal(flags_of(tmp_path, resume_from_checkpoint=requested, declared=declared), facts)
+
+    assert foreseen(RUN_FACTS) is foreseen(RUN_FACTS, "checkpoint-1") is None
+    assert foreseen(other) == f"--resume_from_checkpoint {tmp_path / 'checkpoint-2'}: other training settings: --seed was 42 and is 43"
+    assert "checkpoint-1: other training settings" in foreseen(other, "checkpoint-1")
+    assert "checkpoint-7: no such folder" in foreseen(RUN_FACTS, "checkpoint-7")
+    # An older one may fit where the newest does not, and "latest" takes it if the newest is damaged, which only verifying tells.
+    manifest = json.loads((tmp_path / "checkpoint-1/manifest.json").read_text()) | {"flags": FLAGS | {"seed": 43}}
+    (tmp_path / "checkpoint-1/manifest.json").write_text(json.dumps(manifest))
+    assert foreseen(RUN_FACTS) is foreseen(other) is None
+    for damage in ("", "[]", "{}"):
+        (tmp_path / "checkpoint-2/manifest.json").write_text(damage)
+        assert "checkpoint-1: other training settings: --seed was 43 and is 42" in foreseen(RUN_FACTS)
+        assert foreseen(RUN_FACTS, "checkpoint-2") is None
 
 
 def test_a_resumed_run_that_is_complete_writes_nothing(tmp_path, written):
