@@ -498,12 +498,13 @@ def open_model(args):
 
 
 def check_sizes(args, facts):
-    """(problems, notes) of all clip sizes that the flags allow and of the size of validation videos. args: filled in."""
+    """(problems, notes) of all clip sizes that the flags allow and, of the trainer's flags, of the size of validation videos. args: filled
+    in."""
     names = ("--bucket", "--bucket") if args.bucket_sizes else ("--height", "--width")
     names += ("--bucket" if args.bucket_lengths else "--max_num_frames",)
     sizes, lengths = args.bucket_sizes or [(args.height, args.width)], args.bucket_lengths or [args.max_num_frames]
     shapes = [(*size, frames, names) for size in sizes for frames in lengths]
-    frames, height, width = shown_shape(args)
+    frames, height, width = shown_shape(args) if hasattr(args, "validation_frames") else largest_shape(args)
     if (height, width, frames) not in [shape[:3] for shape in shapes]:
         shapes.append((height, width, frames, ("--validation_height", "--validation_width", "--validation_frames")))
     problems = [problem for shape in shapes for problem in check_geometry(facts, *shape)]

@@ -295,6 +295,34 @@ def test_check_dataset_checks_and_shows_images(pictured, tmp_path, capsys):
     assert "images/3.png: not a readable image" in capsys.readouterr().err
 
 
+def test_check_dataset_refuses_sizes_that_the_model_refuses_and_notes_what_it_was_not_made_for(
+    image_model, temporal_patch_model, clips, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(check_dataset, "look", lambda *arguments: ([], [], []))
+    line = [str(clips), "--encoding_cache_dir", str(tmp_path / "cache")]
+
+    def told(*words):
+        with pytest.raises(SystemExit) as stop:
+            check_dataset.main([*line, *words])
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    of_image = ["--pretrained_model_name_or_path", str(image_model)]
+    assert "--height 48, --width 48: this model has learned positions, for 32 x 48 only" in told(*of_image, "--height", "48")
+    assert "--max_num_frames 13: this model needs 8k + 1 frames" in told(
+        "--pretrained_model_name_or_path", str(temporal_patch_model), "--max_num_frames", "13"
+    )
+    assert "--bucket 33: this model needs multiples of 16" in told(*of_image, "--bucket", "33x48")
+    check_dataset.main([*line, *of_image, "--max_num_frames", "5", "--fps", "4"])
+    noted = capsys.readouterr().err
+    assert "5 frames: they get the first of this model's learned positions" in noted
+    assert "--fps 4: this model was made for 8 frames a second" in noted
+    check_dataset.main([*line, *of_image])
+    assert "this model" not in capsys.readouterr().err
+    check_dataset.main([*line, "--height", "32", "--width", "48"])  # without a model the data may be another one's
+    assert "this model" not in capsys.readouterr().err
+
+
 # -----------------------------------------------------------------------------
 # Encoding
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from cogvideox import flags
-from cogvideox.console import BAD_DATA, fail
+from cogvideox.console import BAD_DATA, fail, warn
 from cogvideox.decode import clip_framing, image_request
-from cogvideox.folder import facts_for_data, load_tokenizer, short_clip_remarks, what_it_is
+from cogvideox.folder import check_sizes, facts_for_data, load_tokenizer, rate_notes, short_clip_remarks, what_it_is
 from cogvideox.motion import STATIC, motion
 from cogvideox.reader import Readers, decode_workers
 from cogvideox.survey import (
@@ -126,7 +126,8 @@ def main(words=None):
     args.instance_data_root = args.root or args.instance_data_root
     problems = flags.out_of_bounds(args) + flags.check_data_flags(args)
     facts, found = facts_for_data(args)
-    if problems := problems + found:
+    unfit, notes = check_sizes(args, facts) if not found else ([], [])
+    if problems := problems + found + unfit:
         flags.refuse(parser, problems)
 
     records, problems, layout = list_clips(args)
@@ -154,6 +155,8 @@ def main(words=None):
     dataset["remarks"] += [*caption_audit(captioned, args.id_token, args.instance_data_root), *alike_captions(captioned)]
     print(f"{layout} of {args.dataset_name or args.instance_data_root}, for {args.pretrained_model_name_or_path or 'the 2B'}:", end=" ")
     print(f"{what_it_is(facts)}\n")
+    for note in notes + rate_notes(args, facts) if args.pretrained_model_name_or_path else ():  # the data may be another model's
+        warn(note)
     print("\n".join([*table_lines(dataset), "", *dataset["remarks"], *advice(own, static, pairs)]))
     problems += unusable(records, clips)
     if rows:
