@@ -33,8 +33,7 @@ DATA_ARGS=(
   --skip_frames_end 0
 )
 LORA_ARGS=(
-  --rank 128                             # 64 or above for new concepts
-  --lora_alpha 128                       # rank, or rank // 2
+  --rank 128                             # 64 or above for new concepts; --lora_alpha is the same unless it is given
   # No --mixed_precision: it computes as the model is stored, the 2B in fp16 and the 5B in bf16. In bf16 the 2B would lose three
   # bits of its weights, and the LoRA would be trained on another base than it is used with. The LoRA itself is fp32 in any case.
   --seed 3407

@@ -164,7 +164,7 @@ def test_the_single_gpu_script_starts_the_guides_command(ask, tmp_path):
     expected["--config_file"] = str(ROOT / expected["--config_file"])
     assert {name: flags[name] for name in expected} == expected
     assert "--mixed_precision" not in flags
-    assert flags.keys() - expected.keys() == {"--lora_alpha", "--gradient_checkpointing"}
+    assert flags.keys() - expected.keys() == {"--gradient_checkpointing"}
     assert told["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
     assert ask("finetune_single_gpu.sh", PYTORCH_CUDA_ALLOC_CONF="backend:native")[3]["PYTORCH_CUDA_ALLOC_CONF"] == "backend:native"
 
@@ -193,6 +193,22 @@ def test_the_guides_rate_is_left_out_where_the_user_chooses_prodigy_or_all_weigh
     for choice in (["--optimizer", "Prodigy"], ["--optimizer=prodigy", "--rank", "4"], ["--training_type", "sft"]):
         assert rate(*choice) is None
         assert rate(*choice, "--learning_rate", "0.5") == "0.5"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_rank_given_to_a_script_is_trained_at_the_strength_of_the_guides(ask, name):
+    import train_cogvideox_lora as script
+
+    def strength(*words):
+        told = ask(name, *words)[2]
+        own = [word for flag in ("--pretrained_model_name_or_path", "--instance_data_root") for word in (flag, told[flag])]
+        own += [word for flag in ("--rank", "--lora_alpha") if flag in told for word in (flag, told[flag])]
+        args = script.parse_args(own)
+        return args.rank, args.lora_alpha / args.rank
+
+    assert strength() == (128, 1)
+    assert strength("--rank", "64") == (64, 1)
+    assert strength("--rank", "64", "--lora_alpha", "32") == (64, 0.5)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
