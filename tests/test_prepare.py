@@ -19,6 +19,7 @@ pytest.importorskip("scenedetect")
 import av
 
 from demo import cut_score
+from tests.conftest import FAMILIES, example_of
 from tools import footage, prepare, shots
 from tools.review import write_page
 
@@ -195,6 +196,33 @@ def test_windows_have_the_length_and_rate_of_the_model_to_be_trained(family_mode
 
 # -----------------------------------------------------------------------------
 # Lists and mistakes
+
+
+SIZE_OF_10 = ["--height", "480", "--width", "720", "--max_num_frames", "49"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_commands_at_the_end_are_of_the_model_and_the_windows(family_model, tmp_path, family):
+    """finetune_single_gpu.sh gives the 2B's size, length and rate: windows made for another model would be trained as half their seconds."""
+    script = "finetune_single_gpu.sh" if family == "2b" else example_of(family)
+    assert (Path(__file__).resolve().parent.parent / script).is_file()
+    (tmp_path / "film.mp4").touch()
+    words = [str(tmp_path / "film.mp4"), "--output_dir", str(tmp_path / "data")]
+    model, data = family_model(family), tmp_path / "data"
+    of_model = [*words, "--pretrained_model_name_or_path", str(model)]
+    captions, train = prepare.following_commands(prepare.parse(of_model))
+    assert captions == f"python -m tools.caption {data} --pretrained_model_name_or_path {model}"
+    published = [*of_model, *(["--height", "768", "--width", "1360", "--max_num_frames", "81"] if family.startswith("1.5") else SIZE_OF_10)]
+    start = f"MODEL_PATH={model} DATASET_PATH={data} bash {script}"
+    assert prepare.following_commands(prepare.parse(published))[1] == start
+    assert train.startswith(f"{start} --height ")  # the script gives the published size, and this model has another
+    others = prepare.parse([*of_model, "--height", "16", "--max_num_frames", "4", "--fps", "12.5"])
+    captions_of_others, train_of_others = prepare.following_commands(others)
+    assert captions_of_others == f"{captions} --height 16 --max_num_frames {others.frames} --fps 12.5"
+    assert train_of_others == f"{start} --height 16 --width {others.width} --max_num_frames {others.frames} --fps 12.5"
+    assert prepare.following_commands(prepare.parse(words)) == (
+        f"python -m tools.caption {data}", f"DATASET_PATH={data} bash finetune_single_gpu.sh"
+    )  # fmt: skip
 
 
 def test_captions_that_somebody_wrote_are_never_lost():

@@ -104,7 +104,7 @@ def check_flags(args):
     problems += found
     if found:
         return problems
-    args.latents_per_patch = facts.latents_per_patch
+    args.latents_per_patch, args.facts = facts.latents_per_patch, facts
     args.frames = legal_length(args, args.max_num_frames)
     args.least = args.frames if args.min_num_frames is None else legal_length(args, args.min_num_frames + clip_step(facts) - 1)
     if args.least > args.frames:
@@ -321,6 +321,25 @@ def review_command(args):
     return shlex.join(["python", "-m", "tools.prepare", *words, "--review", "review.txt"])
 
 
+def following_commands(args):
+    """(the command that captions the data, the command that trains on it), for the same model, size, length and frame rate."""
+    facts, model, data = args.facts, args.pretrained_model_name_or_path, shlex.quote(str(args.output_dir))
+    chosen = {"height": args.height, "width": args.width, "max_num_frames": args.frames, "fps": args.fps}
+
+    def beside(*values):
+        return "".join(f" --{name} {value:g}" for (name, value), known in zip(chosen.items(), values, strict=True) if value != known)
+
+    of_captions = beside(*facts.sample_size, facts.sample_frames, facts.fps)
+    of_script = beside(*((768, 1360, 81, 16) if facts.latents_per_patch > 1 else (480, 720, 49, 8)))  # the scripts give these
+    script = "finetune_single_gpu.sh"
+    if facts.positions != "sincos":
+        release = "1.5_5b" if facts.latents_per_patch > 1 else "_5b"
+        script = f"examples/cogvideox{release}{'_i2v' if facts.image_channels else ''}.sh"
+    of_model = f" --pretrained_model_name_or_path {shlex.quote(model)}" if model else ""
+    at_model = f"MODEL_PATH={shlex.quote(model)} " if model else ""
+    return f"python -m tools.caption {data}{of_model}{of_captions}", f"{at_model}DATASET_PATH={data} bash {script}{of_script}"
+
+
 def main(words=None):
     """The command line."""
     args = parse(words)
@@ -376,8 +395,9 @@ def prepare(args, films, choices, pairs, state, output_dir, folder):
     write_lists(output_dir, lists, state)
     say("\n".join(["", *summary, *told]))
     say(f"\nlook at   {output_dir / 'review.html'}")
-    say(f"captions  python -m tools.caption {shlex.quote(str(output_dir))}")
-    say(f"train     DATASET_PATH={shlex.quote(str(output_dir))} bash finetune_single_gpu.sh")
+    captions, train = following_commands(args)
+    say(f"captions  {captions}")
+    say(f"train     {train}")
 
 
 if __name__ == "__main__":
