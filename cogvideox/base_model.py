@@ -15,7 +15,7 @@ from cogvideox.files import entry_path, file_sha256, key_of, lora_path, read_jso
 from cogvideox.lora import lora_modules
 from cogvideox.video import read_video
 
-VERSION = 1  # raise it when the score, or the way a video is made, changes
+VERSION = 2  # raise it when the score, or the way a video is made, changes
 ENDINGS = {"scores": "json", "videos": "mp4"}  # folder of the cache: the ending of its files
 
 

@@ -176,7 +176,10 @@ def read_validation_images(args, data, readers):
         files = args.image_files * (len(args.prompts) if len(args.image_files) == 1 else 1)
         located = [(file, *locate_image(Path.cwd(), file, allow_external_paths=True)) for file in files]
         chosen = [Record("--validation_images", file, str(path), "", reason, image=str(path)) for file, path, reason in located]
-    decoded = readers.read_all([image_request(record, data.framing, args.seed, size) for record in chosen if not record.reason])
+    framing = data.framing
+    if args.image_files and framing.reshape_mode == "random":  # the card asks for a crop of the middle, as tools.generate makes
+        framing = replace(framing, reshape_mode="center")
+    decoded = readers.read_all([image_request(record, framing, args.seed, size) for record in chosen if not record.reason])
     found = [(None, None, record.reason) if record.reason else next(decoded) for record in chosen]
     facts = [{"reason": reason} if reason else image for image, _, reason in found]
     facts = [of_one_picture(image) if record.image else image for record, image in zip(chosen, facts, strict=True)]

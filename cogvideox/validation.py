@@ -10,6 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
@@ -40,22 +41,24 @@ def undisturbed(transformer):
         transformer.train(was_training)
 
 
-def video_jobs(prompts, videos_per_prompt, seed):
-    """The jobs of one validation, one per video. A job's seed and file name do not depend on the rank."""
+def video_jobs(prompts, videos_per_prompt, seed, images=()):
+    """The jobs of one validation, one per video. A job's seed and file name do not depend on the rank. images: uint8 [H, W, 3] for each
+    prompt, of an image-to-video model."""
     jobs = []
     for number, prompt in enumerate(prompts):
         slug = re.sub(r"[^A-Za-z0-9]+", "-", prompt)[:40].strip("-")
-        # The hash distinguishes prompts with the same beginning, and prompts without letters.
-        mark = hashlib.sha256(prompt.encode()).hexdigest()[:6]
+        # The hashes distinguish prompts with the same beginning, prompts without letters, and videos of the same prompt and another image.
+        mark = "-".join(hashlib.sha256(content).hexdigest()[:6] for content in (prompt.encode(), *images[number : number + 1]))
         for video in range(videos_per_prompt):
             jobs.append({"prompt": number, "seed": seed + video, "name": f"{number:02d}-{slug}-{mark}-seed{seed + video}.mp4"})
     return jobs
 
 
-def job_without_trigger(jobs, number, text, prompt, token):
-    """One more job: the text of prompt number `number` without the id token, as prompt number `prompt`, with the seed of its partner."""
+def job_without_trigger(jobs, number, text, prompt, token, images=()):
+    """One more job: the text of prompt number `number` without the id token, as prompt number `prompt`, with the seed and the image of
+    its partner."""
     partner = next(job for job in jobs if job["prompt"] == number)
-    name = video_jobs([text], 1, partner["seed"])[0]["name"]
+    name = video_jobs([text], 1, partner["seed"], images[number : number + 1])[0]["name"]
     return {"prompt": prompt, "seed": partner["seed"], "name": f"{WITHOUT}/{name}", "without": token, "partner": partner["name"]}
 
 
@@ -84,9 +87,14 @@ def sample_latents(transformer, scheduler, prompt, negative_prompt, seed, device
 
 
 def sampler_of(scheduler, name):
-    """The scheduler that makes the videos: the model's own for "stored", or a DDIM or DPM one with the same noise schedule."""
-    kinds = {"stored": type(scheduler), "ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
-    return kinds[name].from_config(scheduler.config)
+    """The scheduler that makes the videos: the model's own for "stored", or a DDIM or DPM one with the same noise schedule.
+
+    These begin at the last timestep, as in the authors' own demo (inference/cli_demo.py of CogVideo), whatever the model's config says.
+    """
+    if name == "stored":
+        return type(scheduler).from_config(scheduler.config)
+    kinds = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
+    return kinds[name].from_config(scheduler.config, timestep_spacing="trailing")
 
 
 def stop_sampling_if_requested(pipeline, step, timestep, tensors):
@@ -193,15 +201,17 @@ class Validator:
     ):  # fmt: skip
         self.args, self.trained, self.encodings, self.load_vae, self.plan = args, trained, encodings, load_vae, plan
         self.folder, self.texts = Path(args.output_dir) / "validation", list(args.prompts)
-        self.jobs = video_jobs(args.prompts, args.num_validation_videos, args.seed)
+        self.jobs = video_jobs(args.prompts, args.num_validation_videos, args.seed, images)
         self.images, self.pair = list(images), ()  # pair: the names of a video with the id token and of the same without it
         if args.plain_prompt:
             number, text = args.plain_prompt
-            if text not in self.texts:
+            of_same_image = [i for i in range(len(self.texts)) if not self.images or np.array_equal(self.images[i], self.images[number])]
+            plain = next((i for i in of_same_image if self.texts[i] == text), len(self.texts))
+            if plain == len(self.texts):
+                self.jobs.append(job_without_trigger(self.jobs, number, text, plain, args.id_token, self.images))
                 self.texts.append(text)
                 self.images += self.images[number : number + 1]
-                self.jobs.append(job_without_trigger(self.jobs, number, text, len(self.texts) - 1, args.id_token))
-            self.pair = tuple(next(job["name"] for job in self.jobs if job["prompt"] == n) for n in (number, self.texts.index(text)))
+            self.pair = tuple(next(job["name"] for job in self.jobs if job["prompt"] == n) for n in (number, plain))
         self.data_motion, self.meter = functools.cache(data_motion), None
         self.scheduler = sampler_of(scheduler, args.validation_scheduler) if self.jobs else scheduler
         frames, height, width = clip_shape

@@ -556,6 +556,9 @@ def test_validation_images_are_those_given_or_those_of_the_first_held_out_clips_
         assert len(own.data.validation_images) == 3
         assert all(np.array_equal(image, expected[0]) for image in own.data.validation_images)
     assert not np.array_equal(expected[0], first)
+    random = Run(image_model, pictured, tmp_path, **flags | {"validation_images": given, "video_reshape_mode": "random"})
+    assert np.array_equal(random.data.validation_images[0], expected[0])  # clips are cropped elsewhere, but not what the card names
+    assert not np.array_equal(read_clip(tmp_path / "given.png", framing(reshape_mode="random", crop_x=0.0))[0][0], expected[0])
     (tmp_path / "broken.png").write_bytes(b"no picture")
     wrong = ":::".join(map(str, (tmp_path / "gone.png", tmp_path / "broken.png", pictured / "videos/02.mp4")))
     gone, broken, video = Run(image_model, pictured, tmp_path, **flags | {"validation_images": wrong}).data.problems

@@ -362,6 +362,28 @@ def test_the_video_without_the_trigger_begins_with_its_partners_image(tmp_path, 
     assert [np.asarray(settings["image"])[0, 0, 0] for settings in pipeline.settings] == [60, 120, 120]
 
 
+def test_the_video_without_the_trigger_is_one_of_the_same_image(tmp_path, pipeline):
+    first, second = pictures(2)
+    both = OLD_FILM | {"prompts": ["OLDFILM a rabbit", "a rabbit"]}
+    for images, count in (([first, second], 3), ([first, first.copy()], 2)):
+        validator = watcher(tmp_path / str(count), **both, images=images)
+        pair = [next(job for job in validator.jobs if job["name"] == name) for name in validator.pair]
+        assert len(validator.jobs) == count
+        assert [validator.texts[job["prompt"]] for job in pair] == both["prompts"]
+        assert [validator.images[job["prompt"]][0, 0, 0] for job in pair] == [60, 60]
+
+
+def test_videos_of_the_same_prompt_and_another_image_have_other_names(tmp_path):
+    first, second = pictures(2)
+    of_images = [
+        [job["name"] for job in watcher(tmp_path, prompts=PROMPTS, images=images).jobs] for images in ([first] * 2, [first, second])
+    ]
+    assert of_images[0][0] == of_images[1][0]
+    assert of_images[0][1] != of_images[1][1]
+    of_text = [job["name"] for job in watcher(tmp_path, prompts=PROMPTS).jobs]
+    assert of_text[0] not in of_images[0]
+
+
 def test_the_image_stands_above_its_videos_in_the_sheet_and_in_the_report(tmp_path, pipeline):
     for name, images in (("with", pictures(2)), ("without", ())):
         validator = watcher(tmp_path / name, images=images, prompts=PROMPTS)
@@ -389,12 +411,14 @@ def test_a_sampler_keeps_the_noise_schedule_of_the_model(name, kind):
     assert not torch.equal(kind().alphas_cumprod, stored.alphas_cumprod)
 
 
-@pytest.mark.parametrize(("shift", "spacing"), [(1.0, "trailing"), (3.0, "trailing"), (1.0, "leading")])
-def test_the_dpm_sampler_keeps_the_shift_and_the_spacing_of_the_models_scheduler(shift, spacing):
-    sampler = validation.sampler_of(CogVideoXDDIMScheduler(snr_shift_scale=shift, timestep_spacing=spacing), "dpm")
-    sampler.set_timesteps(4)
-    assert (sampler.config.snr_shift_scale, sampler.config.timestep_spacing) == (shift, spacing)
-    assert (sampler.timesteps.tolist() == [999, 749, 499, 249]) is (spacing == "trailing")
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+def test_a_chosen_sampler_begins_at_the_last_timestep_as_the_cards_does_and_the_models_own_stays_as_it_is(spacing):
+    stored = CogVideoXDDIMScheduler(snr_shift_scale=3.0, timestep_spacing=spacing)
+    for name in ("ddim", "dpm", "stored"):
+        sampler = validation.sampler_of(stored, name)
+        sampler.set_timesteps(4)
+        assert sampler.config.snr_shift_scale == 3.0
+        assert (sampler.timesteps.tolist() == [999, 749, 499, 249]) is (spacing == "trailing" or name != "stored")
 
 
 @pytest.mark.slow

@@ -14,7 +14,6 @@ videos.json. Size, frames, sampler and guidance are what the model was made for 
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import math
@@ -223,15 +222,13 @@ def write_overview(args, columns, jobs, settings):
 
 def jobs_of(args):
     """A job for each prompt and seed: {"prompt", "number" of the prompt, "seed", "stem": the beginning of its files' names}. With images
-    also {"image": its file, "picture": uint8 [H, W, 3]}; the names then hold a mark of the picture."""
+    also {"image": its file, "picture": uint8 [H, W, 3]}."""
     jobs = []
-    for job in (job for seed in args.seed for job in video_jobs(args.prompts, 1, seed)):
+    for job in (job for seed in args.seed for job in video_jobs(args.prompts, 1, seed, args.pictures)):
         number, stem = job["prompt"], job["name"].removesuffix(".mp4")
         jobs.append({"prompt": args.prompts[number], "number": number, "seed": job["seed"], "stem": stem})
         if args.pictures:
-            picture, (start, seed) = args.pictures[number], stem.rsplit("-", 1)
-            mark = hashlib.sha256(picture).hexdigest()[:6]
-            jobs[-1] |= {"stem": f"{start}-{mark}-{seed}", "image": args.image[number % len(args.image)], "picture": picture}
+            jobs[-1] |= {"image": args.image[number % len(args.image)], "picture": args.pictures[number]}
     return jobs
 
 
