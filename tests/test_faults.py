@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -109,12 +110,20 @@ def test_a_killed_launcher_leaves_no_trainer_behind(tiny_model, six_clips, encod
     assert len(lora_of(tmp_path / "out")) == 16
 
 
+def imports_torch(process):
+    """Whether a trainer has begun to import torch, before which it asks the system to tell it of its launcher's end."""
+    try:
+        words, mapped = (Path(f"/proc/{process.pid}/{name}").read_text() for name in ("cmdline", "maps"))
+    except OSError:  # it ended
+        return False
+    return "torch.distributed.run" not in words and "libtorch" in mapped  # until its exec, a trainer has those of the launcher
+
+
 @pytest.mark.slow
 def test_trainers_that_still_start_end_with_their_launcher_too(tiny_model, six_clips, encodings, tmp_path):
     run = start(TWO, words(tiny_model, six_clips, tmp_path / "out", encodings))
-    wait_for(lambda: len(family(run.pid)) == 3)
-    time.sleep(0.5)  # they import, and then wait for each other in C code, where Python's signal handlers do not run
-    everyone = family(run.pid)
+    wait_for(lambda: sum(imports_torch(process) for process in family(run.pid)[1:]) == 2)
+    everyone = family(run.pid)  # they import, and then wait for each other in C code, where Python's signal handlers do not run
     run.kill()
     assert wait_for_end(everyone[1:], 20)
     run.communicate()
