@@ -10,6 +10,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 
 from cogvideox import base_model, encodings, launch, lora, scoring, stopping, validation
+from cogvideox.files import entry_path
 from cogvideox.model import load_transformer
 from cogvideox.video import write_video
 from tests.stand_ins import UNSCALED, Noise, clips_of, flags_of, make_trained, plan_of
@@ -141,8 +142,9 @@ def test_a_second_run_copies_the_videos_of_the_base_unless_anything_that_they_de
 
 def test_only_missing_and_damaged_videos_of_the_base_are_made(tmp_path, videos):
     prompts = ["a rabbit", "a bird", "a fox"]
-    watcher(tmp_path / "first", tmp_path / "cache", prompts[:2]).offer(0)
-    entry = sorted((tmp_path / "cache/videos").glob("??/*.mp4"), key=lambda path: path.stat().st_mtime_ns)[0]
+    first = watcher(tmp_path / "first", tmp_path / "cache", prompts[:2])
+    first.offer(0)
+    entry = entry_path(tmp_path / "cache", "videos", first.base_key(first.jobs[0]), "mp4")
     entry.write_bytes(entry.read_bytes()[:300])
     watcher(tmp_path / "second", tmp_path / "cache", prompts).offer(0)
     names = [name for _, made, _ in videos for name in made]
