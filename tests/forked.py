@@ -12,6 +12,7 @@ differently in each process that is started, but alike in the children of one: t
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import select
@@ -134,11 +135,21 @@ class ForkServer:
         self.started.clear()
 
 
+PORTS = itertools.count(os.getpid() * 37)  # each process of tests begins elsewhere
+
+
 def free_port():
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody uses, and that no program gets before the one it is for, which may still import for seconds.
+
+    It is below those that Linux gives to whoever asks for any port (from 32768 on), as gloo does a dozen times a run, and in a
+    thousand of its own for each of pytest's workers.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 20000 + 1000 * (worker % 12) + next(PORTS) % 1000
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("", port))
+            return port
 
 
 # -----------------------------------------------------------------------------
