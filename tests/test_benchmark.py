@@ -286,7 +286,6 @@ def test_what_a_ring_sends_follows_from_the_payload():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_scale_counts_one_reduction_of_the_gradients_and_nothing_else(tmp_path):
     flags = ["--size", "tiny", "--processes", "1", "2", "--steps", "1", "--engines", "ddp", "fsdp2", "--json", str(tmp_path / "scale.json")]
     command.main(["scale", *flags])

@@ -509,7 +509,7 @@ class Batch:
     def run(self, *flags):
         """Start it and wait for its end. Returns (exit code, output)."""
         process = self.start(*flags)
-        output = process.communicate(timeout=200)[0]
+        output = process.communicate(timeout=400)[0]
         return process.returncode, output
 
     def requeued(self):
@@ -523,7 +523,7 @@ class Batch:
         return json.loads((self.output / "status.json").read_text())
 
     def wait_for_steps(self, number, process):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while self.steps() < number:
             assert process.poll() is None, process.communicate()[0][-3000:]
             assert time.monotonic() < deadline
@@ -594,7 +594,6 @@ def test_only_a_run_that_was_stopped_by_the_time_limit_goes_back_into_the_queue(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("reach", ["first", "all"], ids=["to the scripts", "to every process"])
 def test_the_time_limit_saves_requeues_and_the_next_start_goes_on_to_the_end(
     forked, tiny_model, six_clips, encodings, batch_of, tmp_path, reach
@@ -673,7 +672,6 @@ if os.environ.get('PLAIN_BARRIER'):  # what a barrier with the limit of the trai
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_a_validation_longer_than_the_collectives_limit_leaves_the_videos_of_every_process(
     forked, tiny_model, six_clips, encodings, tmp_path
 ):

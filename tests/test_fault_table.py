@@ -507,7 +507,6 @@ def test_overwriting_and_resuming_together_are_refused(train, plain_run, capsys)
 
 @pytest.mark.numeric
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_another_number_of_processes_goes_on_with_the_same_training(forked, train, plain_run, tiny_model, six_clips, encodings, tmp_path):
     flags = {"max_train_steps": 6, "checkpointing_steps": 3, "lr_scheduler": "cosine"} | STEADY_ADAM
     straight = plain_run(train_batch_size=2, **flags)

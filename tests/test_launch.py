@@ -60,7 +60,6 @@ def one_process(tmp_path_factory, tiny_model, six_clips, encodings):
 
 @pytest.mark.numeric
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_two_processes_train_what_one_does_and_resume_bit_for_bit(forked, tiny_model, six_clips, tmp_path, one_process):
     flags = {"max_train_steps": 4, "checkpointing_steps": 2, "validation_prompt": "a rabbit:::a bird"} | STEADY_ADAM
     code, output = run([*TORCHRUN, *words(tiny_model, six_clips, tmp_path / "two", tmp_path / "cache", **flags)])
@@ -114,7 +113,6 @@ MATCHING += ["--adam_epsilon", str(STEADY_ADAM["adam_epsilon"])]
 
 @pytest.mark.numeric
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_the_multi_gpu_script_runs_as_two_machines(tiny_model, six_clips, tmp_path, one_process):
     """The first is told its place by its user, the second by Kubernetes, as a pod of a PyTorchJob."""
     port = str(free_port())

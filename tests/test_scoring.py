@@ -238,7 +238,6 @@ def test_a_learning_rate_of_zero_changes_nothing_and_the_verdict_says_so(train, 
 
 @pytest.mark.numeric
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_scores_of_two_processes_are_those_of_one(train, forked, tiny_model, six_clips, encodings, tmp_path):
     flags = {"eval_share": 0.67, "eval_clips": 4, "max_train_steps": 2, "checkpointing_steps": 1}
     one = train(train_batch_size=2, **flags)
