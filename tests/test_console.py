@@ -43,7 +43,7 @@ def test_verbose_shows_details_with_the_time_and_the_rank_of_every_process(capsy
     with console.timed("load the VAE"):
         pass
     told = capsys.readouterr().err
-    assert re.fullmatch(r"\n\d\d:\d\d:\d\d \[rank 1\] from rank 1\n\d\d:\d\d:\d\d \[rank 1\] debug: load the VAE: 0\.0 s\n", told)
+    assert re.fullmatch(r"\n\d\d:\d\d:\d\d \[rank 1\] from rank 1\n\d\d:\d\d:\d\d \[rank 1\] debug: load the VAE: \d+\.\d s\n", told)
 
 
 def test_a_part_that_fails_is_not_said_to_have_taken_a_time(capsys, level):

