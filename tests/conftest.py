@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import train_cogvideox_lora as script
-from cogvideox import metrics
+from cogvideox import metrics, preview
 from demo.make_model import SMALL_CLIP, TRANSFORMERS, make_model
 from tests import shortcuts
 from tests.forked import ForkServer
@@ -26,6 +26,7 @@ from tests.forked import ForkServer
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 shortcuts.take()
+preview.SECONDS_TO_SHOW = 600  # all clips are shown, however busy the machine is
 # Under nohup, or in the background of a shell, these are ignored, and the programs that tests start would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
