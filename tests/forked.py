@@ -87,7 +87,7 @@ class ForkServer:
 
     def __exit__(self, *exception):
         self.server.stdin.close()
-        self.server.wait(timeout=30)
+        self.server.wait(timeout=60)
         self.server.stdout.close()
 
     def start(self, line, processes=1, before="", module=None, **variables):
@@ -131,7 +131,7 @@ class ForkServer:
         for process in self.started:
             if process.poll() is None:
                 strike(family(process.pid), signal.SIGKILL)
-                process.wait(10)
+                process.wait(60)
         self.started.clear()
 
 

@@ -17,6 +17,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -546,8 +547,18 @@ def test_a_real_full_disk_costs_no_checkpoint_and_ends_with_exit_code_4(train, s
 @pytest.mark.slow
 def test_a_disk_that_has_room_again_gets_the_next_checkpoint(train, plain_run, small_disk, capsys, monkeypatch):
     straight = plain_run(max_train_steps=4)
+    write, refused = checkpoint.write_checkpoint, threading.Event()
+
+    def noted(*args):
+        try:
+            return write(*args)
+        except OSError:
+            refused.set()
+            raise
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", noted)  # in a thread
     at_step(monkeypatch, 2, lambda: fill(small_disk))
-    at_step(monkeypatch, 3, lambda: (script.time.sleep(1), (small_disk / "ballast").unlink()))
+    at_step(monkeypatch, 3, lambda: (refused.wait(60), (small_disk / "ballast").unlink()))
     folder = train(output=small_disk / "out", max_train_steps=4, checkpointing_steps=1)
     assert "a checkpoint was not written" in capsys.readouterr().err
     assert (folder / "checkpoint-4/manifest.json").exists()

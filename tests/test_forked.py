@@ -60,16 +60,16 @@ def test_a_forked_process_has_the_exit_code_and_the_messages_of_a_real_one(forke
 
 
 def test_a_forked_process_ends_by_a_signal_and_leaves_the_next_ones_alone(forked):
-    waiting = "import time; print('on', flush=True); time.sleep(60)"
+    waiting = "import time; print('on', flush=True); time.sleep(300)"
     first, second = forked.start([], processes=2, before=waiting, WHICH="both")
     while not (first.output() and second.output()):
         time.sleep(0.01)
     first.send_signal(signal.SIGTERM)
-    assert first.wait(10) == -signal.SIGTERM
+    assert first.wait(60) == -signal.SIGTERM
     with pytest.raises(subprocess.TimeoutExpired):
         second.wait(0.1)
     second.send_signal(signal.SIGINT)
-    assert second.wait(10) == -signal.SIGINT  # as Python ends by it
+    assert second.wait(60) == -signal.SIGINT  # as Python ends by it
     assert second.output().rstrip().endswith("KeyboardInterrupt")
     told = "import os; print(os.environ.get('WHICH'), os.environ.get('RANK'), flush=True); os._exit(7)"
     assert forked.run([], before=told) == ([7], "None None\n")
