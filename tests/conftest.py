@@ -24,6 +24,8 @@ from tests import shortcuts
 from tests.forked import ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent
+# The keys of compiled code lack this variable, and the code of one kind of CPU gives wrong numbers with another's.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(ROOT / f".pytest_cache/compiled_{os.environ.get('ATEN_CPU_CAPABILITY', 'native')}")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 shortcuts.take()
 preview.SECONDS_TO_SHOW = 600  # all clips are shown, however busy the machine is

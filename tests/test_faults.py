@@ -69,7 +69,7 @@ def wait_for(condition, seconds=300):
 def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
     forked, plain_run, tiny_model, six_clips, encodings, tmp_path, number, launch
 ):
-    flags = {"max_train_steps": 60, "resume_from_checkpoint": "latest", "lr_scheduler": "cosine"}
+    flags = {"max_train_steps": 120, "resume_from_checkpoint": "latest", "lr_scheduler": "cosine"}
     line = words(tiny_model, six_clips, tmp_path / "out", encodings, **flags)
     run = start(ONE, line) if launch == "python" else forked.start(line)[0]
     wait_for(lambda: len(steps_of(tmp_path / "out")) >= 3)
@@ -78,14 +78,14 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(
     assert run.returncode == 128 + number, output[-2000:]
     status = json.loads((tmp_path / "out/status.json").read_text())
     stopped = status["step"]
-    assert 3 <= stopped < 60
+    assert 3 <= stopped < 120
     assert (status["code"], status["checkpoint"].split("/")[-1]) == (128 + number, f"checkpoint-{stopped}")
     assert len(lora_of(tmp_path / "out")) == 16
     codes, output = forked.run(line)
     assert codes == [0], output[-2000:]
     assert f"step {stopped}" in output
     assert same(lora_of(tmp_path / "out"), lora_of(plain_run(**flags)))
-    assert steps_of(tmp_path / "out") == list(range(1, 61))
+    assert steps_of(tmp_path / "out") == list(range(1, 121))
 
 
 @pytest.mark.slow
