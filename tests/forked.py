@@ -2,9 +2,8 @@
 
 A session's first run starts a server (this file as a program) that imports torch, diffusers and the trainer, and runs no
 operation of torch, so that it has one thread and can be forked (Linux). For each process of a run it forks a child, which gets the
-variables a launcher would set, a session of its own, its output in a file, and then runs train_cogvideox_lora.py as a program, or
-another of the repository.
-Signals, exit codes and the files it leaves are those of a real process (tests/test_forked.py).
+variables a launcher would set, a session of its own, its output in a file, and then runs train_cogvideox_lora.py, or another program of
+the repository. Signals, exit codes and the files it leaves are those of a real process (tests/test_forked.py).
 
 Two things are not here. Launchers end all processes when one has failed, and pass signals on. And Python orders sets of words
 differently in each process that is started, but alike in the children of one: the real starts would show what depends on that.
