@@ -506,7 +506,9 @@ def check_sizes(args, facts):
     shapes = [(*size, frames, names) for size in sizes for frames in lengths]
     frames, height, width = shown_shape(args) if hasattr(args, "validation_frames") else largest_shape(args)
     if (height, width, frames) not in [shape[:3] for shape in shapes]:
-        shapes.append((height, width, frames, ("--validation_height", "--validation_width", "--validation_frames")))
+        own = (args.validation_height, args.validation_width, args.validation_frames)
+        flags = [f"--validation_{of}" if value else name for of, value, name in zip(("height", "width", "frames"), own, names, strict=True)]
+        shapes.append((height, width, frames, tuple(flags)))
     problems = [problem for shape in shapes for problem in check_geometry(facts, *shape)]
     notes = [note for shape in shapes for note in geometry_notes(facts, *shape[:3])]
     return list(dict.fromkeys(problems)), list(dict.fromkeys(notes))

@@ -265,7 +265,11 @@ def test_all_sizes_of_buckets_and_of_videos_are_looked_at():
     args.bucket_sizes, args.bucket_lengths, args.validation_height, args.validation_frames = [], [], 250, 33
     problems, _ = folder.check_sizes(args, facts_of("5b"))
     assert problems == ["--validation_height 250: this model needs multiples of 16; the nearest are 240 or 256"]
-    args.validation_height = None
+    args.validation_height, args.height = None, 496
+    assert folder.check_sizes(args, facts_of("5b-i2v"))[0] == [  # told once, with the flag that was given
+        "--height 496, --width 720: this model has learned positions, for 480 x 720 only; use that size"
+    ]
+    args.height = 480
     assert folder.check_sizes(args, facts_of("5b")) == ([], [])
     _, (note,) = folder.check_sizes(args, facts_of("5b-i2v"))
     assert note.startswith("33 frames")
