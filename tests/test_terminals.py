@@ -204,7 +204,7 @@ def unexpected(output):
         pytest.param("python", {"gradient_checkpointing": "auto", "eval_clips": 1, "report_to": "tensorboard"}),
         pytest.param("torchrun", {"validation_prompt": "a rabbit"}),
         pytest.param("accelerate's yaml", {"base_precision": "nf4", "optimizer": "AdamW8bit"}, marks=pytest.mark.long),
-        pytest.param("python", {"optimizer": "Prodigy", "compile": True}, marks=pytest.mark.long),
+        pytest.param("python", {"optimizer": "Prodigy", "learning_rate": 1, "compile": True}, marks=pytest.mark.long),
         pytest.param("fsdp2", {"eval_clips": 1, "validation_prompt": "a rabbit"}, marks=pytest.mark.long),
     ],
 )
