@@ -19,12 +19,13 @@ from tests.test_faults import kill_all_of, start, steps_of, wait_for
 
 TRAINER = ROOT / "train_cogvideox_lora.py"
 ACCELERATE = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+PORT = ["--main_process_port", str(free_port())]  # another run's on the default one would be told
 LAUNCHES = {
     "python": [sys.executable, TRAINER],
     "accelerate": [*ACCELERATE, TRAINER],
-    "accelerate's yaml": ["accelerate", "launch", "--config_file", ROOT / "accelerate_config_machine_single.yaml", TRAINER],
+    "accelerate's yaml": ["accelerate", "launch", "--config_file", ROOT / "accelerate_config_machine_single.yaml", *PORT, TRAINER],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAINER],
-    "fsdp2": ["accelerate", "launch", "--config_file", ROOT / "configs/fsdp2.yaml", "--num_processes", "2", TRAINER],
+    "fsdp2": ["accelerate", "launch", "--config_file", ROOT / "configs/fsdp2.yaml", "--num_processes", "2", *PORT, TRAINER],
     "single script": ["bash", ROOT / "finetune_single_gpu.sh"],
     "multi script": ["bash", ROOT / "finetune_multi_gpus_1.sh"],
 }
