@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from tools.chaos import family, strike
+from tools.processes import family, strike
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "train_cogvideox_lora.py"

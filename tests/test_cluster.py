@@ -25,7 +25,7 @@ from demo.make_model import TRANSFORMERS
 from tests.conftest import ROOT, environment, example_of, lora_of, same, words
 from tests.forked import free_port
 from tests.test_launch import GUIDE
-from tools.chaos import family, strike
+from tools.processes import family, strike
 
 SMALL = ["--height", "32", "--width", "48", "--max_num_frames", "9", "--rank", "4", "--learning_rate", "1e-2", "--mixed_precision", "no"]
 SMALL += ["--num_inference_steps", "2", "--eval_clips", "0", "--gradient_checkpointing", "none", "--report_to", "none"]

@@ -21,7 +21,7 @@ from cogvideox import encodings, survey
 from tests.conftest import ROOT, environment, lora_of, same, words
 from tests.stand_ins import LateNames
 from tools import cache as cache_tool
-from tools.chaos import family, strike
+from tools.processes import family, strike
 
 
 def content(cache):

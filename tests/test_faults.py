@@ -15,7 +15,7 @@ import torch
 import train_cogvideox_lora as script
 from cogvideox import rehearsal, stopping
 from tests.conftest import ROOT, environment, lora_of, same, words
-from tools.chaos import family, strike, wait_for_end
+from tools.processes import family, strike, wait_for_end
 
 ONE = [sys.executable, "train_cogvideox_lora.py"]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_cogvideox_lora.py"]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -225,6 +226,31 @@ def test_a_case_that_takes_too_long_is_killed(tmp_path):
     job = JOB | {"case": "attention", "folder": str(tmp_path), "result": str(tmp_path / "rows.jsonl")}
     assert command.run_worker(job, 0.0, lambda seconds: None)[0] is None
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+STARTS_ANOTHER = """
+import json, subprocess, sys, time
+other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+open(json.loads(sys.argv[1])["result"], "w").write(str(other.pid))
+time.sleep(600)
+"""
+
+
+def test_a_case_that_is_ended_leaves_no_process_of_a_launcher(tmp_path, monkeypatch):
+    """torchrun gives each process that it starts a session of its own."""
+    (tmp_path / "starts_another.py").write_text(STARTS_ANOTHER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(command, "WORKER", "starts_another")
+    left = []
+
+    def tick(seconds):
+        if (told := tmp_path / "pid").exists() and told.read_text():
+            left.append(psutil.Process(int(told.read_text())))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        command.run_worker(JOB | {"case": "attention", "result": str(tmp_path / "pid")}, 600, tick)
+    assert psutil.wait_procs(left, timeout=60)[1] == []
 
 
 def test_no_case_starts_after_the_time(check):

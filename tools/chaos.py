@@ -8,7 +8,6 @@ the weights, the optimizer and the logged losses have to equal, bit for bit, tho
 Exit code 0 if they do. Prints a table of what was done, and writes it with --report.
 """
 
-import contextlib
 import json
 import random
 import shutil
@@ -19,7 +18,6 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import psutil
 from safetensors.torch import load_file
 
 from cogvideox import flags
@@ -28,6 +26,7 @@ from cogvideox.console import fail, progress
 from cogvideox.files import write_bytes
 from tools.benchmark.harness import ROOT, environment_of
 from tools.benchmark.programs import make_clips, trainer_command
+from tools.processes import family, strike, wait_for_end
 
 LATE, CUT = "did not end in a minute", "an incomplete checkpoint"
 SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
@@ -65,36 +64,12 @@ def start(line, log):
     return subprocess.Popen(line, stdout=log, stderr=log, env=environment_of(1), start_new_session=True)
 
 
-def family(pid):
-    """A process and all that it has started. torchrun gives each trainer a session of its own: no group holds them all."""
-    try:
-        first = psutil.Process(pid)
-        return [first, *first.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def strike(processes, number):
-    """Send a signal to each of these processes that is still there."""
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
-
-
 def targets(process, chance):
     """Whom to strike, as words and processes: the whole run, only who started it, or one trainer of several."""
     everyone = family(process.pid)
     trainers = [one for one in everyone[1:] if any("train_cogvideox_lora.py" in word for word in one.cmdline()[:4])]
     choices = [("all", everyone), ("the launcher", everyone[:1]), ("one trainer", [chance.choice(trainers or everyone)])]
     return chance.choice(choices if len(trainers) > 1 else choices[:1])
-
-
-def wait_for_end(processes, seconds):
-    """Wait until all of these have ended; kills those that have not. Returns whether they ended by themselves."""
-    alive = psutil.wait_procs(processes, timeout=seconds)[1]
-    strike(alive, signal.SIGKILL)
-    psutil.wait_procs(alive, timeout=10)
-    return not alive
 
 
 def wait_for_step(process, log_path):

@@ -26,6 +26,7 @@ from tools.benchmark.harness import ROOT, environment_of, machine_facts
 from tools.benchmark.sizes import SIZES
 from tools.gpu_check.cases import CASES, ENVIRONMENT
 from tools.gpu_check.rows import FAILS, not_run, summary_of, table_of
+from tools.processes import family, strike
 
 WORKER = "tools.gpu_check.worker"
 BAR = "{l_bar}{bar}| {elapsed}, {remaining} left{postfix}"  # it counts expected seconds, so that a long case is a long part of it
@@ -100,7 +101,7 @@ def run_worker(job, seconds, tick):
             code = process.poll()
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # the case's process and those that it started
+                strike(family(process.pid), signal.SIGKILL)  # also those of its launchers, which would keep their memory of the card
                 process.wait()
         log.seek(0)
         return code, log.read().decode(errors="replace")
