@@ -34,8 +34,11 @@ def is_unicode(text):
 
 
 def read_json(path):
-    """A JSON file's content. OSError if it cannot be read, ValueError if it is not JSON."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """A JSON file's content. OSError if it cannot be read, ValueError, which names the file, if it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON, perhaps truncated ({error})") from None
 
 
 def read_json_lines(path):

@@ -284,16 +284,19 @@ def patches_of(config, shape):
 
 def check_geometry(facts, height, width, num_frames, names=("--height", "--width", "--max_num_frames")):
     """Problems of a clip size for this model, with the nearest legal sizes. names: of the three flags."""
-    problems = []
+    problems, learned = [], facts.positions == "learned"  # those have one size and a longest length: no other is offered
     for name, value in ((names[0], height), (names[1], width)):
         step = facts.spatial_multiple
-        if value % step:
+        if value % step and not learned:
             lower, upper = value - value % step, value - value % step + step
             offer = f"{lower} or {upper}" if lower else str(upper)
             problems.append(f"{name} {value}: this model needs multiples of {step}; the nearest are {offer}")
     legal, step = longest_legal_length(num_frames, facts.frames_per_latent, facts.latents_per_patch), clip_step(facts)
-    if legal != num_frames:
-        problems.append(f"{names[2]} {num_frames}: this model needs {step}k + 1 frames; the nearest are {legal} or {legal + step}")
+    if legal != num_frames and not (learned and num_frames > facts.sample_frames):
+        offer = f"the nearest are {legal} or {legal + step}"
+        problems.append(f"{names[2]} {num_frames}: this model needs {step}k + 1 frames; {offer}")
+    if learned:
+        return check_positions(facts, height, width, num_frames, names) + problems
     return problems or check_positions(facts, height, width, num_frames, names)
 
 

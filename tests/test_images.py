@@ -312,7 +312,9 @@ def test_check_dataset_refuses_sizes_that_the_model_refuses_and_notes_what_it_wa
     assert "--max_num_frames 13: this model needs 8k + 1 frames" in told(
         "--pretrained_model_name_or_path", str(temporal_patch_model), "--max_num_frames", "13"
     )
-    assert "--bucket 33: this model needs multiples of 16" in told(*of_image, "--bucket", "33x48")
+    assert "--bucket 33: this model needs multiples of 16" in told(
+        "--pretrained_model_name_or_path", str(temporal_patch_model), "--bucket", "33x48"
+    )
     check_dataset.main([*line, *of_image, "--max_num_frames", "5", "--fps", "4"])
     noted = capsys.readouterr().err
     assert "5 frames: they get the first of this model's learned positions" in noted

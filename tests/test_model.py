@@ -151,6 +151,11 @@ def test_a_broken_model_folder_names_the_file(tiny_model, tmp_path):
     problems = folder_of.check_model_folder(folder)
     assert any("transformer/diffusion_pytorch_model.safetensors: truncated" in problem for problem in problems)
     assert any("pickled weights are unsupported" in problem for problem in problems)
+    for name in ("scheduler/scheduler_config.json", "vae/config.json"):
+        cut = shutil.copytree(tiny_model, tmp_path / name.replace("/", "_"))
+        (cut / name).write_text("{")
+        with pytest.raises(ValueError, match=f"{name}: not JSON, perhaps truncated"):
+            folder_of.check_model_folder(cut) or folder_of.read_facts(cut)
     shutil.rmtree(folder / "text_encoder")
     assert any("no text_encoder/config.json" in problem for problem in folder_of.check_model_folder(folder))
 

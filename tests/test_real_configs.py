@@ -242,6 +242,9 @@ def test_what_a_model_was_not_made_for_is_said(family, shape, pattern):
         ("1.5-5b", (768, 1360, 85), "--max_num_frames 85: this model needs 8k + 1 frames; the nearest are 81 or 89"),
         ("1.5-5b-i2v", (2416, 768, 81), "--height 2416, --width 768: this model has positions for a height of 2400 and a width of 2400"),
         ("5b", (480, 720, 50), "--max_num_frames 50: this model needs 4k + 1 frames; the nearest are 49 or 53"),
+        ("5b-i2v", (480, 720, 50), "--max_num_frames 50: this model has learned positions, for 49 frames at most; use no more"),
+        ("5b-i2v", (480, 720, 47), "--max_num_frames 47: this model needs 4k + 1 frames; the nearest are 45 or 49"),
+        ("5b-i2v", (470, 720, 49), "--height 470, --width 720: this model has learned positions, for 480 x 720 only; use that size"),
     ],
 )
 def test_what_a_model_has_no_positions_for_is_refused(family, shape, problem):
