@@ -304,11 +304,13 @@ def changed_settings(stored, current, declared):
 
     declared: the flags by name, see `flags.flag_group`; a flag that the checkpoint lacks had its default.
     """
-    changes = []
+    changes, of_data = [], []
     for name, action in declared.items():
         before, now = stored["flags"].get(name, action.default), current["flags"].get(name)
-        if not action.free and before != now:
+        if before != now and not action.free:
             changes.append(f"--{name} was {before!r} and is {now!r}")
+        elif before != now and action.group == "data":  # some of them change the clips: named if those changed
+            of_data.append(f"--{name} was {before!r} and is {now!r}")
     labels = {
         "clips": "the clips, captions or their encoding",
         "transformer": "the base model's transformer",
@@ -317,6 +319,7 @@ def changed_settings(stored, current, declared):
     for name, label in labels.items():
         if stored[name] != current[name]:
             values = f" (were {stored[name]}, are {current[name]})" if name == "clips_per_step" else ""
+            values = f" ({'; '.join(of_data)})" if name == "clips" and of_data else values
             changes.append(f"{label} changed{values}")
     return changes
 

@@ -46,7 +46,7 @@ def flag_group(parser, title):
         if "(default" not in help and default is not False and default != "" and not options.get("required"):
             help += " (default: none)" if default is None else " (default: %(default)s)"
         action = group.add_argument(name, default=default, help=help, **options)
-        action.bounds, action.free = (at_least, above, below, at_most), free
+        action.bounds, action.free, action.group = (at_least, above, below, at_most), free, title
         parser.declared[action.dest] = action
 
     return flag

@@ -106,14 +106,26 @@ def test_a_resumed_run_counts_from_the_first_step_of_the_run(tmp_path, written):
     [
         ({"flags": FLAGS | {"seed": 43}}, "--seed was 42 and is 43"),
         ({"flags": FLAGS | {"eval_clips": 2}}, None),  # a resumed run may change it
-        ({"clips": "other clips"}, "the clips, captions or their encoding changed"),
+        ({"clips": "other clips"}, "the clips, captions or their encoding changed\n"),  # the same flags, another file
+        (
+            {
+                "clips": "other clips",
+                "flags": FLAGS | {"id_token": "B", "eval_clips": 2},
+            },  # of the flags that may change, those of the data
+            "the clips, captions or their encoding changed (--id_token was None and is 'B')\n",
+        ),
+        ({"flags": FLAGS | {"id_token": "B"}}, None),  # the clips tell
         ({"clips_per_step": 2}, "clips per step (batch x processes x accumulation) changed (were 1, are 2)"),
         ({}, None),
     ],
 )
 def test_a_run_that_would_train_something_else_is_not_resumed(facts, sentence, tmp_path, capsys):
     run(watcher(tmp_path)[0], 0, 2)
-    declared = {"seed": SimpleNamespace(default=42, free=False), "eval_clips": SimpleNamespace(default=4, free=True)}
+    declared = {
+        "seed": SimpleNamespace(default=42, free=False, group="training"),
+        "eval_clips": SimpleNamespace(default=4, free=True, group="validation"),
+        "id_token": SimpleNamespace(default=None, free=True, group="data"),
+    }
     if sentence is None:
         assert watcher(tmp_path, facts=RUN_FACTS | facts, resume_from_checkpoint="latest", declared=declared)[1] == 2
         return
@@ -125,7 +137,7 @@ def test_a_run_that_would_train_something_else_is_not_resumed(facts, sentence, t
 
 def test_what_the_manifests_refuse_is_known_before_anything_is_encoded(tmp_path):
     run(watcher(tmp_path, checkpointing_steps=1)[0], 0, 2)
-    declared = {"seed": SimpleNamespace(default=42, free=False)}
+    declared = {"seed": SimpleNamespace(default=42, free=False, group="training")}
     other = RUN_FACTS | {"flags": FLAGS | {"seed": 43}}
 
     def foreseen(facts, requested="latest"):

@@ -295,8 +295,8 @@ def test_a_named_checkpoint_has_to_be_there_and_is_found_by_its_full_path(finish
         ({"lora_alpha": 2}, "--lora_alpha was 4.0 and is 2.0"),
         ({"learning_rate": 1e-3}, "--learning_rate was 0.01 and is 0.001"),
         ({"seed": 1}, "--seed was 42 and is 1"),
-        ({"height": 48}, "the clips, captions or their encoding changed"),
-        ({"id_token": "T"}, "the clips, captions or their encoding changed"),
+        ({"height": 48}, "the clips, captions or their encoding changed (--height was 32 and is 48)"),
+        ({"id_token": "T"}, "the clips, captions or their encoding changed (--id_token was None and is 'T')"),
         ({"train_batch_size": 2}, "clips per step (batch x processes x accumulation) changed (were 1, are 2)"),
     ],
 )
