@@ -4,6 +4,7 @@ No heavy imports: a wrong flag is rejected before torch is loaded.
 """
 
 import argparse
+import difflib
 import functools
 import math
 import os
@@ -13,10 +14,26 @@ from cogvideox import versions
 from cogvideox.files import at_home, is_unicode
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose own refusals are sentences like all others, and which names the flag that an unknown one may mean."""
+
+    def error(self, message):
+        """End the program; argparse calls it."""
+        unknown = message.removeprefix("unrecognized arguments: ")
+        names = [word.partition("=")[0] for word in unknown.split() if word.startswith("--")] if unknown != message else []
+        refuse(self, [self.unknown_flag(name) for name in names] or [f"{message.removeprefix('argument ')}; --help lists all flags"])
+
+    def unknown_flag(self, name):
+        """The sentence about a flag that does not exist."""
+        near = difflib.get_close_matches(name.replace("-", "_"), [known.replace("-", "_") for known in self._option_string_actions], n=1)
+        near = near and [known for known in self._option_string_actions if known.replace("-", "_") == near[0]]
+        return f"{name}: no such flag; " + (f"did you mean {near[0]}?" if near else "--help lists all flags")
+
+
 def new_parser(description):
     """An empty parser. `args.declared` will hold the actions of `flag_group`'s flags by name."""
     width = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=40, width=130)
-    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=description, formatter_class=width, allow_abbrev=False)
+    parser = Parser(usage="%(prog)s [flags]", description=description, formatter_class=width, allow_abbrev=False)
     parser.declared = {}
     parser.set_defaults(declared=parser.declared)
     return parser

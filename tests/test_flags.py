@@ -217,7 +217,10 @@ WRONG = [
     ({"logging_dir": ""}, "--logging_dir"),
     ({"caption_dropout": 2}, "--caption_dropout 2"),
     ({"instance_data_root": None}, "--instance_data_root"),
-    ({"no_such_flag": 1}, "--no_such_flag"),
+    ({"no_such_flag": 1}, "ERROR[2]: --no_such_flag: no such flag; --help lists all flags\n"),
+    ({"learnin_rate": 1e-3}, "ERROR[2]: --learnin_rate: no such flag; did you mean --learning_rate?\n"),
+    ({"learning-rate": 1e-3}, "ERROR[2]: --learning-rate: no such flag; did you mean --learning_rate?\n"),
+    ({"rank": "many"}, "ERROR[2]: --rank: invalid int value: 'many'"),
 ]
 
 
@@ -310,6 +313,11 @@ def test_all_wrong_flags_are_told_at_once(capsys):
     with pytest.raises(SystemExit):
         script.parse_args(words("m", "d", "o", "c", rank=0, learning_rate=-1, fps=-2))
     assert capsys.readouterr().err.count("ERROR[2]") == 3
+    with pytest.raises(SystemExit):
+        script.parse_args(words("m", "d", "o", "c", ranks=8, steps=3))
+    told = capsys.readouterr().err
+    assert "--ranks: no such flag; did you mean --rank?" in told
+    assert "--steps: no such flag" in told
 
 
 def test_a_missing_package_is_told_before_anything_loads(capsys, monkeypatch):
