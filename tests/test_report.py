@@ -361,16 +361,24 @@ def test_a_report_needs_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
 
 
-def test_the_tool_writes_it_again(whole_run, monkeypatch, capsys):
+def test_the_tool_writes_it_again(whole_run, tmp_path, monkeypatch, capsys):
     from tools import report as tool
 
     monkeypatch.setattr("sys.argv", ["report", str(whole_run)])
     tool.main()
     assert capsys.readouterr().out.strip() == str(whole_run / "report.html")
-    monkeypatch.setattr("sys.argv", ["report", str(whole_run / "none")])
-    with pytest.raises(SystemExit) as ended:
-        tool.main()
-    assert ended.value.code == 2
+    for name in ("none", "no_run"):  # a folder without a run, such as that of the clips, stays as it is
+        (tmp_path / "no_run").mkdir(exist_ok=True)
+        monkeypatch.setattr("sys.argv", ["report", str(tmp_path / name)])
+        with pytest.raises(SystemExit) as ended:
+            tool.main()
+        assert ended.value.code == 2
+        assert "give the --output_dir of a run" in capsys.readouterr().err
+    assert not list((tmp_path / "no_run").iterdir())
+    (tmp_path / "no_run/dataset.json").write_text("{}")  # of a run that ended at its data
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "no_run")])
+    tool.main()
+    assert (tmp_path / "no_run/report.html").exists()
 
 
 # Plays all videos, moves the slider, and posts what the players say every half a second.
