@@ -92,7 +92,8 @@ def write_model_card(folder, run):
     table = {"rank": flags["rank"], "alpha": f"{flags['lora_alpha']:g}"} if is_lora else {}
     table |= {"target modules": ", ".join(flags["target_modules"])} if is_lora else {}
     table |= {"parameters": f"{facts['trained_parameters'] / 1e6:.1f} M", "learning rate": f"{flags['learning_rate']:g}"}
-    table |= {"schedule": flags["lr_scheduler"], "optimizer": flags["optimizer"], "precision": flags["mixed_precision"]}
+    precision = flags["mixed_precision"].replace("no", "fp32")
+    table |= {"schedule": flags["lr_scheduler"], "optimizer": flags["optimizer"], "precision": precision}
     table |= {"seed": flags["seed"]} | ({"average": f"decay {flags['ema_decay']:g}"} if flags["ema_decay"] else {})
     card = ModelCard.from_template(
         data,

@@ -340,6 +340,15 @@ def test_the_report_shows_the_snippet_of_the_model_card(whole_run):
     assert called.args[0].value == HOSTILE
 
 
+@pytest.mark.parametrize(("flag", "shown"), [("no", "fp32"), ("bf16", "bf16")])
+def test_the_card_tells_the_precision_by_its_name(tmp_path, flag, shown):
+    run = run_of()
+    run["flags"]["mixed_precision"] = flag
+    hub.write_model_card(tmp_path, run)
+    names, _, values = [line.split(" | ") for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("|")]
+    assert values[names.index("precision")] == shown
+
+
 @pytest.mark.parametrize(
     "token", ['x: - "y"', "a\n---\nbase_model: other", "# no", "'", "\x1b[31m", "yes", "1e3", "{{ 7 * 7 }}", "\u2028 \ud800"]
 )
