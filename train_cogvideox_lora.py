@@ -320,7 +320,7 @@ from cogvideox.order import Plan, positions_of, seeded_generator
 from cogvideox.owned import card_name, remove_files_of_runs
 from cogvideox.preview import Preview
 from cogvideox.reader import Readers, decode_workers
-from cogvideox.survey import check_data, check_lists
+from cogvideox.survey import absent_validation_images, check_data, check_lists
 from dataset import TrainingClips, lacking_shared_memory, one_ahead
 
 # -----------------------------------------------------------------------------
@@ -467,6 +467,8 @@ def main(args):
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     problems += attention.unfit_backend(args.attention_backend, device, dtype, facts.head_width)
     lock = claim_output_dir(args, accelerator, problems)  # noqa: F841  no other run writes there while it lives
+    problems += absent_validation_images(args, facts, accelerator)
+    checkpoint.refuse_missing(args, accelerator, problems)
     if problems:  # decoding all clips, maybe in a wrong size, would take minutes
         fail(BAD_FLAGS, problems + check_lists(args, facts, tokenizer))
 

@@ -163,6 +163,15 @@ def check_data(args, facts, tokenizer, readers, accelerator, barrier):
     return data
 
 
+def absent_validation_images(args, facts, accelerator):
+    """A sentence for each of --validation_images that is no file, or no image by its name: known before a clip is decoded. A collective."""
+    found = []
+    if accelerator.is_main_process and facts.image_channels and args.prompts:  # the one that reads them
+        reasons = {file: locate_image(Path.cwd(), file, allow_external_paths=True)[1] for file in args.image_files}
+        found = [f"--validation_images: {printable(file)}: {reason}" for file, reason in reasons.items() if reason]
+    return broadcast_object_list([found])[0]
+
+
 def read_validation_images(args, data, readers):
     """(the image of each validation prompt, uint8 [H, W, 3] in the videos' size, problems as sentences).
 
@@ -183,7 +192,7 @@ def read_validation_images(args, data, readers):
     found = [(None, None, record.reason) if record.reason else next(decoded) for record in chosen]
     facts = [{"reason": reason} if reason else image for image, _, reason in found]
     facts = [of_one_picture(image) if record.image else image for record, image in zip(chosen, facts, strict=True)]
-    return [frames[0] for _, frames, reason in found if not reason], unusable(chosen, facts)
+    return [frames[0] for _, frames, reason in found if not reason], list(dict.fromkeys(unusable(chosen, facts)))  # one may be for all
 
 
 class Reading(NamedTuple):

@@ -567,6 +567,23 @@ def test_validation_images_are_those_given_or_those_of_the_first_held_out_clips_
     assert gone == f"--validation_images: {tmp_path / 'gone.png'}: no such file"
     assert broken.startswith(f"--validation_images: {tmp_path / 'broken.png'}: not a readable image")
     assert "02.mp4: not an image by its name" in video
+    [once] = Run(image_model, pictured, tmp_path, **flags | {"validation_images": str(tmp_path / "gone.png")}).data.problems
+    assert once == gone  # one file for three prompts
+
+
+@pytest.mark.parametrize(("validation_prompt", "told"), [("a:::b", True), (None, False)])
+def test_validation_images_that_are_not_there_are_told_before_a_clip_is_decoded(
+    validation_prompt, told, image_model, pictured, tmp_path, capsys, monkeypatch
+):
+    def decode(*arguments):
+        raise InterruptedError
+
+    monkeypatch.setattr(script, "check_data", decode)
+    flags = {"validation_prompt": validation_prompt, "validation_images": str(tmp_path / "gone.png"), "cpu": True}
+    with pytest.raises(SystemExit if told else InterruptedError) as stop:
+        script.main(script.parse_args(words(image_model, pictured, tmp_path / "output", tmp_path / "cache", **flags)))
+    assert capsys.readouterr().err.count(f"--validation_images: {tmp_path / 'gone.png'}: no such file") == told
+    assert not told or stop.value.code == 2
 
 
 @pytest.mark.slow
