@@ -268,6 +268,7 @@ def unfit_initial(args, folder):
     here = {layer: (args.rank, *sizes) for layer, sizes in chosen.items()}
     return [
         f"--init_lora {args.init_lora}: {layer} has (rank, inputs, outputs) {layers[layer]} in it and {here[layer]} in this run"
+        + (f"; give --rank {layers[layer][0]}" if layers[layer][1:] == here[layer][1:] else "")
         for layer in layers
         if layers[layer] != here[layer]
     ][:1]

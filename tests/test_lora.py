@@ -119,7 +119,7 @@ def test_ranks_of_a_pattern_that_the_weights_do_not_have_are_refused(tiny_model,
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"rank": 8}, "has (rank, inputs, outputs) (4, 32, 32) in it and (8, 32, 32) in this run"),
+        ({"rank": 8}, "has (rank, inputs, outputs) (4, 32, 32) in it and (8, 32, 32) in this run; give --rank 4"),
         (
             {"target_modules": ["to_q", "to_k"]},
             "changes 8 layers and --target_modules names 4; transformer_blocks.0.attn1.to_out.0 is in only",
