@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import os
+import signal
 import sys
 import time
 
@@ -136,6 +137,8 @@ def fail(code, problems):
     problems = [problems] if isinstance(problems, str) else problems
     log.error("%s", in_utf8("".join(f"\nERROR[{code}]: {problem}" for problem in problems)))
     if rank() != 0:
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, which would be told as a stop that saves
         time.sleep(3)  # the launcher kills all ranks when the first one exits: let rank 0 print before
     raise SystemExit(code)
 

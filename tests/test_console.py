@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -60,6 +61,7 @@ def test_all_problems_are_printed_once_and_the_exit_code_is_theirs(capsys, monke
     assert capsys.readouterr().err == "\nERROR[3]: the first\nERROR[3]: the second\n"
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(console.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(console.signal, "signal", lambda number, handler: None)  # that of the tests themselves
     with pytest.raises(SystemExit) as end:
         console.fail(console.BAD_DATA, "the first")
     assert end.value.code == 3
@@ -73,6 +75,20 @@ def clock(monkeypatch):
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     return now
+
+
+@pytest.mark.parametrize(("fails", "told"), [(True, False), (False, True)])
+def test_a_rank_that_waits_for_the_end_of_a_refused_run_does_not_say_that_it_saves(fails, told):
+    end = "console.fail(2, 'wrong')" if fails else "console.time.sleep(3)"
+    words = f"from cogvideox import console, stopping; stopping.listen(); print('ready', flush=True); {end}"
+    command = [sys.executable, "-c", words]
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"RANK": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)  # as the launcher does once rank 0 has ended
+        error = process.communicate(timeout=30)[1].decode()
+    assert ("SIGTERM: finishing the current step" in error) is told
+    assert process.returncode == (2 if fails else 0)
 
 
 def test_a_bar_in_a_log_file_prints_a_line_every_30_seconds(capsys, clock):
