@@ -239,6 +239,8 @@ def notes_on_flags(args):
     notes = []
     if idle := flags.idle_flags(args, flags.IDLE + flags.REFUSED_IDLE):
         notes.append("flags that do nothing here: " + ", ".join(f"{flag} ({reason})" for flag, reason in idle))
+    if args.id_token and args.prompts and not any(args.id_token in prompt for prompt in args.prompts):
+        notes.append(f"--id_token {args.id_token}: no --validation_prompt has it, so the videos show the LoRA without its trigger")
     if args.optimizer == "prodigy" and not 0.1 <= args.learning_rate <= 10:
         notes.append(
             f"--learning_rate {args.learning_rate:g}: Prodigy finds the size of its steps itself and multiplies it by this rate, which "

@@ -278,6 +278,14 @@ def test_flags_that_do_nothing_are_told_in_one_line_and_only_where_they_do_nothi
     assert told(**beside) == []
 
 
+@pytest.mark.parametrize(("prompts", "told"), [("a mouse:::a bear", True), ("a mouse:::TOY a bear", False), ("TOY", False), (None, False)])
+def test_prompts_without_the_trigger_are_told(prompts, told):
+    note = "--id_token TOY: no --validation_prompt has it, so the videos show the LoRA without its trigger"
+    for token in ("TOY", None):
+        args = script.parse_args(words("m", "d", "o", "c", id_token=token, validation_prompt=prompts))
+        assert (note in script.notes_on_flags(args)) is (told and token is not None)
+
+
 def test_a_rate_that_prodigy_cannot_train_at_is_told():
     def told(**flags):
         return script.notes_on_flags(script.parse_args(words("m", "d", "o", "c", num_inference_steps=None, **flags)))
