@@ -484,13 +484,16 @@ def main(args):
             remove_earlier_run(output_dir)  # only after every check has passed
         if is_main and args.dry_run:
             memory.say_predicted(args, folder, accelerator, velocity_loss)
-        if not args.dry_run:
-            metrics.open_trackers(args, accelerator)
         plan = Plan.of(args, data, accelerator.num_processes)
         if args.lr_warmup_steps >= plan.total_steps:
             warn(f"--lr_warmup_steps {args.lr_warmup_steps}: the run has {plan.total_steps} steps, so it never trains at the full rate")
-        refuse_ahead = functools.partial(checkpoint.refuse_ahead, args, accelerator, plan.clips_per_step)
-        encodings, identities = encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier, refuse_ahead)
+
+        def before_encoding(identities):
+            checkpoint.refuse_ahead(args, accelerator, plan.clips_per_step, identities)
+            if not args.dry_run:  # a refused run leaves no empty one with a tracker
+                metrics.open_trackers(args, accelerator)
+
+        encodings, identities = encode_data(args, folder, facts, tokenizer, data, readers, accelerator, barrier, before_encoding)
 
     # Transformer: frozen in the compute dtype with a LoRA in fp32, or all weights in fp32.
     scheduler, kind = load_scheduler(folder), checkpoint.RESULTS[args.training_type]
@@ -595,7 +598,8 @@ def main(args):
             checkpointer.save(step)
             break
     if first_step >= plan.total_steps:
-        say(f"already complete: {output_dir} has been trained for {first_step} of {plan.total_steps} steps")
+        rule = "a larger --max_train_steps, or more --num_train_epochs, trains on"
+        say(f"already complete: {output_dir} is at step {first_step}, and this run ends at {plan.total_steps}; {rule}")
         with trained.one_full_model():  # if the run was stopped during its last scores or videos
             scorer.make_missing(first_step)
             validator.make_missing(first_step)

@@ -11,6 +11,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from safetensors import SafetensorError, safe_open
 
+from cogvideox import versions
 from cogvideox.console import Bar, say, warn
 from cogvideox.decode import longest_legal_length
 from cogvideox.files import at_home, key_of, read_json
@@ -419,9 +420,9 @@ def load_tokenizer(folder):
     try:
         return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except Exception as error:  # transformers names tiktoken if protobuf is missing
-        raise ValueError(
-            f"{folder / 'tokenizer'}: cannot be loaded ({str(error).splitlines()[0]}); it needs: pip install sentencepiece protobuf"
-        ) from None
+        missing = [name for name in ("sentencepiece", "protobuf") if not versions.installed(name)]
+        way_out = f"it needs: pip install {' '.join(missing)}" if missing else "download this folder of the model again"
+        raise ValueError(f"{folder / 'tokenizer'}: cannot be loaded ({str(error).splitlines()[0]}); {way_out}") from None
 
 
 def token_ids(tokenizer, texts):

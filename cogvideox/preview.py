@@ -37,6 +37,8 @@ class Preview:
             with timed("show the encoded clips"):
                 try:
                     self.show()
+                except InterruptedError as error:
+                    warn(f"the preview of the encoded clips was not saved: {error}")
                 except Exception as error:  # a preview must not end the run
                     warn(f"the preview of the encoded clips was not saved ({type(error).__name__}: {error})")
             report.refresh(self.args.output_dir)

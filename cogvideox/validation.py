@@ -141,11 +141,12 @@ def validate(folder, jobs, rank, world_size, transformer, scheduler, embeddings,
 
 
 def failure(job, error):
-    """A sentence for a failed video, with the failing line of code."""
+    """A sentence for a video that a signal stopped, or that failed, then with the failing line of code."""
+    if isinstance(error, InterruptedError):
+        return f"validation video {job['name']} was not made: {error}"
     frame = traceback.extract_tb(error.__traceback__)[-1]
     reason = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
-    ending = "was not made" if isinstance(error, InterruptedError) else "failed, training continues"
-    return f"validation video {job['name']} {ending}: {reason}"
+    return f"validation video {job['name']} failed, training continues: {reason}"
 
 
 def write_sheet(folder, first_folder, jobs, prompts, step, settings, images=()):

@@ -21,6 +21,7 @@ from cogvideox import folder as folder_of
 from cogvideox import launch, model, rehearsal
 from cogvideox.optimizer import make_optimizer
 from demo.make_model import make_model
+from tests import shortcuts
 from tests.conftest import lora_of, same
 from tests.stand_ins import flags_of, make_trained, train_one_step
 
@@ -535,3 +536,14 @@ def test_the_fp32_pixels_of_a_clip_are_gone_while_it_is_encoded():
     model.encode_pixels(vae, held)
     assert [torch.float32 in dtypes for dtypes in found] == [False, True]
     assert torch.bfloat16 in found[0]
+
+
+def test_a_tokenizer_that_cannot_be_loaded_names_packages_only_where_they_are_missing(tiny_model, tmp_path, monkeypatch):
+    shutil.copytree(tiny_model / "tokenizer", tmp_path / "tokenizer")
+    shortcuts.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer/tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer: cannot be loaded .*; download this folder of the model again$"):
+        shortcuts.load_tokenizer(tmp_path)
+    monkeypatch.setattr(folder_of.versions, "installed", lambda name: None if name == "protobuf" else "1")
+    with pytest.raises(ValueError, match="; it needs: pip install protobuf$"):
+        shortcuts.load_tokenizer(tmp_path)

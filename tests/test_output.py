@@ -127,7 +127,7 @@ def test_a_tracker_is_opened_in_the_output_folder_before_any_encoding_and_not_by
     def encode(*args, **kwargs):
         raise RuntimeError("encoding")
 
-    monkeypatch.setattr(script, "encode_data", encode)
+    monkeypatch.setattr("cogvideox.encodings.plan_jobs", encode)
     with pytest.raises(RuntimeError, match="encoding"):
         train(report_to=name, tracker_name="mine")
     [opened] = package.of("init")
@@ -302,9 +302,10 @@ def test_a_named_checkpoint_has_to_be_there_and_is_found_by_its_full_path(finish
     ],
 )
 def test_resuming_with_flags_that_would_train_something_else_is_refused_with_the_difference(
-    finished, train, tmp_path, capsys, change, sentence
+    finished, train, tmp_path, capsys, monkeypatch, change, sentence
 ):
-    folder = shutil.copytree(finished, tmp_path / "run")
+    folder, opened = shutil.copytree(finished, tmp_path / "run"), []
+    monkeypatch.setattr(script.metrics, "open_trackers", lambda *arguments: opened.append(arguments))
     with pytest.raises(SystemExit) as stop:
         train(output=folder, resume_from_checkpoint="latest", max_train_steps=4, **change)
     assert stop.value.code == 4
@@ -313,6 +314,11 @@ def test_resuming_with_flags_that_would_train_something_else_is_refused_with_the
     assert "rehearsal: " not in told  # nothing was encoded or loaded for it
     assert "encoding clips" not in told
     assert "encoding captions" not in told
+    assert opened == []  # a tracker would show an empty run
+    del stop
+    gc.collect()  # the traceback held the run's lock of its folder
+    train(output=folder, resume_from_checkpoint="latest", max_train_steps=2)
+    assert len(opened) == 1
 
 
 @pytest.mark.slow

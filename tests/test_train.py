@@ -179,7 +179,9 @@ def test_resuming_a_finished_run_trains_nothing(train, plain_run, tmp_path, caps
     folder = shutil.copytree(plain_run(), tmp_path / "run")
     before = (folder / "pytorch_lora_weights.safetensors").read_bytes()
     train(output=folder, resume_from_checkpoint="latest")
-    assert "already complete" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "already complete" in told
+    assert "a larger --max_train_steps" in told
     assert (folder / "pytorch_lora_weights.safetensors").read_bytes() == before
 
 

@@ -302,6 +302,20 @@ def test_a_video_that_failed_is_left_out_of_the_motion_and_a_partner_that_failed
     assert (line["motion"], line["motion_base"], line["trigger_leak"]) == (0, None, None)
 
 
+def test_a_video_that_a_signal_stopped_is_told_without_the_class_of_an_error(tmp_path, pipeline):
+    stopped, failed = (validation.failure({"name": "x.mp4"}, kind("SIGINT requested a stop")) for kind in (InterruptedError, raised))
+    assert stopped == "validation video x.mp4 was not made: SIGINT requested a stop"
+    assert failed.startswith("validation video x.mp4 failed, training continues: ValueError: SIGINT requested a stop (test_validation.py:")
+
+
+def raised(words):
+    """An error that has been raised."""
+    try:
+        raise ValueError(words)
+    except ValueError as error:
+        return error
+
+
 def test_a_vae_that_does_not_load_costs_the_videos_and_not_the_run(tmp_path, pipeline, capsys):
     def load():
         raise OSError("vae: no such file")
