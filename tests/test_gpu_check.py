@@ -253,13 +253,17 @@ def test_a_case_that_is_ended_leaves_no_process_of_a_launcher(tmp_path, monkeypa
     assert psutil.wait_procs(left, timeout=60)[1] == []
 
 
-def test_no_case_starts_after_the_time(check):
-    code, found, _ = check("--only", "attention", "base", "--minutes", "0.00001")
+def test_no_case_starts_after_the_time(check, monkeypatch):
+    clock, do_case = [0.0], worker.main
+    monkeypatch.setattr(worker, "main", lambda job: do_case(job) or clock.append(clock[-1] + 61))
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: clock[-1]))
+    code, found, _ = check("--only", "attention", "base", "--minutes", "1")
     assert code == 0
     assert list(found["seconds"]) == ["attention"]  # which was started before the time was over
     (base,) = rows_of(found, "base")
     assert base["verdict"] == "not run"
     assert "--only base" in base["remark"]
+    assert list(check("--only", "attention", "base", "--minutes", "1.1")[1]["seconds"]) == ["attention", "base"]
 
 
 def test_agreement_is_a_share_of_what_was_measured():
