@@ -25,9 +25,9 @@ class Parser(argparse.ArgumentParser):
 
     def unknown_flag(self, name):
         """The sentence about a flag that does not exist."""
-        near = difflib.get_close_matches(name.replace("-", "_"), [known.replace("-", "_") for known in self._option_string_actions], n=1)
-        near = near and [known for known in self._option_string_actions if known.replace("-", "_") == near[0]]
-        return f"{name}: no such flag; " + (f"did you mean {near[0]}?" if near else "--help lists all flags")
+        known = {flag.replace("-", "_"): flag for flag in self._option_string_actions}
+        near = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+        return f"{name}: no such flag; " + (f"did you mean {known[near[0]]}?" if near else "--help lists all flags")
 
 
 def new_parser(description):

@@ -104,7 +104,7 @@ def check_flags(args):
     problems += found
     if found:
         return problems
-    args.latents_per_patch, args.facts = facts.latents_per_patch, facts
+    args.facts = facts
     args.frames = legal_length(args, args.max_num_frames)
     args.least = args.frames if args.min_num_frames is None else legal_length(args, args.min_num_frames + clip_step(facts) - 1)
     if args.least > args.frames:
@@ -114,7 +114,7 @@ def check_flags(args):
 
 def legal_length(args, num_frames):
     """The longest clip of at most so many frames that the model accepts."""
-    return longest_legal_length(num_frames, latents_per_patch=args.latents_per_patch)
+    return longest_legal_length(num_frames, latents_per_patch=args.facts.latents_per_patch)
 
 
 def list_footage(names, output_dir):
@@ -256,7 +256,7 @@ def find_windows(film, key, args, folder):
     data = dict(np.load(folder / f"{key}.npz"))
     preview = folder / f"{key}.mp4"
     shots = shots_of(data, cuts_of(data, args.detector, args.cut_threshold), args.margin_seconds)
-    windows, short = windows_of(film, shots, args.windows, args.fps, args.frames, args.least, args.latents_per_patch)
+    windows, short = windows_of(film, shots, args.windows, args.fps, args.frames, args.least, args.facts.latents_per_patch)
     thumbnails = [thumbnails_of(data, window) for window in windows]
     if not windows:
         return windows, thumbnails, short, shots
