@@ -336,13 +336,13 @@ def facts_of_run(args, clips_per_step, identities):
 
 def refuse_missing(args, accelerator, problems):
     """End the run, with `problems`, before a clip is decoded if the checkpoint to resume from is not there. A collective."""
-    problem = [None]
+    problem = None
     if accelerator.is_main_process and args.resume_from_checkpoint not in (None, "latest"):
         try:
             find_checkpoint(args.resume_from_checkpoint, args.output_dir)
         except BadCheckpoint as error:
-            problem = [str(error)]
-    if problem := broadcast_object_list(problem)[0]:
+            problem = str(error)
+    if problem := problem_of_any_rank(problem):
         fail(BAD_OUTPUT, [problem, *problems])
 
 
@@ -350,10 +350,10 @@ def refuse_ahead(args, accelerator, clips_per_step, identities):
     """End the run before anything is encoded if `resume` would refuse it for what the manifests say, unverified. A collective."""
     if not args.resume_from_checkpoint:
         return
-    problem = [None]
+    problem = None
     if accelerator.is_main_process:
-        problem = [foreseen_refusal(args, facts_of_run(args, clips_per_step, identities))]
-    if problem := broadcast_object_list(problem)[0]:
+        problem = foreseen_refusal(args, facts_of_run(args, clips_per_step, identities))
+    if problem := problem_of_any_rank(problem):
         fail(BAD_OUTPUT, problem)
 
 
